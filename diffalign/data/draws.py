@@ -1,0 +1,70 @@
+"""Which pair comes when, and with which t and noise: functions of a seed and a position, and of nothing else.
+
+A run visits positions 0, 1, 2, ... Position p holds row ``order(p)`` and its own random draws. Because nothing depends on
+ranks, workers or batch sizes, the same seed gives the same numbers on any number of processes, and the state of the sampler
+is one integer: the next position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_STREAMS = {"order": 1, "draw": 2, "validation": 3}
+
+
+def generator(seed: int, stream: str, position: int) -> torch.Generator:
+    """A CPU generator of its own for one purpose and position (SeedSequence keeps neighbours independent)."""
+    state = np.random.SeedSequence([seed, _STREAMS[stream], position]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+@dataclass(frozen=True)
+class Order:
+    """Each epoch visits all ``n`` rows once, in a seeded order of its own."""
+
+    n: int
+    seed: int
+
+    def row(self, position: int) -> int:
+        """The row at a position, in [0, n)."""
+        epoch, offset = divmod(position, self.n)
+        return int(_permutation(self.n, self.seed, epoch)[offset])
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one visit to one pair."""
+
+    t: int  # in [0, T)
+    noise: Tensor  # [C, H, W], shared by winner and loser
+    posterior: Tensor  # [2, C, H, W], samples the VAE's posterior of winner and loser
+    flip: bool  # both pictures mirrored
+    drop_prompt: bool  # the prompt replaced by ""
+
+
+def draw(seed: int, position: int, shape: tuple[int, ...], train_steps: int, prompt_dropout: float, flip: bool) -> Draw:
+    """The draws at a position of a run; ``shape`` is the latent's [C, H, W]."""
+    g = generator(seed, "draw", position)
+    t = int(torch.randint(train_steps, (1,), generator=g))
+    flipped, dropped = (torch.rand(2, generator=g) < torch.tensor([0.5, prompt_dropout])).tolist()
+    noise = torch.randn(shape, generator=g)
+    posterior = torch.randn((2, *shape), generator=g)
+    return Draw(t, noise, posterior, flip and flipped, dropped)
+
+
+def fixed_draws(seed: int, row: int, shape: tuple[int, ...], train_steps: int, count: int) -> list[Draw]:
+    """``count`` draws for a validation pair, the same at every visit, their t spread evenly over [0, T)."""
+    g = generator(seed, "validation", row)
+    jitter = float(torch.rand((), generator=g))
+    t = [int((k + jitter) / count * train_steps) for k in range(count)]
+    return [Draw(t_k, torch.randn(shape, generator=g), torch.zeros((2, *shape)), False, False) for t_k in t]

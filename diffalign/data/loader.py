@@ -1,0 +1,118 @@
+"""From the cache to batches: rows, draws and stacking, one step ahead of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.data.draws import Draw, Order, draw, fixed_draws
+from diffalign.types import Conditioning, PairBatch
+
+
+class EncodedPairs(Protocol):
+    """What the loader asks of the cache (``data.cache.PairCache``)."""
+
+    labels: Sequence[float]
+    weights: Sequence[float]
+    latent_shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def moments(self, pair_index: int, side: str, flipped: bool) -> tuple[Tensor, Tensor]: ...
+
+    def conditioning(self, pair_index: int | None) -> Conditioning: ...
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """``batch_size`` counts pairs per process and micro-step; ``accumulation`` micro-steps make one optimizer step."""
+
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+    prompt_dropout: float = 0.0
+    flip: bool = False
+    latent_mode: bool = False  # True: the posterior's mean instead of a sample
+    train_steps: int = 1000  # T of the schedule
+
+
+class PairLoader:
+    """Batches by optimizer step: ``steps(start, stop)`` yields lists of ``accumulation`` micro-batches.
+
+    ``rows`` restricts training to some rows of the cache (the rest is validation). The global batch of a step is cut into
+    contiguous parts, one per process, so the union over processes does not depend on their number.
+    """
+
+    def __init__(self, pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, rank: int = 0, world: int = 1) -> None:
+        if not len(rows):
+            raise ValueError("there are no pairs to train on")
+        self._pairs, self._rows, self._settings = pairs, rows, settings
+        self._rank, self._world = rank, world
+        self._order = Order(len(rows), settings.seed)
+
+    @property
+    def global_batch(self) -> int:
+        """Pairs per optimizer step over all processes."""
+        return self._settings.batch_size * self._settings.accumulation * self._world
+
+    def steps(self, start: int, stop: int) -> Iterator[list[PairBatch]]:
+        """The micro-batches of optimizer steps ``start`` to ``stop``; the next step is prepared in the background."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = pool.submit(self._step, start) if start < stop else None
+            for step in range(start, stop):
+                now, ahead = ahead, pool.submit(self._step, step + 1) if step + 1 < stop else None
+                yield now.result()
+
+    def _step(self, step: int) -> list[PairBatch]:
+        s = self._settings
+        first = step * self.global_batch + self._rank * s.accumulation * s.batch_size
+        return [self._batch(first + m * s.batch_size) for m in range(s.accumulation)]
+
+    def _batch(self, first: int) -> PairBatch:
+        s, shape = self._settings, self._pairs.latent_shape
+        positions = range(first, first + s.batch_size)
+        rows = [self._rows[self._order.row(p)] for p in positions]
+        draws = [draw(s.seed, p, shape, s.train_steps, s.prompt_dropout, s.flip) for p in positions]
+        return collate(self._pairs, rows, draws, s.latent_mode)
+
+
+def collate(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw], latent_mode: bool) -> PairBatch:
+    """Stack rows and their draws into one batch."""
+    sides = [
+        [_latent(pairs, row, side, d, latent_mode) for row, d in zip(rows, draws, strict=True)] for side in ("winner", "loser")
+    ]
+    conditionings = [pairs.conditioning(None if d.drop_prompt else row) for row, d in zip(rows, draws, strict=True)]
+    return PairBatch(
+        winner=torch.stack(sides[0]),
+        loser=torch.stack(sides[1]),
+        conditioning={name: torch.stack([c[name] for c in conditionings]) for name in conditionings[0]},
+        t=torch.tensor([d.t for d in draws]),
+        noise=torch.stack([d.noise for d in draws]),
+        label=torch.tensor([float(pairs.labels[row]) for row in rows]),
+        weight=torch.tensor([float(pairs.weights[row]) for row in rows]),
+        index=torch.tensor(rows),
+    )
+
+
+def _latent(pairs: EncodedPairs, row: int, side: str, d: Draw, mode: bool) -> Tensor:
+    mean, std = pairs.moments(row, side, d.flip)
+    return mean if mode else mean + std * d.posterior[0 if side == "winner" else 1]
+
+
+def validation_batches(
+    pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, draws_per_pair: int
+) -> list[PairBatch]:
+    """Fixed pairs with fixed (t, noise): the same batches at every validation."""
+    items = [
+        (row, d)
+        for row in rows
+        for d in fixed_draws(settings.seed, row, pairs.latent_shape, settings.train_steps, draws_per_pair)
+    ]
+    size = max(settings.batch_size, 1)
+    chunks = [items[i : i + size] for i in range(0, len(items), size)]
+    return [collate(pairs, [r for r, _ in chunk], [d for _, d in chunk], latent_mode=True) for chunk in chunks]

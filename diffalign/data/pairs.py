@@ -1,0 +1,162 @@
+"""A pair of pictures and what somebody thought of them, still on disk or as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from diffalign.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+"""Told ``(stage, done, total)`` every now and then."""
+
+SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
+
+
+class UnreadableImage(UserError):
+    """A picture that cannot be read or decoded; the message is the reason alone, the caller knows the row."""
+
+
+class RowProblem(UserError):
+    """One row of a data set that cannot be used: where it is, which side (if one is at fault), and why."""
+
+    def __init__(self, origin: str, side: str | None, reason: str) -> None:
+        super().__init__(f"{origin}{f' ({side})' if side else ''}: {reason}")
+        self.origin, self.side, self.reason = origin, side, reason
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An encoded picture (PNG, JPEG, WebP, ...), in a file or in memory; exactly one of the two."""
+
+    path: Path | None = None
+    data: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.data is None):
+            raise ValueError("an ImageSource has either a path or data")
+
+    def read_bytes(self) -> bytes:
+        """The file's content. Raises ``UnreadableImage``."""
+        if self.data is not None:
+            return self.data
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def held(self) -> ImageSource:
+        """The same picture with its bytes in memory, so that reading it several times costs one access."""
+        return self if self.data is not None else ImageSource(data=self.read_bytes())
+
+    def digest(self) -> str:
+        """sha256 of the file's bytes, 64 hexadecimal digits."""
+        return hashlib.sha256(self.read_bytes()).hexdigest()
+
+    def open(self) -> Image.Image:
+        """The picture as RGB, decoded to the last byte and turned upright as its EXIF data says.
+
+        Transparency is laid over white; 16-bit grey is reduced to 8 bits. Raises ``UnreadableImage``, also for a
+        truncated file.
+        """
+        data = self.read_bytes()
+        if not data:
+            raise UnreadableImage(f"{self._name()} is empty")
+        # Decoders raise a dozen exception types on damaged files (OSError, SyntaxError, struct.error, EOFError, ...).
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+        except UnreadableImage:
+            raise
+        except Exception as error:
+            raise UnreadableImage(f"{self._name()} cannot be decoded: {_plain(error)}") from error
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels as shown, from the header alone. Raises ``UnreadableImage``."""
+        try:
+            with Image.open(io.BytesIO(self.read_bytes())) as image:
+                sideways = image.getexif().get(0x0112) in SIDEWAYS
+                return (image.height, image.width) if sideways else image.size
+        except UnreadableImage:
+            raise
+        except Exception as error:
+            raise UnreadableImage(f"{self._name()} cannot be decoded: {_plain(error)}") from error
+
+    def _name(self) -> str:
+        return str(self.path) if self.path is not None else f"the picture of {len(self.data)} bytes"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt, two pictures made for it, and which of them was preferred."""
+
+    prompt: str
+    winner: ImageSource
+    loser: ImageSource
+    label: float  # probability that the winner is preferred, in [1/2, 1]; 1/2 is a tie
+    weight: float  # factor on the pair's loss, >= 0
+    origin: str  # file and row, for messages
+
+    @property
+    def tie(self) -> bool:
+        return self.label == 0.5
+
+    def side(self, name: str) -> ImageSource:
+        """``name`` is "winner" or "loser"."""
+        return {"winner": self.winner, "loser": self.loser}[name]
+
+
+def image_from(value: Any, base: Path | None) -> ImageSource:
+    """A cell of a table as a picture: bytes, a path, or the ``{"bytes", "path"}`` of an Image feature.
+
+    Relative paths start from ``base``. Raises ``ValueError`` with the reason.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return ImageSource(data=bytes(value))
+    if isinstance(value, str) and value.strip():
+        if "://" in value:
+            raise ValueError(f"{value} is an address; download the picture and give its path")
+        path = Path(value).expanduser()
+        return ImageSource(path=path if base is None else base / path)
+    raise ValueError("there is no picture" if value in (None, "") else f"expected a path or bytes, found {type(value).__name__}")
+
+
+def number_from(value: Any, name: str, low: float, high: float) -> float:
+    """A cell as a finite number in [low, high]. Raises ``ValueError`` that names the column and the value."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}, not a number") from None
+    if not (math.isfinite(number) and low <= number <= high):
+        wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and at least {low:g}"
+        raise ValueError(f"{name} is {number:g}; it must be {wanted}")
+    return number
+
+
+def _plain(error: Exception) -> str:
+    """What a decoder said, without the memory address of the buffer."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture in a format that Pillow knows"
+    return str(error) or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise UnreadableImage(f"pixels of mode {image.mode} (32 bits) have no agreed range; save the picture as 8-bit RGB")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,74 @@
+"""Arrow files as the ``datasets`` library writes them, memory-mapped: one file, or a folder of shards."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.readers import parquet, saved
+from diffalign.data.readers._files import identity_of, same_columns, shards
+from diffalign.errors import UserError
+
+FORM = "an arrow file or a folder of arrow shards"
+
+
+def claims(where: str) -> bool:
+    path = Path(where)
+    if path.is_file():
+        return path.suffix == ".arrow"
+    return path.is_dir() and not saved.claims(where) and not parquet.claims(where) and any(path.rglob("*.arrow"))
+
+
+def open_rows(where: str, split: str) -> ArrowRows:
+    return ArrowRows(Path(where), shards(where, ".arrow", split))
+
+
+class ArrowRows:
+    """Rows of memory-mapped tables; nothing is read before it is asked for."""
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        self._files = list(files)
+        self._root = root if root.is_dir() else root.parent
+        self._tables = [_open(file) for file in self._files]
+        self.columns = same_columns(self._files, [t.column_names for t in self._tables])
+        self._starts = [0, *accumulate(t.num_rows for t in self._tables)]
+        self.base = self._root
+        self.description = str(root)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        k, j = self._locate(index)
+        return self._tables[k].select(list(columns)).slice(j, 1).to_pylist()[0]
+
+    def column(self, name: str) -> Sequence[Any]:
+        return [value for table in self._tables for value in table[name].to_pylist()]
+
+    def origin(self, index: int) -> str:
+        k, j = self._locate(index)
+        return f"{self._files[k].relative_to(self._root).as_posix()}:row {j}"
+
+    def identity(self, images: Sequence[str]) -> list[Any]:
+        return identity_of(self._files, self._root)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        k = bisect_right(self._starts, index) - 1
+        return k, index - self._starts[k]
+
+
+def _open(file: Path) -> Any:
+    """A table on a memory map: the stream format, which ``datasets`` writes, or the file format."""
+    import pyarrow as pa
+
+    try:
+        mapped = pa.memory_map(str(file))
+        try:
+            return pa.ipc.open_stream(mapped).read_all()
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(mapped).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not a readable arrow file: {error}") from error

@@ -1,0 +1,137 @@
+"""JSONL, CSV and TSV files that list prompts and paths of pictures; paths start from the file's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.data.pairs import RowProblem
+from diffalign.data.readers._files import identity_of
+from diffalign.errors import UserError
+
+FORM = "a .jsonl, .csv or .tsv file with columns prompt, chosen, rejected (pictures as paths relative to the file)"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+def claims(where: str) -> bool:
+    path = Path(where)
+    return path.is_file() and path.suffix.lower() in (*DELIMITERS, *JSON_LINES)
+
+
+def open_rows(where: str, split: str) -> ListingRows:
+    return ListingRows(Path(where))
+
+
+class ListingRows:
+    """Keeps the place of every row in the file, not the rows; a row that cannot be parsed is a problem of that row."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._delimiter = DELIMITERS.get(path.suffix.lower())
+        self.base, self.description = path.parent, str(path)
+        places, lines, columns = [], [], {}
+        self._header: list[str] = []
+        try:
+            for place, line, record in self._records():
+                if self._delimiter and not self._header:
+                    self._header = [name.strip() for name in record]
+                    columns = dict.fromkeys(self._header)
+                    continue
+                places.append(place)
+                lines.append(line)
+                if isinstance(record, dict):
+                    columns.update(dict.fromkeys(record))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as text (UTF-8): {error}.") from error
+        self.columns = tuple(columns)
+        self._places, self._lines = np.array(places, dtype=np.int64), np.array(lines, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        with self._path.open("rb") as stream:
+            stream.seek(int(self._places[index]))
+            _, _, record = next(self._parsed(_Lines(stream)))
+        if problem := self._problem(record):
+            raise RowProblem(self.origin(index), None, problem)
+        cells = dict(zip(self._header, record, strict=True)) if self._delimiter else record
+        return {name: cells.get(name) for name in columns}
+
+    def column(self, name: str) -> Sequence[Any]:
+        records = [record for _, _, record in self._records()][1 if self._delimiter else 0 :]
+        if self._delimiter:
+            where = self._header.index(name)
+            return [None if self._problem(record) else record[where] for record in records]
+        return [None if self._problem(record) else record.get(name) for record in records]
+
+    def origin(self, index: int) -> str:
+        return f"{self._path.name}:line {self._lines[index]}"
+
+    def identity(self, images: Sequence[str]) -> list[Any]:
+        paths = sorted({str(value) for name in images for value in self.column(name) if value})
+        pictures = identity_of([self.base / p for p in paths], self.base, content=False)
+        return [identity_of([self._path], self.base), pictures]
+
+    def _problem(self, record: Any) -> str | None:
+        if self._delimiter:
+            wanted, found = len(self._header), len(record)
+            return None if wanted == found else f"the header has {wanted} columns, this row has {found}"
+        if isinstance(record, str):
+            return f"not valid JSON: {record}"
+        return None if isinstance(record, dict) else f"expected a JSON object, found {type(record).__name__}"
+
+    def _records(self) -> Iterator[tuple[int, int, Any]]:
+        with self._path.open("rb") as stream:
+            yield from self._parsed(_Lines(stream))
+
+    def _parsed(self, lines: _Lines) -> Iterator[tuple[int, int, Any]]:
+        """(byte offset, line number from 1, record) of every row that is not blank."""
+        source: Iterator[Any] = map(_json, lines)
+        if self._delimiter:
+            source = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        while True:
+            place, line = lines.place, lines.number + 1
+            record = next(source, _END)
+            if record is _END:
+                return
+            if record not in ([], None):
+                yield place, line, record
+
+
+_END = object()
+
+
+class _Lines:
+    """Text lines of a binary stream that knows how many bytes it has handed out. A byte-order mark is skipped."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+        self.place, self.number = stream.tell(), 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        raw = self._stream.readline()
+        if not raw:
+            raise StopIteration
+        first, self.place, self.number = self.place == 0, self.place + len(raw), self.number + 1
+        return raw.decode("utf-8-sig" if first else "utf-8")
+
+
+def _json(line: str) -> Any:
+    """The value on a line, None for a blank one, or the parser's complaint as text (a bare string is no row either)."""
+    if not line.strip():
+        return None
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"{error.msg} at character {error.pos}"

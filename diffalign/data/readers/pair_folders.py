@@ -1,0 +1,62 @@
+"""A folder with one sub-folder per pair: ``prompt.txt``, ``win.*`` and ``lose.*``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.pairs import RowProblem
+from diffalign.data.readers._files import LOSER, WINNER, identity_of, picture, read_text
+
+FORM = "a folder with one sub-folder per pair, each with prompt.txt, win.* and lose.* (or winner/loser, chosen/rejected)"
+
+
+def claims(where: str) -> bool:
+    path = Path(where)
+    return path.is_dir() and any(_is_pair(child) for child in path.iterdir())
+
+
+def open_rows(where: str, split: str) -> PairFolderRows:
+    return PairFolderRows(Path(where))
+
+
+def _is_pair(folder: Path) -> bool:
+    return folder.is_dir() and (picture(folder, WINNER) or picture(folder, LOSER)) is not None
+
+
+class PairFolderRows:
+    """One row per sub-folder, by name. A sub-folder that lacks something is a problem of that row."""
+
+    columns = ("prompt", "chosen", "rejected")
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
+        self.base: Path | None = None
+        self.description = str(root)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        folder = self._root / self._names[index]
+        sides = {"chosen": picture(folder, WINNER), "rejected": picture(folder, LOSER)}
+        for (side, found), stems in zip(sides.items(), (WINNER, LOSER), strict=True):
+            if found is None:
+                raise RowProblem(self.origin(index), side, f"no picture called {' or '.join(f'{s}.*' for s in stems[:3])}")
+        try:
+            prompt = read_text(folder / "prompt.txt")
+        except ValueError as error:
+            raise RowProblem(self.origin(index), None, str(error)) from error
+        return {"prompt": prompt, **{side: str(found.absolute()) for side, found in sides.items()}}
+
+    def column(self, name: str) -> Sequence[Any]:
+        return [None] * len(self)
+
+    def origin(self, index: int) -> str:
+        return f"{self._root.name}/{self._names[index]}"
+
+    def identity(self, images: Sequence[str]) -> list[Any]:
+        files = sorted(f for name in self._names for f in (self._root / name).iterdir() if f.is_file())
+        return identity_of(files, self._root)

@@ -1,0 +1,72 @@
+"""Two folders of pictures, ``w/`` and ``l/``, with the same file names, and captions as ``NAME.txt``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.pairs import RowProblem
+from diffalign.data.readers._files import LOSER, PICTURES, WINNER, identity_of, read_text
+
+FORM = "a folder with w/NAME.png and l/NAME.png (or win/lose, winner/loser, chosen/rejected) and captions in NAME.txt"
+
+
+def claims(where: str) -> bool:
+    return _folders(Path(where)) is not None
+
+
+def open_rows(where: str, split: str) -> TwoFolderRows:
+    return TwoFolderRows(Path(where), *_folders(Path(where)))
+
+
+def _folders(root: Path) -> tuple[Path, Path] | None:
+    pairs = [(root / win, root / lose) for win, lose in zip(WINNER, LOSER, strict=True)]
+    return next((pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir() and _stems(pair[0])), None)
+
+
+def _stems(folder: Path) -> dict[str, Path]:
+    return {p.stem: p for p in sorted(folder.iterdir(), reverse=True) if p.suffix.lower() in PICTURES}
+
+
+class TwoFolderRows:
+    """One row per name that either folder has. A name that lacks its other side or caption is a problem of that row."""
+
+    columns = ("prompt", "chosen", "rejected")
+
+    def __init__(self, root: Path, winners: Path, losers: Path) -> None:
+        self._root = root
+        self._folders = (winners, losers)
+        self._pictures = (_stems(winners), _stems(losers))
+        self._names = sorted(self._pictures[0].keys() | self._pictures[1].keys())
+        self.base: Path | None = None
+        self.description = str(root)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        name = self._names[index]
+        for folder, pictures, side in zip(self._folders, self._pictures, ("winner", "loser"), strict=True):
+            if name not in pictures:
+                raise RowProblem(self.origin(index), side, f"{folder} has no picture called {name}.*")
+        captions = [place / f"{name}.txt" for place in (self._folders[0], self._root, self._folders[1])]
+        try:
+            caption = next((c for c in captions if c.exists()), None)
+            if caption is None:
+                raise ValueError(f"no caption {name}.txt in {self._folders[0]} or {self._root}")
+            prompt = read_text(caption)
+        except ValueError as error:
+            raise RowProblem(self.origin(index), None, str(error)) from error
+        winner, loser = (str(pictures[name].absolute()) for pictures in self._pictures)
+        return {"prompt": prompt, "chosen": winner, "rejected": loser}
+
+    def column(self, name: str) -> Sequence[Any]:
+        return [None] * len(self)
+
+    def origin(self, index: int) -> str:
+        return f"{self._root.name}/{self._names[index]}"
+
+    def identity(self, images: Sequence[str]) -> list[Any]:
+        files = [f for place in (*self._folders, self._root) for f in place.iterdir() if f.is_file()]
+        return identity_of(sorted(files), self._root)

@@ -1,0 +1,229 @@
+"""Reading a data set of pairs to the last byte and saying what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from diffalign.data.ahead import default_workers, map_ahead
+from diffalign.data.pairs import PreferencePair, Progress, RowProblem, UnreadableImage
+from diffalign.data.sheet import contact_sheet
+from diffalign.data.table import PairTable
+
+__all__ = ["DataReport", "Problem", "check", "contact_sheet"]
+
+LISTED = 10  # problems of one kind listed in the text; ``to_dict`` has all
+SIZES_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that cannot be used."""
+
+    origin: str
+    side: str | None  # "winner" or "loser" where one picture is at fault
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What ``check`` found. Places are file and row."""
+
+    description: str
+    fingerprint: str
+    pairs: int  # rows looked at, usable or not
+    left_out: dict[str, int]  # rows left out when the data set was opened, by reason
+    ties: int
+    labels: dict[str, int]  # how often each label occurs, in bins of 0.05 if there are many
+    weights: tuple[float, float]  # smallest and largest
+    unique_prompts: int
+    empty_captions: tuple[str, ...]
+    unique_images: int
+    sizes: dict[str, int]  # "width x height" -> pictures (each side of each pair counts), most frequent first
+    smallest_side: int
+    duplicate_pairs: tuple[tuple[str, str], ...]  # (place, place of the first): same prompt, same pictures, same preference
+    contradictions: tuple[tuple[str, str], ...]  # same prompt and pictures, the other one preferred
+    repeated_images: int  # pictures that occur in more than one place
+    identical_sides: tuple[str, ...]  # winner and loser are the same file
+    unreadable: tuple[Problem, ...]  # pictures
+    bad_rows: tuple[Problem, ...]  # everything else: labels, weights, missing files
+
+    @property
+    def unusable(self) -> int:
+        """Rows that cannot be used."""
+        return len({p.origin for p in (*self.unreadable, *self.bad_rows)})
+
+    @property
+    def usable(self) -> int:
+        return self.pairs - self.unusable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"usable": self.usable, "unusable": self.unusable}
+
+    def to_text(self) -> str:
+        """The report as a person reads it."""
+        lines = [self.description, "", *self._counts(), ""]
+        for title, found in self._problems().items():
+            if found:
+                lines.append(f"{title} ({len(found)}):")
+                lines += [textwrap.indent(item, "  ") for item in found[:LISTED]]
+                lines += [f"  ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
+        if not any(self._problems().values()):
+            lines.append("No problems found.")
+        return "\n".join(lines)
+
+    def _counts(self) -> list[str]:
+        sizes = [f"{size}: {n}" for size, n in list(self.sizes.items())[:SIZES_LISTED]]
+        more = [f"{len(self.sizes) - SIZES_LISTED} other sizes"] if len(self.sizes) > SIZES_LISTED else []
+        left = ", ".join(f"{n} {why}" for why, n in self.left_out.items() if n)
+        low, high = self.weights
+        found = {
+            "pairs": f"{self.pairs} ({self.usable} usable)",
+            "left out": left or "none",
+            "ties": f"{self.ties} ({self.ties / max(self.pairs, 1):.1%})",
+            "labels": ", ".join(f"{label}: {n}" for label, n in self.labels.items()),
+            "weights": f"{low:g}" if low == high else f"{low:g} to {high:g}",
+            "prompts": f"{self.unique_prompts} different, {len(self.empty_captions)} empty",
+            "images": f"{self.unique_images} different, {self.repeated_images} of them in more than one place",
+            "sizes": ", ".join([*sizes, *more]) + f" (smallest side {self.smallest_side})",
+            "fingerprint": self.fingerprint[:16],
+        }
+        return [f"{name:<12} {value}" for name, value in found.items()]
+
+    def _problems(self) -> dict[str, list[str]]:
+        def problem(p: Problem) -> str:
+            return f"{p.origin}{f' ({p.side})' if p.side else ''}: {p.reason}"
+
+        return {
+            "Unreadable images": [problem(p) for p in self.unreadable],
+            "Rows that cannot be used": [problem(p) for p in self.bad_rows],
+            "Empty captions": list(self.empty_captions),
+            "Winner and loser are the same picture": list(self.identical_sides),
+            "Duplicate pairs": [f"{place} repeats {first}" for place, first in self.duplicate_pairs],
+            "Contradictions (the other picture preferred)": [f"{place} against {first}" for place, first in self.contradictions],
+        }
+
+
+@dataclass
+class _Tally:
+    """What is counted while reading. Holds a few dozen bytes per picture and pair, never pixels."""
+
+    labels: Counter[float] = field(default_factory=Counter)
+    weights: list[float] = field(default_factory=lambda: [float("inf"), float("-inf")])
+    prompts: set[bytes] = field(default_factory=set)
+    empty: list[str] = field(default_factory=list)
+    images: Counter[bytes] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    seen: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)  # prompt and pictures -> first place, its winner
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    contradictions: list[tuple[str, str]] = field(default_factory=list)
+    identical: list[str] = field(default_factory=list)
+    unreadable: list[Problem] = field(default_factory=list)
+    bad_rows: list[Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One pair after reading: per side digest and size, or the reason why not."""
+
+    pair: PreferencePair
+    digests: dict[str, bytes]
+    sizes: dict[str, tuple[int, int]]
+    faults: tuple[Problem, ...]
+
+
+def check(table: PairTable, *, progress: Progress | None = None, workers: int | None = None) -> DataReport:
+    """Read every row and decode every picture; nothing that is wrong with a row stops it."""
+    tally = _Tally()
+    threads = default_workers() if workers is None else workers
+    for done, outcome in enumerate(map_ahead(_look, _rows(table), threads), 1):
+        if isinstance(outcome, RowProblem):
+            kind = tally.unreadable if outcome.side else tally.bad_rows
+            kind.append(Problem(outcome.origin, outcome.side, outcome.reason))
+        else:
+            _count(tally, outcome)
+        if progress:
+            progress("reading", done, len(table))
+    return _report(table, tally)
+
+
+def _rows(table: PairTable) -> Iterator[PreferencePair | RowProblem]:
+    for index in range(len(table)):
+        try:
+            yield table[index]
+        except RowProblem as problem:
+            yield problem
+
+
+def _look(pair: PreferencePair | RowProblem) -> _Seen | RowProblem:
+    if isinstance(pair, RowProblem):
+        return pair
+    digests, sizes, faults = {}, {}, []
+    for side in ("winner", "loser"):
+        try:
+            source = pair.side(side).held()
+            sizes[side] = source.open().size
+            digests[side] = bytes.fromhex(source.digest())[:16]
+        except UnreadableImage as error:
+            faults.append(Problem(pair.origin, side, str(error)))
+    return _Seen(pair, digests, sizes, tuple(faults))
+
+
+def _count(tally: _Tally, seen: _Seen) -> None:
+    pair = seen.pair
+    tally.labels[pair.label] += 1
+    tally.weights = [min(tally.weights[0], pair.weight), max(tally.weights[1], pair.weight)]
+    prompt = hashlib.sha256(pair.prompt.encode()).digest()[:16]
+    tally.prompts.add(prompt)
+    if not pair.prompt:
+        tally.empty.append(pair.origin)
+    tally.images.update(seen.digests.values())
+    tally.sizes.update(seen.sizes.values())
+    tally.unreadable.extend(seen.faults)
+    if seen.faults:
+        return
+    winner, loser = seen.digests["winner"], seen.digests["loser"]
+    if winner == loser:
+        tally.identical.append(pair.origin)
+    first, preferred = tally.seen.setdefault(prompt + b"".join(sorted((winner, loser))), (pair.origin, winner))
+    if first != pair.origin:
+        agrees = preferred == winner or pair.tie
+        (tally.duplicates if agrees else tally.contradictions).append((pair.origin, first))
+
+
+def _report(table: PairTable, tally: _Tally) -> DataReport:
+    return DataReport(
+        description=table.description,
+        fingerprint=table.fingerprint,
+        pairs=len(table),
+        left_out=table.left_out,
+        ties=tally.labels[0.5],
+        labels=_histogram(tally.labels),
+        weights=tuple(tally.weights) if tally.labels else (1.0, 1.0),
+        unique_prompts=len(tally.prompts),
+        empty_captions=tuple(tally.empty),
+        unique_images=len(tally.images),
+        sizes={f"{w} x {h}": n for (w, h), n in tally.sizes.most_common()},
+        smallest_side=min((min(size) for size in tally.sizes), default=0),
+        duplicate_pairs=tuple(tally.duplicates),
+        contradictions=tuple(tally.contradictions),
+        repeated_images=sum(n > 1 for n in tally.images.values()),
+        identical_sides=tuple(tally.identical),
+        unreadable=tuple(tally.unreadable),
+        bad_rows=tuple(tally.bad_rows),
+    )
+
+
+def _histogram(labels: Counter[float]) -> dict[str, int]:
+    """Counts by label, or by bin of width 0.05 if there are more than ten different ones."""
+    if len(labels) <= 10:
+        return {f"{label:g}": n for label, n in sorted(labels.items())}
+    bins = Counter({min(int(label * 20), 19): 0 for label in labels})
+    for label, n in labels.items():
+        bins[min(int(label * 20), 19)] += n
+    return {f"{b / 20:.2f}-{(b + 1) / 20:.2f}": n for b, n in sorted(bins.items())}

@@ -1,0 +1,72 @@
+"""Training health: the numbers that explain "the loss stays at 0.69", per pair and per timestep bin.
+
+At the start policy and reference agree, every margin is 0 and the loss is ln 2 = 0.693. It moves slowly because a margin is
+a small difference of errors times beta; accuracy on fixed validation draws moves first. Two ways to go wrong show in the
+drifts (change of the denoising error against the reference): both near 0 means that nothing is learnt; both positive means
+that winner and loser are unlearnt together (likelihood displacement).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffalign.types import LogRatio
+
+BINS = 10
+"""Timestep bins of equal width over [0, T)."""
+
+
+@torch.no_grad()
+def denoising_health(
+    ratio: LogRatio, policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], scale: float
+) -> dict[str, Tensor]:
+    """Metrics [B] of one batch, from the log-ratios, the errors (winner [B], loser [B]) of both models, and margin's scale.
+
+    ``margin`` is the logit h = scale * (w - l); ``accuracy`` is 1 where it is positive, 1/2 where it is exactly zero;
+    ``winner_drift`` and ``loser_drift`` are errors minus the reference's; ``gradient_factor`` = sigma(-h) is the share of
+    the full gradient that the pair still gives.
+    """
+    margin = scale * ratio.margin
+    return {
+        "margin": margin,
+        "accuracy": 0.5 * (1.0 + margin.sign()),
+        "winner_drift": -ratio.winner,
+        "loser_drift": -ratio.loser,
+        "winner_error": policy[0].detach(),
+        "loser_error": policy[1].detach(),
+        "reference_winner_error": reference[0],
+        "reference_loser_error": reference[1],
+        "gradient_factor": torch.sigmoid(-margin),
+    }
+
+
+def by_timestep(t: Tensor, metrics: Mapping[str, Tensor], train_steps: int, bins: int = BINS) -> list[dict[str, float]]:
+    """Means of the metrics [N] within each timestep bin; bins that no sample fell into are left out.
+
+    Each entry has ``t_from`` and ``t_to`` (exclusive), ``count``, and one mean per metric.
+    """
+    edges = torch.linspace(0, train_steps, bins + 1).round().long()
+    which = torch.bucketize(t.cpu(), edges, right=True) - 1
+    out = []
+    for b in range(bins):
+        inside = which == b
+        if inside.any():
+            means = {name: float(value.float().cpu()[inside].mean()) for name, value in metrics.items()}
+            out.append({"t_from": int(edges[b]), "t_to": int(edges[b + 1]), "count": int(inside.sum()), **means})
+    return out
+
+
+def advice(validation: Mapping[str, float]) -> str | None:
+    """One plain sentence when the validation metrics show a known trouble, else None."""
+    margin, winner, loser = (validation[k] for k in ("margin", "winner_drift", "loser_drift"))
+    scale = max(validation["reference_winner_error"], 1e-12)
+    if abs(winner) < 1e-6 * scale and abs(loser) < 1e-6 * scale:
+        return "The policy has not moved from the reference: raise the learning rate or check that parameters are trainable."
+    if winner > 0.02 * scale and loser > 0.02 * scale:
+        return "Winner and loser are both unlearnt (likelihood displacement): lower the learning rate or raise beta."
+    if margin < 0:
+        return "The margin on held-out pairs is negative: the policy prefers the losers; check the labels' orientation."
+    return None

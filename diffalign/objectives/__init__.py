@@ -1,0 +1,22 @@
+"""One paper per file: citation, formula, departures of the released code, the paper's numbers as defaults.
+
+The folder is the registry: ``names()`` lists it, ``load(name)`` imports one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def names() -> list[str]:
+    """The objectives, as the command line spells them."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of an objective. Raises ValueError that lists the known ones."""
+    if name not in names():
+        raise ValueError(f"no objective is called {name!r}; there are: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

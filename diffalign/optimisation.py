@@ -1,0 +1,114 @@
+"""Optimizers, learning-rate schedules and weight averaging: what a step does to the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.settings import check_options, option
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) and its schedule; Diffusion-DPO's numbers by default."""
+
+    learning_rate: float = option(2.048e-5, "peak learning rate", gt=0)
+    beta1: float = option(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
+    beta2: float = option(0.999, "AdamW's decay of the second moment", ge=0, lt=1)
+    weight_decay: float = option(1e-2, "decoupled weight decay", ge=0)
+    epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = option("constant", "shape of the learning rate after warm-up")
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up", ge=0)
+    max_grad_norm: float = option(1.0, "gradient clipping by global norm; 0 switches it off", ge=0)
+    eight_bit: bool = option(False, "8-bit AdamW through bitsandbytes")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
+    """AdamW, fused where torch has it for the parameters' device; 8-bit through bitsandbytes when asked for."""
+    parameters = list(parameters)
+    options = dict(
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
+    )
+    if settings.eight_bit:
+        return _bitsandbytes().optim.AdamW8bit(parameters, **options)
+    fused = all(p.is_floating_point() and p.device.type in ("cuda", "cpu", "xpu", "mps") for p in parameters)
+    return torch.optim.AdamW(parameters, fused=fused, **options)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("8-bit AdamW needs bitsandbytes: pip install 'diffalign[8bit]', or set eight_bit to false.") from error
+    return bitsandbytes
+
+
+def learning_rate_factor(step: int, steps: int, settings: OptimiserSettings) -> float:
+    """The factor on the learning rate at optimizer step ``step`` (from 0): linear warm-up, then the schedule, down to 0 at ``steps``."""
+    if step < settings.warmup_steps:
+        return step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    progress = (step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
+    if settings.schedule == "linear":
+        return max(1.0 - progress, 0.0)
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, settings: OptimiserSettings
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule as torch's LambdaLR; its state is one integer, so it resumes with any optimizer."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, settings))
+
+
+class Ema:
+    """Exponential moving average of the trained parameters, with a warm-up that forgets the start: min(decay, (1+n)/(10+n))."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self._parameters = list(parameters)
+        self._average = [p.detach().clone() for p in self._parameters]
+        self._decay, self._updates = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the current parameters."""
+        self._updates += 1
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the parameters hold the average."""
+        kept = [p.detach().clone() for p in self._parameters]
+        self._copy(self._average)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._updates, "average": [a.clone() for a in self._average]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._updates = state["updates"]
+        for mine, saved in zip(self._average, state["average"], strict=True):
+            mine.copy_(saved)

@@ -1,0 +1,366 @@
+"""The loop: one for every objective and every family.
+
+    for each optimizer step:
+        for each micro-batch: loss = objective(batch, policy, reference); backward
+        clip, step, average; now and then: validate, log, checkpoint
+
+It runs on Accelerate (one process, or many by torchrun / accelerate launch). Nothing in it knows a method or a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffalign import health
+from diffalign.checkpoint import Checkpoints, Stateful
+from diffalign.data.loader import PairLoader
+from diffalign.errors import NonFiniteLossError, UserError
+from diffalign.optimisation import Ema, OptimiserSettings, build_optimizer, build_schedule
+from diffalign.protocols import Denoiser, Predictor
+from diffalign.settings import check_options, option
+from diffalign.types import Outcome, PairBatch
+
+
+class Objective(Protocol):
+    """Losses of a batch of pairs; ``objectives/`` has one per paper."""
+
+    def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long to train and how often to look up."""
+
+    steps: int = option(2000, "optimizer steps", ge=1)
+    log_every: int = option(1, "optimizer steps between lines of metrics", ge=1)
+    validate_every: int = option(50, "optimizer steps between validations; 0 validates only at the ends", ge=0)
+    checkpoint_every: int = option(100, "optimizer steps between checkpoints; 0 writes one only at the end", ge=0)
+    keep_checkpoints: int = option(2, "how many checkpoints to keep", ge=1)
+    ema_decay: float = option(0.0, "decay of an average of the weights, which is then what gets exported; 0 for none", ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended; ``interrupted`` after SIGTERM or Ctrl-C, with a checkpoint of ``step``."""
+
+    step: int
+    interrupted: bool
+    seconds: float
+
+
+class Position:
+    """The sampler's position: optimizer steps done."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+
+
+class RandomState:
+    """The global generators (LoRA dropout draws from them; pairs, t and noise do not)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": cuda,
+            "numpy": [kind, keys.tolist(), *rest],
+            "python": list(_listed(random.getstate())),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+
+
+def _listed(state: tuple) -> tuple:
+    version, internal, gauss = state
+    return version, list(internal), gauss
+
+
+class PolicyWeights:
+    """The trained weights: of the adapter, or of the whole network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._named.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state.keys() != self._named.keys():
+            odd = sorted(state.keys() ^ self._named.keys())[:3]
+            raise UserError(f"The checkpoint holds other weights than this run trains (for example {', '.join(odd)}).")
+        for name, parameter in self._named.items():
+            parameter.copy_(state[name])  # in place: the optimizer holds these very tensors
+
+
+class Interruption:
+    """Turns SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C is not caught."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Trainer:
+    """Everything a run is made of, and the loop over it.
+
+    ``identity`` names what the run must not change under itself (reference, data, objective): it is written into every
+    checkpoint and compared on resume.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        policy: Denoiser,
+        reference: Predictor,
+        loader: PairLoader,
+        validation: Sequence[PairBatch],
+        accelerator: Accelerator,
+        output: Path,
+        loop: LoopSettings,
+        optimiser: OptimiserSettings,
+        identity: Mapping[str, Any],
+        report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
+    ) -> None:
+        self._objective, self._policy, self._reference = objective, policy, reference
+        self._loader, self._validation, self._report = loader, validation, report
+        self._accelerator, self._loop, self._identity = accelerator, loop, dict(identity)
+        self._max_grad_norm = optimiser.max_grad_norm
+        self._parameters = list(policy.trainable_parameters())
+        self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, optimiser))
+        self._schedule = build_schedule(self._optimizer.optimizer, loop.steps, optimiser)
+        self._position = Position()
+        self._ema = Ema(self._parameters, loop.ema_decay) if loop.ema_decay else None
+        self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
+        self._metrics_file = output / "metrics.jsonl"
+        self._things: dict[str, Stateful] = {
+            "weights": PolicyWeights(accelerator.unwrap_model(policy.network)),
+            "optimizer": self._optimizer.optimizer,
+            "schedule": self._schedule,
+            "position": self._position,
+            "random": RandomState(),
+            **({"ema": self._ema} if self._ema else {}),
+        }
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._position.step
+
+    @property
+    def ema(self) -> Ema | None:
+        return self._ema
+
+    # ------------------------------------------------------------------------------------------------------- resuming
+
+    def save(self) -> None:
+        """Write a checkpoint of this step (main process only; the others wait)."""
+        if self._accelerator.is_main_process:
+            self._checkpoints.save(self.step, self._things, {"identity": self._identity})
+        self._accelerator.wait_for_everyone()
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint; False if there is none.
+
+        Raises:
+            UserError: the checkpoint was made with another reference, data set or objective.
+        """
+        path = self._checkpoints.latest()
+        if path is None:
+            return False
+        saved = json.loads((path / "checkpoint.json").read_text())["identity"]
+        changed = [k for k in sorted(saved.keys() | self._identity.keys()) if saved.get(k) != self._identity.get(k)]
+        if changed:
+            lines = "; ".join(f"{k}: {saved.get(k)!r} then, {self._identity.get(k)!r} now" for k in changed)
+            raise UserError(
+                f"{path} belongs to another run. {lines}. Resume with the same settings, or start a new output folder."
+            )
+        self._checkpoints.load(path, self._things)
+        self._forget_metrics_after(self.step)
+        return True
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop lines of steps that will be done again."""
+        if self._accelerator.is_main_process and self._metrics_file.exists():
+            lines = self._metrics_file.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self._metrics_file.write_text("".join(line + "\n" for line in kept))
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> Finished:
+        """Train to the last step, or until interrupted.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient is not finite. The update is not made; the last checkpoint stays.
+        """
+        start, began = time.perf_counter(), self.step
+        with Interruption() as interruption:
+            if self.step == 0:
+                self.validate()
+            for micro_batches in self._loader.steps(self.step, self._loop.steps):
+                tick = time.perf_counter()
+                numbers = self._optimizer_step(micro_batches)
+                self._position.step += 1
+                numbers["seconds"] = time.perf_counter() - tick
+                self._after_step(numbers)
+                if self._agreed(interruption.requested):
+                    break
+        stopped_early = self.step < self._loop.steps
+        if self.step > began and (stopped_early or not self._is_due(self._loop.checkpoint_every)):
+            self.save()
+        return Finished(self.step, stopped_early, time.perf_counter() - start)
+
+    def _after_step(self, numbers: Mapping[str, float]) -> None:
+        last = self.step == self._loop.steps
+        if self._is_due(self._loop.log_every) or last:
+            self._log("train", numbers)
+        if self._is_due(self._loop.validate_every) or last:
+            self.validate()
+        if self._is_due(self._loop.checkpoint_every):
+            self.save()
+        self._report(self.step, numbers)
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _agreed(self, mine: bool) -> bool:
+        """True on every process as soon as it is true on one."""
+        if self._accelerator.num_processes == 1:
+            return mine
+        return bool(self._accelerator.reduce(torch.tensor(float(mine), device=self._accelerator.device), "sum") > 0)
+
+    def _optimizer_step(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
+        """One update from ``accumulation`` micro-batches; the loss is the mean over all their pairs."""
+        outcomes, weights = [], []
+        rate = self._optimizer.param_groups[0]["lr"]
+        for number, batch in enumerate(micro_batches, start=1):
+            batch = batch.to(self._accelerator.device)
+            is_last = number == len(micro_batches)
+            with nullcontext() if is_last else self._accelerator.no_sync(self._policy.network):
+                outcome = self._objective(batch, self._policy, self._reference)
+                loss = (batch.weight * outcome.loss).mean() / len(micro_batches)
+                self._accelerator.backward(loss)
+            outcomes.append(outcome)
+            weights.append(batch.weight)
+        norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm or math.inf)
+        numbers = self._means(outcomes, weights)
+        numbers["gradient_norm"], numbers["learning_rate"] = float(norm), float(rate)
+        self._refuse_non_finite(numbers, outcomes)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        if self._ema:
+            self._ema.update()
+        return numbers
+
+    def _means(self, outcomes: Sequence[Outcome], weights: Sequence[Tensor]) -> dict[str, float]:
+        """Means over all pairs of the step, on all processes: one transfer from the device."""
+        columns = {"loss": torch.cat([w * o.loss.detach() for w, o in zip(weights, outcomes, strict=True)])}
+        for name in outcomes[0].metrics:
+            columns[name] = torch.cat([o.metrics[name] for o in outcomes])
+        table = torch.stack([c.double().mean() for c in columns.values()])
+        table = self._accelerator.reduce(table, "mean").cpu()
+        return dict(zip(columns, table.tolist(), strict=True))
+
+    def _refuse_non_finite(self, numbers: Mapping[str, float], outcomes: Sequence[Outcome]) -> None:
+        if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["gradient_norm"]) or self._accelerator.scaler is not None):
+            return
+        t = torch.cat([o.t for o in outcomes]).tolist()
+        margins = [round(m, 4) for o in outcomes for m in o.metrics["margin"].tolist()]
+        last = self._checkpoints.latest()
+        raise NonFiniteLossError(
+            f"Step {self.step + 1}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}. Timesteps {t}, margins {margins}. "
+            f"The update was not made; {f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}. "
+            "A lower learning rate, bf16 instead of fp16, or a look at these pairs may help."
+        )
+
+    # -------------------------------------------------------------------------------------------- validation and logs
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Metrics on the fixed pairs and draws, overall and per timestep bin; empty without validation pairs."""
+        if not self._validation:
+            return {}
+        with self._ema.applied() if self._ema else nullcontext():
+            t, columns = self._validation_columns()
+        means = {name: float(values.double().mean()) for name, values in columns.items()}
+        bins = health.by_timestep(t, columns, len(self._policy.schedule))
+        self._log("validation", means, bins=bins, advice=health.advice(means) if self.step else None)
+        return means
+
+    def _validation_columns(self) -> tuple[Tensor, dict[str, Tensor]]:
+        rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        mine = list(self._validation)[rank::world]
+        outcomes = [self._objective(b.to(self._accelerator.device), self._policy, self._reference) for b in mine]
+        names = [] if not outcomes else ["loss", *outcomes[0].metrics]
+        rows = {n: [float(v) for o in outcomes for v in (o.loss if n == "loss" else o.metrics[n]).tolist()] for n in names}
+        rows["t"] = [int(v) for o in outcomes for v in o.t.tolist()]
+        gathered = _gather(rows, self._accelerator)
+        t = torch.tensor(gathered.pop("t"))
+        return t, {name: torch.tensor(values) for name, values in gathered.items()}
+
+    def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
+        if self._accelerator.is_main_process:
+            with self._metrics_file.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": self.step, **numbers, **more}) + "\n")
+        flat = {f"{kind}/{name}": value for name, value in numbers.items()}
+        for b in more.get("bins", []):
+            span = f"t{b['t_from']:04d}-{b['t_to']:04d}"
+            flat |= {f"{kind}-{name}/{span}": b[name] for name in ("accuracy", "margin", "winner_drift", "loser_drift")}
+        self._accelerator.log(flat, step=self.step)
+
+
+def _gather(rows: dict[str, list], accelerator: Accelerator) -> dict[str, list]:
+    if accelerator.num_processes == 1:
+        return rows
+    parts: list[dict[str, list] | None] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(parts, rows)
+    names = next(p for p in parts if len(p) > 1)
+    return {n: [v for p in parts for v in p.get(n, [])] for n in names}

@@ -1,0 +1,74 @@
+"""The console script ``diffalign``: finds the commands in ``pipelines/commands`` and runs one.
+
+Errors of the user's making are one paragraph on stderr and exit status 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+import textwrap
+
+from diffalign.errors import UserError
+from pipelines import commands
+
+
+def command_names() -> list[str]:
+    """The commands; the folder is the registry."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(commands.__path__))
+
+
+def build_parser(asked: str | None) -> argparse.ArgumentParser:
+    """The parser; only the command that was asked for declares its options, so that ``--help`` stays quick."""
+    parser = argparse.ArgumentParser("diffalign", description="Preference alignment of diffusion models: train, sample, judge.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name in command_names():
+        module = importlib.import_module(f"pipelines.commands.{name.replace('-', '_')}")
+        own = sub.add_parser(name, help=module.HELP, description=module.HELP)
+        own.set_defaults(run=module.run)
+        if name == asked:
+            own.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+            module.add_arguments(own)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    parser = build_parser(asked)
+    args, unknown = parser.parse_known_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(version("diffalign"))
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2 if argv else 0
+    if unknown and not getattr(args, "takes_unknown", False):
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    args.unknown = unknown
+    try:
+        return args.run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(paragraph(f"diffalign {args.command}: {error}"), file=sys.stderr)
+        return 2
+
+
+def paragraph(text: str) -> str:
+    """Wrapped at 110 columns; existing line breaks stay."""
+    return "\n".join(
+        textwrap.fill(line, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
+
+
+def script() -> None:
+    sys.exit(main())

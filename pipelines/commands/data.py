@@ -1,0 +1,110 @@
+"""``diffalign data``: look at preference data before training on it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffalign.data.pairs import Progress
+
+HELP = "check preference data and show a contact sheet"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check",
+        help="read everything; report counts, sizes, ties, duplicates and whatever cannot be read",
+        description="Exit status 0 if the data can be used, 1 if more pairs than the limit cannot.",
+    )
+    check.add_argument("path", metavar="PATH", help="a file, a folder, or the id of a data set on the Hugging Face hub")
+    check.add_argument("--split", default="train", help="which split, where there are several (default: %(default)s)")
+    check.add_argument("--ties", choices=("keep", "drop"), default="keep", help="pairs with label 1/2 (default: %(default)s)")
+    check.add_argument(
+        "--columns", nargs="+", default=[], metavar="ROLE=NAME", help="which column plays which role: prompt=text chosen=image_a"
+    )
+    check.add_argument(
+        "--max-unreadable", type=float, default=0.01, metavar="SHARE", help="limit for status 1 (default: %(default)s)"
+    )
+    check.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of pairs")
+    check.add_argument("--pairs", type=int, default=12, metavar="N", help="pairs on the contact sheet (default: %(default)s)")
+    check.add_argument("--seed", type=int, default=0, help="which pairs are on the contact sheet (default: %(default)s)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if the data can be used, 1 if the share of pairs that cannot exceeds the limit. Raises ``UserError``."""
+    from diffalign.data.open import open_pairs
+    from diffalign.data.validate import check, contact_sheet
+
+    table = open_pairs(args.path, split=args.split, ties=args.ties, columns=parse_columns(args.columns))
+    with progress_bar() as progress:
+        report = check(table, progress=progress)
+    print(report.to_text())
+    if args.json:
+        _write_json(args.json, report.to_dict())
+    if args.sheet and report.usable:
+        _write_sheet(args.sheet, contact_sheet(table, n=max(args.pairs, 1), seed=args.seed))
+    if report.unusable > args.max_unreadable * report.pairs:
+        share = report.unusable / report.pairs
+        print(
+            f"\n{report.unusable} of {report.pairs} pairs ({share:.2%}) cannot be used; the limit is {args.max_unreadable:.2%}."
+        )
+        return 1
+    return 0
+
+
+def parse_columns(pairs: list[str]) -> dict[str, str]:
+    """``["prompt=text", ...]`` as a mapping. Raises ``UserError`` for anything else."""
+    from diffalign.errors import UserError
+
+    for pair in pairs:
+        role, sign, name = pair.partition("=")
+        if not (role and sign and name):
+            raise UserError(f"--columns: found {pair!r}; expected ROLE=NAME, as in prompt=text.")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar with an estimate of the time left, on stderr, one line per stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    texts = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*texts, console=Console(stderr=True), transient=True) as bar:
+        tasks = {}
+
+        def told(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield told
+
+
+def _write_json(path: Path, report: dict) -> None:
+    import json
+
+    _write(path, lambda: path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def _write_sheet(path: Path, sheet: Image.Image) -> None:
+    _write(path, lambda: sheet.save(path))
+    print(f"\nContact sheet: {path}")
+
+
+def _write(path: Path, write: Callable[[], object]) -> None:
+    from diffalign.errors import UserError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written: {error}.") from error

@@ -1,0 +1,53 @@
+"""``diffalign evaluate``: base and tuned answer the same prompts from the same noise, and judges compare."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "compare a tuned model with its base: same prompts, same seeds, win rates by judge, a page of pictures"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffalign evaluate``."""
+    import reward_models
+    from pipelines.prompts import FORMATS, SETS
+    from pipelines.sampling_options import add_sampling_options, whole
+
+    judges = ", ".join(reward_models.names())
+    model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    parser.add_argument("--base", required=True, metavar="MODEL", help=f"the model before: {model}")
+    parser.add_argument("--tuned", required=True, metavar="MODEL", help="the model after, named the same way")
+    parser.add_argument("--prompts", required=True, help=f"a {', '.join(FORMATS)} file, or one of {', '.join(SETS)}")
+    parser.add_argument("--judges", default="oracle", help=f"comma-separated; there are {judges} (default oracle)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the report goes")
+    parser.add_argument("--images-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")
+    add_sampling_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the table and write the report; 0 when it is written."""
+    from functools import partial
+
+    from pipelines.evaluation import evaluate
+    from pipelines.families import load_pipeline
+    from pipelines.prompts import read_prompts
+    from pipelines.sampling_options import bar, sampling_arguments
+
+    prompts = read_prompts(args.prompts, args.column)[: args.n]
+    judges = [name.strip() for name in args.judges.split(",") if name.strip()]
+    with bar() as progress:
+        summary = evaluate(
+            args.base,
+            args.tuned,
+            prompts,
+            judges,
+            args.out,
+            load=partial(load_pipeline, dtype=args.dtype, device=args.device),
+            seed=args.seed,
+            images_per_prompt=args.images_per_prompt,
+            overwrite=args.overwrite,
+            progress=progress,
+            **sampling_arguments(args),
+        )
+    print(summary.to_text())
+    return 0

@@ -1,0 +1,48 @@
+"""``diffalign generate``: pictures of prompts from any checkpoint, at fixed seeds."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "sample pictures of prompts from a checkpoint at fixed seeds, with a grid and a record of the seeds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffalign generate``."""
+    from pipelines.prompts import FORMATS, SETS
+    from pipelines.sampling_options import add_sampling_options, whole
+
+    model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    parser.add_argument("--model", required=True, help=model)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", help=f"a {', '.join(FORMATS)} file, or one of {', '.join(SETS)}")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the pictures go")
+    parser.add_argument("--n-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")
+    add_sampling_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample and write; 0 when all is written."""
+    from functools import partial
+
+    from pipelines.families import load_pipeline
+    from pipelines.generation import generate
+    from pipelines.prompts import read_prompts
+    from pipelines.sampling_options import bar, sampling_arguments
+
+    prompts = args.prompt if args.prompt else read_prompts(args.prompts, args.column)
+    with bar() as progress:
+        record = generate(
+            args.model,
+            prompts[: args.n],
+            args.out,
+            load=partial(load_pipeline, dtype=args.dtype, device=args.device),
+            images_per_prompt=args.n_per_prompt,
+            seed=args.seed,
+            overwrite=args.overwrite,
+            progress=progress,
+            **sampling_arguments(args),
+        )
+    print(f"{len(record['pictures'])} pictures in {args.out}, {record['seconds']:.0f} s; look at {args.out}/grid.png")
+    return 0

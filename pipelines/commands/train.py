@@ -1,0 +1,77 @@
+"""``diffalign train OBJECTIVE``: align a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "align a checkpoint with preference pairs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from diffalign import objectives
+
+    parser.set_defaults(takes_unknown=True)
+    sub = parser.add_subparsers(dest="objective_name", metavar="OBJECTIVE", required=True)
+    for name in objectives.names():
+        module = objectives.load(name)
+        own = sub.add_parser(name, help=f"{module.__doc__.splitlines()[0]}", description=module.__doc__.splitlines()[0])
+        _add_run_options(own)
+        from pipelines import config
+
+        config.add_options(own, module.Objective)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to run")
+    group.add_argument("--recipe", metavar="NAME", help="start from a shipped recipe (`--recipe list` shows them)")
+    group.add_argument(
+        "--config", metavar="FILE", help="settings from a YAML file; they win over the recipe's, options win over both"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="check and print everything, estimate memory and time, train nothing"
+    )
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pipelines import recipes
+
+    name = args.objective_name
+    if args.recipe == "list":
+        print("\n".join(recipes.describe(name)))
+        return 0
+    settings = resolve_settings(args)
+    if args.dry_run:
+        return _dry_run(name, settings)
+    from diffalign.checkpoint import INTERRUPTED_STATUS
+    from pipelines import training
+
+    finished = training.train(name, settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+    return INTERRUPTED_STATUS if finished.interrupted else 0
+
+
+def resolve_settings(args: argparse.Namespace) -> Any:
+    """Recipe, then file, then options; checked."""
+    from diffalign import objectives
+    from pipelines import config, recipes
+
+    objective = objectives.load(args.objective_name).Objective
+    layers = [
+        recipes.load(args.objective_name, args.recipe) if args.recipe else {},
+        config.read_yaml(Path(args.config)) if args.config else {},
+        config.given_options(args, objective),
+    ]
+    return config.resolve(config.merge(*layers), objective, getattr(args, "unknown", []))
+
+
+def _dry_run(name: str, settings: Any) -> int:
+    from pipelines import estimate, training
+
+    print(training.to_yaml(name, settings))
+    print(estimate.estimate(settings).to_text())
+    return 0

@@ -1,0 +1,283 @@
+"""``diffalign world``: the tiny world's pictures, captions, preference pairs and checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.tiny.check import Progress
+
+HELP = "draw the tiny world's scenes and captions, make preference pairs, train and check its checkpoint"
+
+SPLITS = ("train", "validation", "test")
+
+TRAINING_OPTIONS: dict[str, tuple[type, str]] = {
+    "seed": (int, "seed of scenes, weights and noise"),
+    "scenes": (int, "different scenes drawn before training"),
+    "vae_steps": (int, "steps of the autoencoder"),
+    "vae_batch": (int, "pictures per step of the autoencoder"),
+    "vae_learning_rate": (float, "peak learning rate of the autoencoder"),
+    "kl_weight": (float, "weight of the KL term"),
+    "unet_steps": (int, "steps of UNet and text encoder"),
+    "unet_batch": (int, "pictures per step of UNet and text encoder"),
+    "unet_learning_rate": (float, "peak learning rate of UNet and text encoder"),
+    "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
+    "ema_decay": (float, "decay of the averaged weights"),
+}
+"""The fields of ``pipelines.tiny.train.WorldTraining``, listed so that ``--help`` need not import torch (a test compares)."""
+
+
+# --------------------------------------------------------------------------------------------------------------- arguments
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"wants a whole number, at least {least}; got {text!r}")
+        return value
+
+    return parse
+
+
+def _number(most: float = math.inf) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0.0 <= value <= most or math.isinf(value):
+            wanted = "at least 0" if math.isinf(most) else f"from 0 to {most:g}"
+            raise argparse.ArgumentTypeError(f"wants a number {wanted}; got {text!r}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The five jobs of ``diffalign world``."""
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+    _add_draw(jobs.add_parser("draw", help="draw scenes with their captions (no model)"))
+    _add_captions(jobs.add_parser("captions", help="write different plain captions, one a line (no model)"))
+    _add_pairs(jobs.add_parser("pairs", help="sample pairs from a checkpoint and let synthetic people choose"))
+    _add_train(jobs.add_parser("train", help="train the miniature Stable Diffusion from nothing"))
+    _add_check(jobs.add_parser("check", help="sample held-out captions and let the oracle count; status 1 if below the bar"))
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_whole(0), default=0, help="same seed, same result (default 0)")
+
+
+def _add_split(parser: argparse.ArgumentParser, default: str) -> None:
+    words = "captions of this split; no training saw validation or test"
+    parser.add_argument("--split", choices=SPLITS, default=default, help=f"{words} (default {default})")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", help="tiny (the shipped checkpoint) or a folder (default tiny)")
+    parser.add_argument("--steps", type=_whole(1), help="denoising steps (default 25)")
+    parser.add_argument("--guidance-scale", type=_number(), help="classifier-free guidance (default: the model's own)")
+    parser.add_argument("--batch", type=_whole(1), help="pictures sampled at once (default 32)")
+
+
+def _add_draw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=_whole(1), default=64, help="scenes (default 64)")
+    _add_seed(parser)
+    _add_split(parser, "train")
+    parser.add_argument("--styled", type=_number(1.0), default=0.35, help="share of captions with style words (default 0.35)")
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+
+
+def _add_captions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=_whole(1), default=300, help="captions (default 300)")
+    _add_seed(parser)
+    _add_split(parser, "test")
+    parser.add_argument("--out", type=Path, required=True, help="text file, one caption a line; replaced if it exists")
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=_whole(1), default=1000, help="pairs (default 1000)")
+    _add_seed(parser)
+    _add_sampling(parser)
+    _add_split(parser, "train")
+    parser.add_argument("--styled", type=_number(1.0), default=0.1, help="share of captions with style words (default 0.1)")
+    parser.add_argument("--sharpness", type=_number(), help="how decided the people are (default: about 80-85 %% agreement)")
+    parser.add_argument("--flip-rate", type=_number(1.0), help="share of careless answers (default 0.05)")
+    parser.add_argument("--tie-band", type=_number(), help="difference in utility below which people may call a tie")
+    parser.add_argument("--out", type=Path, required=True, help="parquet file; replaced if it exists")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="write over what is in the folder")
+    for name, (kind, words) in TRAINING_OPTIONS.items():
+        flag = "--" + name.replace("_", "-")
+        parse = _whole(0 if name == "seed" else 1) if kind is int else _number()
+        parser.add_argument(flag, type=parse, help=words + " (default: as the shipped checkpoint was made)")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=_whole(1), default=256, help="captions (default 256)")
+    _add_seed(parser)
+    _add_sampling(parser)
+    parser.add_argument("--out", type=Path, help="folder for report.json, captions.txt and grid.png")
+
+
+# -------------------------------------------------------------------------------------------------------------------- jobs
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the job; returns the exit status.
+
+    Raises:
+        UserError: the request cannot be met (too many captions, a folder in use, an unwritable path, a wrong model).
+    """
+    jobs = {"draw": _draw, "captions": _captions, "pairs": _pairs, "train": _train, "check": _check}
+    return jobs[args.job](args)
+
+
+def _draw(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from itertools import islice
+
+    from pipelines.tiny import scenes
+    from pipelines.tiny.check import sheet
+
+    with _new_folder(args.out) as folder:
+        pictures, captions, lines = [], [], []
+        for i, (scene, caption) in enumerate(islice(scenes.stream(args.seed, args.split, args.styled), args.n)):
+            pictures.append(scenes.render(scene))
+            captions.append(caption)
+            name = f"{i:06d}.png"
+            pictures[-1].save(folder / name)
+            lines.append(json.dumps({"file": name, "caption": caption, "taste": scene.style.taste, "scene": asdict(scene)}))
+        (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+        (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+        sheet(pictures, captions).save(folder / "grid.png")
+    print(f"{args.n} scenes of the {args.split} split in {args.out} (grid.png, captions.txt, captions.jsonl)")
+    return 0
+
+
+def _check_count(n: int, split: str) -> None:
+    from diffalign.errors import UserError
+    from pipelines.tiny import scenes
+
+    most = scenes.MOST_CAPTIONS[split]
+    if n > most:
+        raise UserError(f"--n {n}: the {split} split gives at most {most} different captions; ask for fewer.")
+
+
+def _captions(args: argparse.Namespace) -> int:
+    from pipelines.outputs import write_file
+    from pipelines.tiny import scenes
+
+    _check_count(args.n, args.split)
+    found = scenes.captions(args.n, args.seed, args.split)
+    write_file(args.out, "\n".join(found) + "\n")
+    print(f"{len(found)} captions of the {args.split} split in {args.out}")
+    return 0
+
+
+def _pairs(args: argparse.Namespace) -> int:
+    from pipelines.families import load_pipeline
+    from pipelines.tiny.pairs import describe, sample_pairs, write_pairs
+    from pipelines.tiny.people import People
+
+    people = People(seed=args.seed, **_given(args, "sharpness", "flip_rate", "tie_band"))
+    name = args.model if args.model == "tiny" else Path(args.model).name
+    pipe = load_pipeline(args.model)
+    with _progress("pictures", 2 * args.n) as progress:
+        options = {"styled": args.styled, "split": args.split, "model_name": name, "progress": progress}
+        records = sample_pairs(pipe, args.n, args.seed, people=people, **options, **_sampling(args))
+    write_pairs(records, args.out)
+    figures, size = describe(records), args.out.stat().st_size / 1e6
+    agreement = "none decided" if figures.agreement is None else f"{figures.agreement:.1%} of the others agree with the oracle"
+    print(f"{figures.pairs} pairs of {figures.captions} captions in {args.out} ({size:.2f} MB)")
+    print(f"{figures.ties:.1%} ties, {agreement}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from diffalign.errors import UserError
+    from pipelines.tiny.train import WorldTraining, train
+
+    if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite):
+        raise UserError(f"--output {args.output} is a file or holds something already; name a new folder, or add --overwrite.")
+    train(args.output, WorldTraining(**_given(args, *TRAINING_OPTIONS)), say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pipelines.families import load_pipeline
+    from pipelines.tiny.check import BAR, check
+
+    _check_count(args.n, "test")
+    pipe = load_pipeline(args.model)
+    with _progress("pictures", args.n) as progress:
+        report = check(pipe, args.n, seed=args.seed, progress=progress, **_sampling(args))
+    if args.out is not None:
+        report.write(args.out)
+    relation = "no caption has one" if report.relation_kept is None else f"{report.relation_kept:.1%}"
+    print(f"captions {report.n}, steps {report.steps}, guidance {report.guidance_scale:g}, seed {report.seed}")
+    print(f"objects found in the right shape and colour  {report.objects_found:.1%}  (bar {BAR:.0%})")
+    print(f"relations kept                               {relation}")
+    print(f"faithfulness                                 {report.faithfulness:.3f}")
+    print(f"taste                                        {report.taste:.3f}")
+    print("passed" if report.passed else "BELOW THE BAR")
+    return 0 if report.passed else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict:
+    """The options that were set on the command line; the others keep the defaults of the function they go to."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    return _given(args, "steps", "guidance_scale", "batch")
+
+
+@contextmanager
+def _progress(unit: str, total: int) -> Iterator[Progress]:
+    """A bar with an ETA on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes ``path`` when everything went well, and leaves no trace when not."""
+    from diffalign.errors import UserError
+
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"--out {path} is a file or holds something already; name a new or an empty folder.")
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield aside
+        aside.chmod(0o755)
+        if path.is_dir():
+            path.rmdir()
+        aside.rename(path)
+    except OSError as error:
+        raise UserError(f"--out {path} could not be written: {error.strerror or error}.") from error
+    finally:
+        if aside is not None and aside.exists():
+            shutil.rmtree(aside)

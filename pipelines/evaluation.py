@@ -1,0 +1,338 @@
+"""Base against tuned: both sample the same prompts from the same noise, judges look at the pictures, a report is written.
+
+``N`` = pictures of one model, ``images_per_prompt`` in a row for each prompt.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import reward_models
+from diffalign import evaluate as statistics
+from diffalign.errors import UserError
+from pipelines import grids, outputs, report_page, sampling
+from pipelines.prompts import Prompt
+from reward_models.base import DetailedJudge, Judge, JudgeError, ParticularJudge
+
+SYSTEMS = ("base", "tuned")
+OWNED = (
+    "base/[0-9]*.png",
+    "tuned/[0-9]*.png",
+    "summary.json",
+    "scores.csv",
+    "side_by_side.png",
+    "best_and_worst.png",
+    "index.html",
+)
+"""What a report consists of."""
+SHOWN = 12
+"""Pairs on the sheet ``side_by_side.png``, and half as many at either end of ``best_and_worst.png``."""
+FEW_PROMPTS = 50
+
+Load = Callable[[str], Any]
+"""Model as the user named it -> a Diffusers pipeline."""
+Progress = Callable[[str, int, int], None]
+"""Called with (system, pictures done, pictures in all)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How both models sample; see ``pipelines.sampling.sample``."""
+
+    steps: int = 25
+    guidance_scale: float | None = None
+    sampler: str = "ddim"
+    batch_size: int = 16
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out: ``values`` is what ``summary.json`` in ``output`` holds."""
+
+    values: dict[str, Any]
+    output: Path
+
+    def to_text(self) -> str:
+        """A Markdown table with one line per judge, and what to keep in mind."""
+        return report_page.as_text(self.values, self.output)
+
+
+@dataclass(frozen=True)
+class _Job:
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One judge's numbers on one model's pictures: ``score`` [N] and, by name, details [N]; NaN where there is none."""
+
+    score: np.ndarray
+    details: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def evaluate(
+    base: str,
+    tuned: str,
+    prompts: Sequence[Prompt | str],
+    judges: Sequence[Judge | str],
+    output: str | Path,
+    *,
+    load: Load,
+    seed: int = 0,
+    images_per_prompt: int = 1,
+    steps: int = 25,
+    guidance_scale: float | None = None,
+    sampler: str = "ddim",
+    batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    tie_tolerance: float = 0.0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Sample, judge, compare and report. Writes into ``output`` the files of ``OWNED``; ``summary.json`` comes last.
+
+    ``guidance_scale`` None means what the base wants (``sampling.guidance_of``), for both models. The models are loaded
+    one after the other, so one at a time is in memory. ``tie_tolerance`` is in units of each judge's score.
+
+    Raises:
+        UserError: an unknown judge or sampler, prompts that a judge cannot judge by, a model that cannot be loaded, an
+            output folder that holds something (unless ``overwrite``).
+    """
+    start = time.perf_counter()
+    asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+    panel = _panel(judges, asked)
+    how = Sampling(steps, guidance_scale, sampling.sampler_name(sampler), batch_size, height, width)
+    folder = outputs.check_folder(output, overwrite)
+    load(tuned)  # a model that cannot be loaded is better found out before the base has sampled for an hour
+    seeds = sampling.picture_seeds(len(asked), images_per_prompt, seed)
+    jobs = [_Job(asked[i // images_per_prompt], s) for i, s in enumerate(seeds)]
+    how, scores = _run_both((base, tuned), load, how, jobs, panel, folder, progress)
+    values = {
+        "base": base,
+        "tuned": tuned,
+        "prompts": len(asked),
+        "images_per_prompt": images_per_prompt,
+        **asdict(how),
+        "seed": seed,
+        "tie_tolerance": tie_tolerance,
+        "seconds": 0.0,
+        "judges": {j.info.name: _compare(j, *(scores[s][j.info.name] for s in SYSTEMS), jobs, tie_tolerance) for j in panel},
+        "versions": outputs.versions(),
+    }
+    values["notes"] = _notes(values, jobs)
+    values |= _faithfulness(values["judges"])
+    values["seconds"] = round(time.perf_counter() - start, 2)
+    _write_report(folder, jobs, scores, values)
+    outputs.write_json(folder / "summary.json", values)
+    return Summary(values, folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _panel(judges: Sequence[Judge | str], prompts: Sequence[Prompt]) -> list[Judge]:
+    if not prompts or not judges:
+        raise UserError(f"An evaluation needs at least one prompt and one judge; got {len(prompts)} and {len(judges)}.")
+    try:
+        panel = [reward_models.load(judge) if isinstance(judge, str) else judge for judge in judges]
+        for judge in panel:
+            if isinstance(judge, ParticularJudge):
+                judge.check_prompts([p.text for p in prompts])
+    except JudgeError as error:
+        raise UserError(str(error)) from error
+    names = [judge.info.name for judge in panel]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"The judge {twice[0]!r} is asked for more than once; every judge speaks once.")
+    return panel
+
+
+def _run_both(
+    names: tuple[str, str],
+    load: Load,
+    how: Sampling,
+    jobs: list[_Job],
+    panel: list[Judge],
+    folder: Path,
+    progress: Progress | None,
+) -> tuple[Sampling, dict[str, dict[str, _Scores]]]:
+    """Each model's scores by system and judge, and the sampling with the guidance scale filled in."""
+    scores: dict[str, dict[str, _Scores]] = {}
+    for system, name in zip(SYSTEMS, names, strict=True):
+        _release_memory()
+        pipe = load(name)
+        if system == "base":
+            guidance = sampling.guidance_of(pipe) if how.guidance_scale is None else how.guidance_scale
+            how = Sampling(**{**asdict(how), "guidance_scale": guidance})
+            outputs.clear(folder, OWNED)
+        scores[system] = _run(pipe, system, how, jobs, panel, folder, progress)
+        del pipe
+    return how, scores
+
+
+def _release_memory() -> None:
+    """Give the memory of a pipeline just dropped back to the device; on the CPU that has happened already."""
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _run(
+    pipe: Any, system: str, how: Sampling, jobs: list[_Job], panel: list[Judge], folder: Path, progress: Progress | None
+) -> dict[str, _Scores]:
+    """Sample, save and judge batch by batch, so that no more than a batch of pictures is in memory."""
+    parts: dict[str, list[_Scores]] = {judge.info.name: [] for judge in panel}
+    for start in range(0, len(jobs), how.batch_size):
+        batch = jobs[start : start + how.batch_size]
+        texts = [job.prompt.text for job in batch]
+        images = sampling.sample(pipe, texts, seeds=[job.seed for job in batch], **asdict(how))
+        for i, image in enumerate(images, start):
+            outputs.write_png(folder / system / f"{i:05d}.png", image)
+        for judge in panel:
+            parts[judge.info.name].append(_judged(judge, images, texts))
+        if progress is not None:
+            progress(system, start + len(batch), len(jobs))
+    return {name: _joined(some) for name, some in parts.items()}
+
+
+def _judged(judge: Judge, images: list[Image.Image], prompts: list[str]) -> _Scores:
+    """Scores and details; pictures that a safety checker blacked out count as not judged."""
+    hidden = np.array([bool(image.info.get(sampling.FLAGGED)) for image in images])
+    score = judge.score(images, prompts).detach().cpu().numpy().astype(np.float64)
+    assert score.shape == (len(images),), f"{judge.info.name} gave scores of shape {score.shape} for {len(images)} pictures"
+    details = judge.details(images, prompts) if isinstance(judge, DetailedJudge) else {}
+    return _Scores(np.where(hidden, np.nan, score), {k: np.where(hidden, np.nan, v) for k, v in details.items()})
+
+
+def _joined(parts: list[_Scores]) -> _Scores:
+    details = {name: np.concatenate([p.details[name] for p in parts]) for name in parts[0].details}
+    return _Scores(np.concatenate([p.score for p in parts]), details)
+
+
+# --------------------------------------------------------------------------------------------------------------- numbers
+
+
+def _compare(judge: Judge, base: _Scores, tuned: _Scores, jobs: list[_Job], tie_tolerance: float) -> dict[str, Any]:
+    """One judge's part of the summary. Pictures of equal prompts are one observation."""
+    prompts = [job.prompt.text for job in jobs]
+    sign = 1.0 if judge.info.higher_is_better else -1.0
+    won = statistics.win_rate(sign * base.score, sign * tuned.score, groups=prompts, tie_tolerance=tie_tolerance)
+    difference = statistics.paired_difference(base.score, tuned.score, groups=prompts)
+    paired = ~np.isnan(base.score + tuned.score)
+    return {
+        "base": asdict(statistics.mean_with_interval(np.where(paired, base.score, np.nan), groups=prompts)),
+        "tuned": asdict(statistics.mean_with_interval(np.where(paired, tuned.score, np.nan), groups=prompts)),
+        "difference": {**asdict(difference), "effect_size": statistics.effect_size(base.score, tuned.score, groups=prompts)},
+        "win_rate": won.rate,
+        "win_rate_interval": [won.low, won.high],
+        "wins": won.wins,
+        "ties": won.ties,
+        "losses": won.losses,
+        "sign_test_p": won.p_value,
+        "excluded": won.excluded,
+        "details": {name: _detail(base.details[name], tuned.details[name]) for name in base.details},
+        "higher_is_better": judge.info.higher_is_better,
+        "description": judge.info.description,
+        "licence": judge.info.licence,
+    }
+
+
+def _detail(base: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
+    """Means over the pictures on which both sides have the measurement."""
+    both = ~np.isnan(base + tuned)
+    if not both.any():
+        return {"base": float("nan"), "tuned": float("nan")}
+    return {"base": float(base[both].mean()), "tuned": float(tuned[both].mean())}
+
+
+def _faithfulness(judges: dict[str, Any]) -> dict[str, Any]:
+    """``faithfulness`` of both models, where a judge measures it."""
+    found = next((j["details"]["faithfulness"] for j in judges.values() if "faithfulness" in j["details"]), None)
+    return {} if found is None else {"faithfulness": found}
+
+
+def _notes(values: dict[str, Any], jobs: list[_Job]) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    notes, different = [], len({job.prompt.text for job in jobs})
+    if different < FEW_PROMPTS:
+        notes.append(f"{different} different prompts are few: below {FEW_PROMPTS} the intervals are rough.")
+    for name, judge in values["judges"].items():
+        if judge["excluded"]:
+            notes.append(
+                f"{name}: {judge['excluded']} pairs are left out, a picture being hidden by a safety checker or not judged."
+            )
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+def _write_report(folder: Path, jobs: list[_Job], scores: dict[str, dict[str, _Scores]], values: dict[str, Any]) -> None:
+    _write_scores(folder / "scores.csv", jobs, scores)
+    pairs = [_pair(i, job, scores) for i, job in enumerate(jobs)]
+    first = next(iter(values["judges"]))
+    title = f"{values['tuned']} (right) against {values['base']} (left)"
+    outputs.write_png(folder / "side_by_side.png", _sheet(folder, pairs[:SHOWN], first, title))
+    sign = 1.0 if values["judges"][first]["higher_is_better"] else -1.0
+    best, worst = _extremes(sign * (scores["tuned"][first].score - scores["base"][first].score))
+    sheets = [
+        _sheet(folder, [pairs[i] for i in chosen], first, f"{title}: {which} difference by {first}")
+        for chosen, which in ((best, "the best"), (worst, "the worst"))
+    ]
+    outputs.write_png(folder / "best_and_worst.png", grids.stack(sheets))
+    outputs.write_file(folder / "index.html", report_page.render(values, pairs, best, worst, _are_small(folder, pairs[0])))
+
+
+def _write_scores(path: Path, jobs: list[_Job], scores: dict[str, dict[str, _Scores]]) -> None:
+    """One row per picture and judge."""
+    judges = scores["base"]
+    details = list(dict.fromkeys(name for judged in judges.values() for name in judged.details))
+    rows = [
+        [i, job.prompt.text, job.prompt.category, job.seed, system, name, float(judged.score[i])]
+        + [float(judged.details[d][i]) if d in judged.details else None for d in details]
+        for i, job in enumerate(jobs)
+        for system in SYSTEMS
+        for name, judged in scores[system].items()
+    ]
+    outputs.write_csv(path, ["picture", "prompt", "category", "seed", "system", "judge", "score", *details], rows)
+
+
+def _pair(i: int, job: _Job, scores: dict[str, dict[str, _Scores]]) -> report_page.Pair:
+    numbers = {name: (float(scores["base"][name].score[i]), float(scores["tuned"][name].score[i])) for name in scores["base"]}
+    return report_page.Pair(job.prompt.text, job.prompt.category, job.seed, f"base/{i:05d}.png", f"tuned/{i:05d}.png", numbers)
+
+
+def _extremes(gain: np.ndarray) -> tuple[list[int], list[int]]:
+    """Pictures with the largest and with the smallest gain, most extreme first; earlier pictures first among equals."""
+    judged = np.flatnonzero(~np.isnan(gain))
+    if len(judged) == 0:
+        return [0], [0]
+    most = min(SHOWN // 2, max(1, len(judged) // 2))
+    best = judged[np.argsort(-gain[judged], kind="stable")][:most]
+    worst = judged[np.argsort(gain[judged], kind="stable")][:most]
+    return best.tolist(), worst.tolist()
+
+
+def _sheet(folder: Path, pairs: Sequence[report_page.Pair], judge: str, header: str) -> Image.Image:
+    sides = [[Image.open(folder / getattr(pair, side)) for pair in pairs] for side in SYSTEMS]
+    scores = [tuple(report_page.number(x) for x in pair.scores[judge]) for pair in pairs]
+    return grids.side_by_side(*sides, [pair.prompt for pair in pairs], scores, columns=3, header=header)
+
+
+def _are_small(folder: Path, pair: report_page.Pair) -> bool:
+    with Image.open(folder / pair.base) as image:
+        return max(image.size) < grids.SMALLEST

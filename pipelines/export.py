@@ -1,0 +1,187 @@
+"""The model card: what a result is, how to load it, and how it was made."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from diffalign.errors import UserError
+
+CARD = "README.md"
+SAMPLES = "samples.png"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_model_card(
+    output: str | Path,
+    *,
+    objective: str,
+    base: str,
+    recipe: Mapping[str, Any],
+    data: Mapping[str, Any],
+    scores: Mapping[str, Any] | None = None,
+    paper: str | None = None,
+    curves: str | Path | None = None,
+    licence: str | None = None,
+    adapter: str | None = None,
+    pipeline_class: str = "StableDiffusionPipeline",
+) -> Path:
+    """Write ``README.md`` into the folder of a finished model, and return its path.
+
+    ``adapter`` is 'lora' or 'none' (the whole pipeline); None goes by the files in ``output``. ``samples.png`` is shown if it is
+    there. Absolute paths are cut to their last part: a card is meant to be given away.
+
+    Args:
+        base: the checkpoint that was aligned: a hub id, a path, or 'tiny'.
+        recipe: the resolved configuration; may be nested.
+        data: what the preference data were (source, counts, fingerprint ...); may be nested.
+        scores: what was measured; its entry ``judges`` (or all of it) has one entry per judge, a mapping of column to number,
+            or to a pair of numbers, an interval.
+        paper: citation of the objective.
+        curves: a picture of the training curves; copied into ``output`` if it lies elsewhere.
+        licence: identifier of the base model's licence, if known.
+
+    Raises:
+        UserError: the card could not be written; an older one stays.
+    """
+    folder = Path(output)
+    is_lora = (folder / LORA_FILE).is_file() if adapter is None else adapter == "lora"
+    try:
+        parts = [
+            _front_matter(objective, base, licence, is_lora, folder),
+            _introduction(objective, base, is_lora, paper),
+            _loading(folder.absolute().name, base, is_lora, pipeline_class),
+            _pictures(folder, curves),
+            "" if not scores else _scores(scores),
+            "## Data\n\n" + _table(("field", "value"), _flat(data)),
+            "## Configuration\n\n" + _table(("field", "value"), _flat(recipe)),
+        ]
+        return _replace(folder / CARD, "\n".join(part for part in parts if part))
+    except OSError as error:
+        raise UserError(f"The model card {folder / CARD} could not be written: {error.strerror or error}.") from error
+
+
+def _front_matter(objective: str, base: str, licence: str | None, is_lora: bool, folder: Path) -> str:
+    import yaml
+
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if _is_hub_id(base):
+        fields |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
+    if licence:
+        fields["license"] = licence
+    fields["tags"] = [
+        "diffusers",
+        "text-to-image",
+        "preference-alignment",
+        "diffalign",
+        objective,
+        *(["lora"] if is_lora else []),
+    ]
+    if (folder / SAMPLES).is_file():
+        fields["thumbnail"] = SAMPLES
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _is_hub_id(base: str) -> bool:
+    return bool(_HUB_ID.fullmatch(base)) and not base.startswith(".") and not Path(base).exists()
+
+
+def _introduction(objective: str, base: str, is_lora: bool, paper: str | None) -> str:
+    what, name = "LoRA for" if is_lora else "version of", _public(base)
+    lines = [f"# {name}, aligned by {objective}", "", f"This is a {what} `{name}`, trained on preferences with diffalign."]
+    return "\n".join([*lines, f"The method is `{objective}`{f': {paper}' if paper else ''}.", ""])
+
+
+def _loading(name: str, base: str, is_lora: bool, pipeline_class: str) -> str:
+    if is_lora:
+        lines = [
+            f'pipe = {pipeline_class}.from_pretrained("{_public(base)}")',
+            f'pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")',
+        ]
+        note = f"`{_public(base)}` stands for the base model, `{name}` for this folder."
+    else:
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{name}")']
+        note = f"`{name}` stands for this folder."
+    code = "\n".join([f"from diffusers import {pipeline_class}", "", *lines, 'picture = pipe("a prompt").images[0]'])
+    return f"## Use\n\n```python\n{code}\n```\n\n{note}\n"
+
+
+def _pictures(folder: Path, curves: str | Path | None) -> str:
+    lines = []
+    if (folder / SAMPLES).is_file():
+        lines.append(f"## Samples\n\n![Samples at fixed seeds]({SAMPLES})\n")
+    if curves is not None:
+        lines.append(f"## Training\n\n![Training curves]({_beside(folder, Path(curves))})\n")
+    return "\n".join(lines)
+
+
+def _beside(folder: Path, picture: Path) -> str:
+    """The picture's path as seen from ``folder``, after copying it there if it lies elsewhere."""
+    if picture.resolve().is_relative_to(folder.resolve()):
+        return picture.resolve().relative_to(folder.resolve()).as_posix()
+    shutil.copyfile(picture, folder / picture.name)
+    return picture.name
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    judges = scores.get("judges", scores)
+    about = _flat({name: value for name, value in scores.items() if name != "judges"}) if "judges" in scores else ()
+    rest = _table(("field", "value"), list(about))
+    return f"## Scores\n\n{_judge_table(judges)}" + (f"\n{rest}" if rest.count("\n") > 2 else "")
+
+
+def _judge_table(judges: Mapping[str, Any]) -> str:
+    rows = {judge: dict(_flat(value)) if isinstance(value, Mapping) else {"value": value} for judge, value in judges.items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return _table(("judge", *columns), [(judge, *(row.get(column, "") for column in columns)) for judge, row in rows.items()])
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _table(head: Sequence[str], rows: Iterator[tuple[Any, ...]] | Sequence[tuple[Any, ...]]) -> str:
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return _public(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _public(value: Any) -> str:
+    """A value as text: four digits of a float, no folders of the machine it was made on."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
+        return (" to " if numbers else ", ").join(_public(v) for v in value)
+    if isinstance(value, PurePath) or (isinstance(value, str) and os.path.isabs(value)):
+        return PurePath(value).name
+    return str(value)
+
+
+def _replace(path: Path, text: str) -> Path:
+    handle, aside = tempfile.mkstemp(prefix=".card-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    return path

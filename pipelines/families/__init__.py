@@ -1,0 +1,90 @@
+"""Model families, one per file; the folder is the registry (see ``_sources``). Importing this is cheap."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+from diffalign.errors import UserError
+from pipelines.families._sources import find, read, registry, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from pipelines.families._family import Family
+
+__all__ = ["detect", "load_family", "load_pipeline", "names"]
+
+Model = str | os.PathLike[str]
+
+
+def names() -> list[str]:
+    """The families there are."""
+    return list(registry())
+
+
+def detect(model: Model, *, config: Model | None = None) -> str:
+    """The family of a model, by its pipeline class (or, for a single file, by the tensors in it).
+
+    Raises:
+        UserError: there is no such model, or it is of no known family.
+    """
+    return find(model, config=config).family
+
+
+def load_pipeline(
+    model: Model,
+    *,
+    dtype: str = "float32",
+    device: torch.device | str | None = None,
+    config: Model | None = None,
+    base: str | None = None,
+) -> DiffusionPipeline:
+    """A pipeline to sample from, in evaluation mode, without progress bars and without safety checker.
+
+    (A checker that blackens pictures would spoil every comparison; load with Diffusers itself to have it.)
+
+    Args:
+        model: 'tiny', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
+            whose LoRA is then applied to its base.
+        device: None takes a CUDA device if there is one, else the CPU.
+        config: a Diffusers folder with configuration and tokenizer, for single files without access to the hub.
+        base: the base model of a LoRA folder, if not the one on record.
+
+    Raises:
+        UserError: the model does not exist, is of no known family, or cannot be read.
+    """
+    import torch
+
+    chosen = torch_dtype(dtype)
+    pipe = read(find(model, config=config, base=base), dtype=chosen, others=chosen)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_family(
+    model: Model,
+    *,
+    dtype: str = "float32",
+    prediction_type: str | None = None,
+    config: Model | None = None,
+) -> Family:
+    """A checkpoint to train, on the CPU: the network in ``dtype``, the encoders in float32.
+
+    Args:
+        prediction_type: what the network is believed to predict; None goes by the checkpoint's scheduler.
+
+    Raises:
+        UserError: as ``load_pipeline``; also for a LoRA folder, and for a wrong prediction type.
+    """
+    import torch
+
+    origin = find(model, config=config)
+    if origin.adapter:
+        raise UserError(
+            f"{origin.adapter} is a LoRA on {origin.model}. Training starts from a whole model: name {origin.model} instead."
+        )
+    pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32)
+    module = importlib.import_module(f"{__name__}.{origin.family}")
+    return module.build(pipe, prediction_type=prediction_type, origin=origin)

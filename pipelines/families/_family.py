@@ -1,0 +1,246 @@
+"""One loaded checkpoint, ready to be trained: what the recipes see of every family.
+
+A family's file makes a denoiser and an encoder; everything else (adapters, switches, saving) is the same for all and is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.protocols import Denoiser, Encoder, Predictor
+from pipelines.families import _lora
+from pipelines.families._encoding import TruncatedPrompt
+from pipelines.families._files import installed_into
+from pipelines.families._quiet import quietly
+from pipelines.families._sources import INDEX_FILE, NOTE_FILE, Origin, read
+
+
+class FamilyDenoiser(Denoiser, Protocol):
+    """A denoiser that can be put around a wrapped network."""
+
+    def with_network(self, network: nn.Module) -> FamilyDenoiser: ...
+
+
+class FamilyEncoder(Encoder, Protocol):
+    """An encoder that can be moved and let go."""
+
+    COMPONENTS: Sequence[str]  # the pipeline's attributes that it holds
+
+    def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]: ...
+
+    def to(self, device: torch.device | str) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class Family:
+    """A checkpoint of a known family. Nothing is trainable until ``attach_lora`` or ``train_fully`` is called."""
+
+    def __init__(
+        self,
+        name: str,
+        pipeline: Any,
+        denoiser: FamilyDenoiser,
+        encoder: FamilyEncoder,
+        network_name: str,
+        lora_targets: Sequence[str],
+        resolution: int,
+        origin: Origin | None = None,
+    ) -> None:
+        self.name, self.denoiser, self.encoder, self.origin = name, denoiser, encoder, origin
+        self.resolution = resolution  # pixels on a side that the network was made for
+        self._network = denoiser.network  # kept apart: ``denoiser`` may later be put around a wrapper of it
+        self._pipeline, self._network_name, self._lora_targets = pipeline, network_name, tuple(lora_targets)
+        self._released = False
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network, never a wrapper; wrappers share its parameters."""
+        return self._network
+
+    @property
+    def base_model(self) -> str:
+        """What the checkpoint is called: 'tiny', a hub id or a path; empty if it was built in memory."""
+        return self.origin.model if self.origin else ""
+
+    # ------------------------------------------------------------------------------------------------ what is trained
+
+    def attach_lora(
+        self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = None, dropout: float = 0.0, seed: int = 0
+    ) -> None:
+        """Add a float32 adapter and freeze the rest. ``alpha`` defaults to ``rank``, ``targets`` to the attention layers.
+
+        Raises:
+            UserError: a number out of range, or a target that matches no layer.
+        """
+        if self.has_adapter:
+            raise ValueError("there is an adapter already")
+        alpha, targets = rank if alpha is None else alpha, targets or self._lora_targets
+        _lora.attach(self.network, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether ``attach_lora`` has been called."""
+        return _lora.is_attached(self.network)
+
+    def detach_lora(self) -> None:
+        """Remove the adapter: the network is the base again."""
+        self.network.unload_lora()
+
+    def train_fully(self) -> None:
+        """Make every weight of the network trainable, in float32."""
+        if self.has_adapter:
+            raise ValueError("the network carries an adapter; detach it first")
+        self.network.float().requires_grad_(True)
+
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> Predictor:
+        """A second, frozen network with the present weights: the reference of a full fine-tuning run."""
+        if self.has_adapter:
+            raise ValueError("with an adapter, denoiser.adapter_off() is the reference; no copy is needed")
+        frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
+        return self.denoiser.with_network(frozen if dtype is None else frozen.to(dtype))
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What is trained, by name: the adapter, or the whole network. Not copies: clone to keep."""
+        return {name: parameter.detach() for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy ``adapter_state`` of another moment into the same tensors, which an optimizer may hold.
+
+        Raises:
+            UserError: names or shapes differ, as with another rank or other targets.
+        """
+        mine = self.adapter_state()
+        odd = sorted(mine.keys() ^ state.keys()) or sorted(n for n in mine if mine[n].shape != state[n].shape)
+        if odd:
+            raise UserError(
+                f"The saved weights do not fit this run: {len(odd)} differ in name or shape, for example {odd[0]}. "
+                "Was it another rank or target?"
+            )
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+    # ------------------------------------------------------------------------------------------------------- switches
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the network, and the encoders if they are still there."""
+        self.network.to(device)
+        if not self._released:
+            self.encoder.to(device)
+
+    def offload_encoders(self) -> None:
+        """Move the encoders to the CPU."""
+        self.encoder.to("cpu")
+
+    def release_encoders(self) -> None:
+        """Free the encoders' memory, once the cache is filled."""
+        self.encoder.release()
+        for name in self.encoder.COMPONENTS:
+            setattr(self._pipeline, name, None)
+        self._released = True
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        if on:
+            self.network.enable_gradient_checkpointing()
+        else:
+            self.network.disable_gradient_checkpointing()
+
+    def set_channels_last(self, on: bool) -> None:
+        """Store convolution weights channels-last, which is faster on GPUs. Call before an optimizer is made."""
+        self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
+
+    def set_attention(self, kind: str) -> None:
+        """``sdpa`` (PyTorch's own, the default) or ``xformers``.
+
+        Raises:
+            UserError: another word, or xformers where it cannot run.
+        """
+        if kind not in ("sdpa", "xformers"):
+            raise UserError(f"attention is sdpa or xformers; got {kind!r}.")
+        if kind == "sdpa":
+            self.network.disable_xformers_memory_efficient_attention()
+            return
+        if importlib.util.find_spec("xformers") is None:
+            raise UserError(
+                "attention xformers needs the package xformers, which is not installed: "
+                "pip install 'diffalign[xformers]', or use sdpa."
+            )
+        if not torch.cuda.is_available():
+            raise UserError("attention xformers needs a CUDA device, and there is none here; use sdpa.")
+        with quietly():
+            self.network.enable_xformers_memory_efficient_attention()
+
+    def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]:
+        """The prompts that are too long for the text encoder, with what is lost of each."""
+        return self.encoder.truncated(prompts)
+
+    # --------------------------------------------------------------------------------------------- sampling and saving
+
+    def pipeline(self) -> Any:
+        """A whole pipeline around the live network, on its device, to sample from while training.
+
+        Shares the network's weights; the rest is read again where it was released or has another dtype.
+        """
+        dtype, device = next(self.network.parameters()).dtype, next(self.network.parameters()).device
+        if not self._released and dtype == torch.float32:
+            self.encoder.to(device)
+            return self._pipeline
+        pipe = read(self._needed_origin(), dtype=dtype, others=dtype, **{self._network_name: self.network})
+        for name in self.encoder.COMPONENTS:
+            getattr(pipe, name).to(device)
+        return pipe
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter into the folder ``path`` as ``pytorch_lora_weights.safetensors``.
+
+        ``pipe.load_lora_weights(path, weight_name="pytorch_lora_weights.safetensors")`` reads it, with its alpha.
+        Beside it goes ``diffalign.json`` with the base model's name. Other files in ``path`` stay.
+
+        Raises:
+            UserError: it could not be written; what was there is untouched.
+        """
+        if not self.has_adapter:
+            raise ValueError("there is no adapter to save")
+        weights, config = _lora.for_diffusers(self.network)
+        name = self._network_name
+        with installed_into(Path(path)) as folder:
+            parts = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
+            type(self._pipeline).save_lora_weights(folder, **parts)
+            (folder / NOTE_FILE).write_text(json.dumps(self._note("lora"), indent=2) + "\n")
+
+    def save_pipeline(self, path: str | Path) -> None:
+        """Write the whole pipeline into the folder ``path``, for ``from_pretrained(path)``. Other files in ``path`` stay.
+
+        Raises:
+            UserError: it could not be written; what was there is untouched.
+        """
+        if self.has_adapter:
+            raise ValueError("the network carries an adapter: save_adapter writes it, detach_lora removes it")
+        pipe = self._pipeline
+        if self.origin is not None:  # with everything that was left out, or let go, on loading
+            pipe = read(self.origin, dtype=torch.float32, others=torch.float32, whole=True, **{self._network_name: self.network})
+        elif self._released:
+            self._needed_origin()
+        with installed_into(Path(path), last=INDEX_FILE) as folder, quietly():
+            pipe.save_pretrained(folder)
+            (folder / NOTE_FILE).write_text(json.dumps(self._note("pipeline"), indent=2) + "\n")
+
+    def _note(self, kind: str) -> dict[str, Any]:
+        note = {"kind": kind, "family": self.name, "base_model": self.base_model}
+        return {**note, "config": self.origin.config} if self.origin and self.origin.config else note
+
+    def _needed_origin(self) -> Origin:
+        if self.origin is None:
+            raise ValueError("the encoders were released, and this family was not loaded from anywhere they could be read again")
+        return self.origin

@@ -1,0 +1,74 @@
+"""Writing results so that nothing half-written ever stands in place of something whole."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from diffalign.errors import UserError
+
+
+@contextmanager
+def installed_into(folder: Path, *, last: str = "") -> Iterator[Path]:
+    """A temporary sibling of ``folder``; what is written there replaces the entries of the same names in ``folder``.
+
+    Other entries of ``folder`` stay. The entry called ``last`` is moved last (an index that names the others, say). Entries
+    already replaced are put back if a later one fails.
+
+    Raises:
+        UserError: something could not be written (a full disk, say); ``folder`` is as it was.
+    """
+    aside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+        fresh = aside / "new"
+        fresh.mkdir()
+        yield fresh
+        _install(fresh, folder, aside / "old", last)
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as its own error, not as an OSError
+        raise UserError(_disk_message(folder, error)) from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _install(fresh: Path, folder: Path, old: Path, last: str) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    old.mkdir()
+    names = sorted((entry.name for entry in fresh.iterdir()), key=lambda name: (name == last, name))
+    done: list[str] = []
+    try:
+        for name in names:
+            done.append(name)
+            if (folder / name).exists():
+                (folder / name).rename(old / name)
+            (fresh / name).rename(folder / name)
+    except OSError:
+        for name in done:
+            _put_back(fresh / name, folder / name, old / name)
+        raise
+
+
+def _put_back(fresh: Path, place: Path, old: Path) -> None:
+    if place.exists() and not fresh.exists():
+        place.rename(fresh)
+    if old.exists():
+        old.rename(place)
+
+
+def _disk_message(folder: Path, error: Exception) -> str:
+    beside = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(beside).free / 2**30
+    return (
+        f"{folder} could not be written: {error}. Disk space left there: {free:.2f} GiB. "
+        "What was in the folder before is untouched; free some space or name another folder."
+    )

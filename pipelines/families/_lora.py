@@ -1,0 +1,101 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) on any network, through PEFT.
+
+The base weights stay where they are: an adapter adds two small matrices per layer and is switched off to get the base back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+
+ADAPTER = "default"
+
+
+def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> None:
+    """Freeze ``network`` and add one trainable float32 adapter to the layers whose names end in one of ``targets``.
+
+    The same seed gives the same adapter. ``network`` is a Diffusers model with ``add_adapter``.
+
+    Raises:
+        UserError: a number out of range, or a target that matches no layer.
+    """
+    from peft import LoraConfig
+
+    _check(network, rank, alpha, targets, dropout)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, init_lora_weights=True)
+    network.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # PEFT follows the base's dtype; updates of 1e-5 would be lost in bfloat16
+
+
+def _check(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> None:
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        got = f"rank {rank}, alpha {alpha}, dropout {dropout}"
+        raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {got}.")
+    if not targets:
+        raise UserError("LoRA needs at least one target, the end of a layer's name (to_q, say); got none.")
+    adaptable = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in adaptable)]
+    if missing:
+        ends = sorted({_last_words(name) for name in adaptable})
+        raise UserError(
+            f"LoRA target {', '.join(map(repr, missing))} matches no layer of {type(network).__name__}. "
+            f"Names of its linear and convolution layers end in: {', '.join(ends)}."
+        )
+
+
+def _last_words(name: str) -> str:
+    """The last part of a dotted name, with the one before it where the last is only a number."""
+    *front, last = name.split(".")
+    return f"{front[-1]}.{last}" if last.isdigit() and front else last
+
+
+@contextmanager
+def switched_off(network: nn.Module) -> Iterator[None]:
+    """Within: ``network`` (wrapped or not) computes without its adapter. Gradient flags and switches are restored.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("the network carries no adapter that could be switched off")
+    off_before = [layer.disable_adapters for layer in layers]
+    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, was_off in zip(layers, off_before, strict=True):
+            layer.enable_adapters(not was_off)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)  # PEFT freezes on the way out and thaws on the way in, whatever was before
+
+
+def is_attached(network: nn.Module) -> bool:
+    """Whether PEFT layers are inside ``network``."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def for_diffusers(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and configuration as ``save_lora_weights`` wants them. Without the second, alpha would be lost on loading."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
+    return weights, network.peft_config[ADAPTER].to_dict()

@@ -1,0 +1,82 @@
+"""Pictures of prompts into a folder, with a grid to look at and a record of how each picture was made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipelines import grids, outputs, sampling
+from pipelines.prompts import Prompt
+
+OWNED = ("[0-9]*.png", "grid.png", "generation.json")
+"""What ``generate`` writes."""
+SHOWN = 48
+"""The grid shows this many pictures at most."""
+
+
+def generate(
+    model: str,
+    prompts: Sequence[Prompt | str],
+    output: str | Path,
+    *,
+    load: Callable[[str], Any],
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Sample ``images_per_prompt`` pictures of each prompt into ``output``; returns what ``generation.json`` holds.
+
+    Pictures are ``00000.png`` and so on, prompt by prompt, and are those that ``evaluate`` would sample at this seed.
+    ``options`` are those of ``pipelines.sampling.sample``.
+
+    Raises:
+        UserError: an output folder that holds something (unless ``overwrite``), a model that cannot be loaded.
+    """
+    start, folder = time.perf_counter(), outputs.check_folder(output, overwrite)
+    pipe = load(model)
+    guidance = sampling.guidance_of(pipe) if guidance_scale is None else guidance_scale
+    asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+    seeds = sampling.picture_seeds(len(asked), images_per_prompt, seed)
+    rows = [(asked[i // images_per_prompt], s) for i, s in enumerate(seeds)]
+    outputs.clear(folder, OWNED)
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        images = sampling.sample(
+            pipe, [p.text for p, _ in part], seeds=[s for _, s in part], guidance_scale=guidance, batch_size=batch_size, **options
+        )
+        for i, image in enumerate(images, first):
+            outputs.write_png(folder / f"{i:05d}.png", image)
+        if progress is not None:
+            progress("sampling", first + len(part), len(rows))
+    outputs.write_png(folder / "grid.png", _grid(folder, rows, images_per_prompt, f"{model}, seed {seed}"))
+    record = {
+        "model": model,
+        "seed": seed,
+        "images_per_prompt": images_per_prompt,
+        "guidance_scale": guidance,
+        **options,
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": outputs.versions(),
+        "pictures": [
+            {"file": f"{i:05d}.png", "prompt": p.text, "category": p.category, "seed": s} for i, (p, s) in enumerate(rows)
+        ],
+    }
+    outputs.write_json(folder / "generation.json", record)
+    return record
+
+
+def _grid(folder: Path, rows: Sequence[tuple[Prompt, int]], per_prompt: int, header: str) -> Image.Image:
+    """The first pictures; the pictures of one prompt share a row where they fit in one."""
+    columns = per_prompt if 2 <= per_prompt <= 8 else 6
+    shown = rows[:SHOWN]
+    images = [Image.open(folder / f"{i:05d}.png") for i in range(len(shown))]
+    more = f" (the first {len(shown)} of {len(rows)})" if len(rows) > len(shown) else ""
+    return grids.grid(images, columns, [p.text for p, _ in shown], header + more)

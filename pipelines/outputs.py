@@ -1,0 +1,111 @@
+"""Output folders: never over something the user did not offer, and no file half-written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def check_folder(folder: str | Path, overwrite: bool) -> Path:
+    """The folder, if it may be written to: it is absent, empty, or ``overwrite`` is set. Creates nothing.
+
+    Raises:
+        UserError: it holds something, or it is not a folder.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"The output {path} is a file; it should be a folder that is empty or does not exist yet.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(
+            f"The output folder {path} is not empty. Name another, or add --overwrite to replace what an earlier run left."
+        )
+    return path
+
+
+def clear(folder: Path, owned: Sequence[str]) -> None:
+    """Make the folder, or remove from it what an earlier run left: the files that the patterns ``owned`` match, no others."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [file for pattern in owned for file in folder.glob(pattern)]:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"The output folder {folder} cannot be written to: {error.strerror or error}.") from error
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write beside ``path``, then rename, so that a reader finds the old file or the whole new one.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(data.encode() if isinstance(data, str) else data)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """The picture, losslessly."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Readable JSON; numbers that are not finite become null, since JSON has no word for them."""
+    write_file(path, json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Comma-separated values; NaN and None are empty fields."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if _missing(v) else v for v in row] for row in rows])
+    write_file(path, buffer.getvalue())
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers; None for what is not installed as a package."""
+    import platform
+
+    def of(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    packages = ("diffalign", "torch", "diffusers", "transformers", "numpy", "scipy", "pillow")
+    return {"python": platform.python_version(), **{package: of(package) for package in packages}}
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

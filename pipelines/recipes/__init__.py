@@ -1,0 +1,41 @@
+"""Recipes: one run per YAML file, ``recipes/OBJECTIVE/NAME.yaml``, with its provenance in the comment on top.
+
+A recipe holds only what differs from the defaults. ``diffalign train OBJECTIVE --recipe NAME`` starts from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import UserError
+
+
+def names(objective: str) -> list[str]:
+    """The recipes of an objective."""
+    return sorted(p.stem for p in _folder(objective).glob("*.yaml"))
+
+
+def load(objective: str, name: str) -> dict[str, Any]:
+    """A recipe as a tree of settings. Raises UserError that names the nearest one."""
+    from pipelines.config import read_yaml
+
+    if name not in names(objective):
+        close = difflib.get_close_matches(name, names(objective), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(f"{objective} has no recipe {name!r}; there are: {', '.join(names(objective)) or 'none'}.{hint}")
+    return read_yaml(_folder(objective) / f"{name}.yaml")
+
+
+def describe(objective: str) -> list[str]:
+    """One line per recipe: its name and the first line of its comment."""
+    lines = []
+    for name in names(objective):
+        first = (_folder(objective) / f"{name}.yaml").read_text().splitlines()[0]
+        lines.append(f"{name:20s} {first.removeprefix('#').strip()}")
+    return lines
+
+
+def _folder(objective: str) -> Path:
+    return Path(__file__).parent / objective.replace("-", "_")

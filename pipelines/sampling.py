@@ -1,0 +1,176 @@
+"""Pictures from a Diffusers pipeline, such that a picture depends on its prompt and its seed and on nothing else.
+
+Each picture has a generator of its own, on the CPU: the same seed gives the same initial noise on every device, in every
+batch, and for every model with latents of that size, which is what makes the pictures of two models comparable.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SAMPLERS: dict[str, str | None] = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "as saved": None,
+}
+"""Name of each sampler -> its class in Diffusers; None leaves the scheduler that the pipeline was saved with."""
+FLAGGED = "flagged"
+"""Key in a picture's ``info``: the pipeline's own safety checker blacked it out."""
+
+
+def picture_seed(seed: int, *place: int) -> int:
+    """The seed of one picture, in [0, 2**32), from the seed of the run and the picture's place (prompt, repeat).
+
+    Thirty-two bits, because PyTorch's CPU generator ignores all others.
+    """
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
+def picture_seeds(prompts: int, per_prompt: int, seed: int) -> list[int]:
+    """Seeds of ``per_prompt`` pictures of each of ``prompts`` prompts, prompt by prompt; more prompts change no seed."""
+    return [picture_seed(seed, i, k) for i in range(prompts) for k in range(per_prompt)]
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance_scale: float | None = None,
+    sampler: str = "ddim",
+    batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """One picture for each prompt and seed, in order. ``pipe`` is a Diffusers text-to-image pipeline.
+
+    ``guidance_scale`` None means ``guidance_of(pipe)``; ``height`` and ``width`` (pixels) None mean the pipeline's own.
+    ``progress`` is called with the number of pictures just finished. The pipeline comes back as it was, with dropout off
+    meanwhile. A picture that the pipeline's safety checker blacked out has ``info["flagged"]`` set.
+
+    Raises:
+        UserError: the sampler is unknown or does not fit the pipeline.
+        ValueError: there are not as many seeds as prompts.
+    """
+    import torch
+
+    if len(prompts) != len(seeds):
+        raise ValueError(f"every picture needs a prompt and a seed; got {len(prompts)} prompts and {len(seeds)} seeds")
+    guidance = guidance_of(pipe) if guidance_scale is None else guidance_scale
+    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    images: list[Image.Image] = []
+    with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe):
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            out = pipe(
+                prompt=list(prompts[part]),
+                generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="pil",
+                **size,
+            )
+            images += _marked(out)
+            if progress is not None:
+                progress(len(out.images))
+    return images
+
+
+def guidance_of(pipe: Any) -> float:
+    """The guidance scale that a model wants: of ``sampling.json`` in its folder if there is one, else its class's default.
+
+    ``sampling.json`` lies beside ``model_index.json`` and reads ``{"guidance_scale": 3.0}``.
+    """
+    note = Path(pipe.name_or_path or "") / "sampling.json"
+    if pipe.name_or_path and note.is_file():
+        return _guidance_in(note)
+    return float(inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
+
+
+def _guidance_in(note: Path) -> float:
+    try:
+        return float(json.loads(note.read_text(encoding="utf-8"))["guidance_scale"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{note} should read {{"guidance_scale": <number>}}; it does not ({error!r}).') from error
+
+
+def sampler_name(text: str) -> str:
+    """The sampler that ``text`` names; ``as-saved`` is as good as ``as saved``.
+
+    Raises:
+        UserError: there is no such sampler; names those there are.
+    """
+    name = text.lower().replace("-", " ").replace("_", " ").strip()
+    if name not in SAMPLERS:
+        raise UserError(f"There is no sampler {text!r}; the samplers are {', '.join(repr(s) for s in SAMPLERS)}.")
+    return name
+
+
+@contextmanager
+def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
+    """Within this context the pipeline samples by the named scheduler, with the noise schedule it was saved with."""
+    name, saved = SAMPLERS[sampler_name(sampler)], pipe.scheduler
+    if name is not None and type(saved).__name__.startswith("FlowMatch"):
+        raise UserError(
+            f"The sampler {sampler!r} is for models that predict noise or velocity of a diffusion; this pipeline "
+            f"({type(pipe).__name__}) samples by {type(saved).__name__}. Use the sampler 'as saved'."
+        )
+    if name is not None:
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, name).from_config(saved.config)
+    try:
+        yield
+    finally:
+        pipe.scheduler = saved
+
+
+@contextmanager
+def _evaluation_mode(pipe: Any) -> Iterator[None]:
+    """Within this context no module of the pipeline drops anything out, even if it is in the middle of training."""
+    import torch
+
+    nets = [net for net in pipe.components.values() if isinstance(net, torch.nn.Module)]
+    training = [module for net in nets for module in net.modules() if module.training]
+    for net in nets:
+        net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _no_bars(pipe: Any) -> Iterator[None]:
+    """Within this context the pipeline draws no progress bar for each batch."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _marked(out: Any) -> list[Image.Image]:
+    """The pictures of a pipeline's answer; those the safety checker rejected say so."""
+    rejected = getattr(out, "nsfw_content_detected", None) or [False] * len(out.images)
+    for image, flag in zip(out.images, rejected, strict=True):
+        if flag:
+            image.info[FLAGGED] = True
+    return out.images

@@ -1,0 +1,85 @@
+"""The options that ``diffalign generate`` and ``diffalign evaluate`` share. Imports the standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffalign.errors import UserError
+from pipelines.sampling import SAMPLERS, sampler_name
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How pictures are sampled, and on what."""
+    parser.add_argument("--n", type=whole(1), metavar="N", help="use the first N prompts only")
+    parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
+    parser.add_argument("--seed", type=whole(0), default=0, help="every picture's seed follows from this one (default 0)")
+    parser.add_argument("--steps", type=whole(1), default=25, help="steps of the sampler (default 25)")
+    parser.add_argument("--guidance-scale", type=_guidance, help="classifier-free guidance (default: what the model wants)")
+    parser.add_argument("--sampler", type=_sampler, default="ddim", help=f"one of {', '.join(SAMPLERS)} (default ddim)")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="pictures sampled together; alters none (default 16)")
+    parser.add_argument("--height", type=whole(8), help="pixels (default: the model's own)")
+    parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
+    parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote into the output folder")
+
+
+def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``pipelines.sampling.sample`` takes, from the parsed options."""
+    names = ("steps", "guidance_scale", "sampler", "batch_size", "height", "width")
+    return {name: getattr(args, name) for name in names}
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers that are at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not text.strip().isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"wants a whole number, at least {least}; got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _guidance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"wants a number, at least 0; got {text!r}")
+    return value
+
+
+def _sampler(text: str) -> str:
+    try:
+        return sampler_name(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+@contextmanager
+def bar(unit: str = " pictures") -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with an ETA on stderr; yields a function of (what is done, done so far, in all). Silent in a file."""
+    import sys
+
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, file=sys.stderr, disable=None, leave=False) as shown:
+        phase = ""
+
+        def update(what: str, done: int, total: int) -> None:
+            nonlocal phase
+            if what != phase:
+                shown.reset(total)
+                shown.set_description(what)
+                phase = what
+            shown.update(done - shown.n)
+
+        yield update

@@ -1,0 +1,133 @@
+"""Configuration: layers, types, bounds, and messages that help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffalign import objectives
+from diffalign.errors import UserError
+from diffalign.objectives.diffusion_dpo import DiffusionDPO
+from pipelines import cli, config, recipes
+from pipelines.commands.train import resolve_settings
+
+NEEDED = {"model": "m", "pairs": "p", "output": "o"}
+
+
+def resolved(tree: dict) -> config.TrainSettings:
+    return config.resolve({**NEEDED, **tree}, DiffusionDPO)
+
+
+def from_command_line(*words: str) -> config.TrainSettings:
+    parser = cli.build_parser("train")
+    args, unknown = parser.parse_known_args(["train", "diffusion-dpo", *words])
+    args.unknown = unknown
+    return resolve_settings(args)
+
+
+def test_defaults_are_those_of_the_core() -> None:
+    settings = resolved({})
+    assert settings.objective == DiffusionDPO()
+    assert settings.optimiser.learning_rate == 2.048e-5 and settings.lora.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert isinstance(settings.output, Path)
+
+
+def test_recipe_then_file_then_options(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("objective: {beta: 77}\nloop: {steps: 5, validate_every: 3}\n")
+    settings = from_command_line("--recipe", "tiny", "--config", str(file), "--steps", "9", "--output", "out")
+    assert settings.model == "tiny"  # recipe
+    assert settings.objective.beta == 77 and settings.loop.validate_every == 3  # file
+    assert settings.loop.steps == 9  # option
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        (["--learning-rate", "1e-4"], "optimiser.learning_rate", 1e-4),
+        (["--optimiser.learning-rate", "1e-4"], "optimiser.learning_rate", 1e-4),
+        (["--flip"], "data.flip", True),
+        (["--flip", "false"], "data.flip", False),
+        (["--targets", "to_q,to_k"], "lora.targets", ("to_q", "to_k")),
+        (["--resolution", "none"], "data.resolution", None),
+        (["--resolution", "256"], "data.resolution", 256),
+        (["--columns", "prompt=text,chosen=a"], "data.columns", {"prompt": "text", "chosen": "a"}),
+        (["--judges", "oracle,jpeg"], "evaluation.judges", ("oracle", "jpeg")),
+        (["--mixed-precision", "no"], "compute.mixed_precision", "no"),
+        (["--seed", "7"], "seed", 7),
+    ],
+)
+def test_options_are_typed(words: list[str], path: str, value: object) -> None:
+    found = from_command_line("--model", "m", "--pairs", "p", "--output", "o", *words)
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+def test_every_setting_has_its_own_short_option() -> None:
+    leaves = [path.split(".")[-1] for path in config._paths(DiffusionDPO)]
+    assert len(leaves) == len(set(leaves))
+    assert all(f.metadata.get("help") for s in config.sections(DiffusionDPO).values() for f in s.__dataclass_fields__.values())
+
+
+def test_all_mistakes_come_at_once_with_the_nearest_name() -> None:
+    with pytest.raises(UserError) as caught:
+        from_command_line("--learning-rate", "-1", "--stpes", "5", "--rank", "many", "--adapter", "lorra", "--output", "o")
+    message = str(caught.value)
+    assert message.startswith("6 mistakes")
+    for part in (
+        "optimiser.learning_rate",
+        "greater than 0",
+        "found '-1'",
+        "--stpes: unknown option; did you mean --steps?",
+        "lora.rank",
+        "adapter",
+        "'lora'",
+        "model: needed",
+        "pairs: needed",
+    ):
+        assert part in message, part
+
+
+def test_unknown_settings_in_a_file_name_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"objective.betta: unknown setting; did you mean objective.beta\?"):
+        resolved({"objective": {"betta": 3}})
+    with pytest.raises(UserError, match=r"optimizer: unknown setting|learning_rate"):
+        resolved({"optimizer": {"learning_rate": 3}})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1, 2", ""])
+def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        config.read_yaml(file)
+    with pytest.raises(UserError, match="no configuration file"):
+        config.read_yaml(tmp_path / "none.yaml")
+
+
+def test_the_resolved_configuration_reads_back_to_the_same() -> None:
+    settings = from_command_line("--recipe", "tiny", "--output", "o", "--columns", "prompt=text")
+    again = config.resolve(yaml.safe_load(yaml.safe_dump(config.as_tree(settings))), DiffusionDPO)
+    assert again == settings
+
+
+def test_options_in_python_go_by_their_short_names() -> None:
+    tree = config.placed({"learning_rate": 1e-4, "lora.rank": 4, "output": "o", "nonsense": 1}, DiffusionDPO)
+    assert tree == {"optimiser": {"learning_rate": 1e-4}, "lora": {"rank": 4}, "output": "o", "nonsense": 1}
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+def test_every_recipe_is_valid_and_says_where_it_comes_from(objective: str) -> None:
+    assert recipes.names(objective)
+    for name in recipes.names(objective):
+        settings = config.resolve({**recipes.load(objective, name), "output": "o"}, objectives.load(objective).Objective)
+        assert settings.model
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in recipes.describe(objective))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean tiny"):
+        recipes.load("diffusion-dpo", "tinny")

@@ -1,0 +1,395 @@
+"""Every form of preference data gives the same pairs; what is wrong with a row is said with its place."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffalign.data import layouts, readers
+from diffalign.data.open import open_pairs
+from diffalign.data.pairs import ImageSource, RowProblem, UnreadableImage
+from diffalign.data.readers.parquet import ROWS_AT_ONCE
+from diffalign.data.validate import check, contact_sheet
+from diffalign.errors import UserError
+from pipelines.commands import data as command
+from pipelines.tiny import scenes
+
+N = 6
+
+
+def png(seed: int, size: tuple[int, int] = (24, 20)) -> bytes:
+    """A small picture of noise; another seed gives another picture."""
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def rows(n: int = N) -> list[dict]:
+    """Pair i prefers picture 2i over picture 2i + 1."""
+    return [{"prompt": f"prompt {i}", "chosen": png(2 * i), "rejected": png(2 * i + 1)} for i in range(n)]
+
+
+def pick_a_pic(labels: list[float], **more: list) -> pa.Table:
+    n = len(labels)
+    columns = {"jpg_0": [png(2 * i) for i in range(n)], "jpg_1": [png(2 * i + 1) for i in range(n)]}
+    return pa.table(columns | {"label_0": labels, "caption": [f"prompt {i}" for i in range(n)]} | more)
+
+
+def write_pictures(root: Path, names: list[tuple[str, str]]) -> None:
+    for row, (win, lose) in zip(rows(), names, strict=True):
+        for name, content in ((win, row["chosen"]), (lose, row["rejected"])):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+
+
+def as_parquet(root: Path) -> Path:
+    pq.write_table(pick_a_pic([1.0] * N), root / "pairs.parquet")
+    return root / "pairs.parquet"
+
+
+def as_parquet_shards(root: Path) -> Path:
+    table = pick_a_pic([1.0] * N)
+    (root / "data").mkdir()
+    pq.write_table(table.slice(0, 4), root / "data/train-00000-of-00002.parquet", row_group_size=3)
+    pq.write_table(table.slice(4), root / "data/train-00001-of-00002.parquet")
+    pq.write_table(table.slice(0, 1), root / "data/test-00000-of-00001.parquet")
+    return root
+
+
+def as_arrow_shards(root: Path) -> Path:
+    for k, part in enumerate((rows()[:2], rows()[2:])):
+        datasets.Dataset.from_list(part).save_to_disk(root / f"s{k}")
+        os.replace(root / f"s{k}/data-00000-of-00001.arrow", root / f"data-{k:05d}.arrow")
+        for leftover in (root / f"s{k}").iterdir():
+            leftover.unlink()
+    return root
+
+
+def as_saved_with_image_features(root: Path) -> Path:
+    features = datasets.Features({"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()})
+    cells = [{k: {"bytes": v, "path": None} if k != "prompt" else v for k, v in row.items()} for row in rows()]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(cells, features=features)}).save_to_disk(root / "saved")
+    return root / "saved"
+
+
+def as_jsonl(root: Path) -> Path:
+    write_pictures(root, [(f"img/{i}a.png", f"img/{i}b.png") for i in range(N)])
+    lines = [json.dumps({"prompt": f"prompt {i}", "chosen": f"img/{i}a.png", "rejected": f"img/{i}b.png"}) for i in range(N)]
+    (root / "pairs.jsonl").write_text("\n\n".join(lines))
+    return root / "pairs.jsonl"
+
+
+def as_csv(root: Path, suffix: str = ".csv", delimiter: str = ",") -> Path:
+    write_pictures(root, [(f"{i}a.png", f"{i}b.png") for i in range(N)])
+    with (root / f"pairs{suffix}").open("w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerow(["caption", "winner", "loser"])
+        writer.writerows([f"prompt {i}", f"{i}a.png", f"{i}b.png"] for i in range(N))
+    return root / f"pairs{suffix}"
+
+
+def as_tsv(root: Path) -> Path:
+    return as_csv(root, ".tsv", "\t")
+
+
+def as_pair_folders(root: Path) -> Path:
+    write_pictures(
+        root, [(f"p{i}/{'win' if i % 2 else 'chosen'}.png", f"p{i}/{'lose' if i % 2 else 'rejected'}.png") for i in range(N)]
+    )
+    for i in range(N):
+        (root / f"p{i}/prompt.txt").write_text(f"prompt {i}\n")
+    return root
+
+
+def as_two_folders(root: Path) -> Path:
+    write_pictures(root, [(f"w/n{i}.png", f"l/n{i}.png") for i in range(N)])
+    for i in range(N):
+        (root / ("w" if i % 2 else ".") / f"n{i}.txt").write_text(f"prompt {i}")
+    return root
+
+
+FORMS = [
+    as_parquet,
+    as_parquet_shards,
+    as_arrow_shards,
+    as_saved_with_image_features,
+    as_jsonl,
+    as_csv,
+    as_tsv,
+    as_pair_folders,
+    as_two_folders,
+]
+
+
+@pytest.mark.parametrize("write", FORMS, ids=lambda f: f.__name__)
+def test_every_form_gives_the_same_pairs_in_any_order(write, tmp_path):
+    table = open_pairs(write(tmp_path))
+    assert len(table) == N
+    for i in (3, 0, 5, 1, 4, 2):
+        pair = table[i]
+        assert (pair.prompt, pair.label, pair.weight) == (f"prompt {i}", 1.0, 1.0)
+        assert (pair.winner.read_bytes(), pair.loser.read_bytes()) == (png(2 * i), png(2 * i + 1))
+    assert len({table.origin(i) for i in range(N)}) == N
+    assert len(table.fingerprint) == 64
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_jsonl, as_pair_folders, as_two_folders], ids=lambda f: f.__name__)
+def test_the_fingerprint_is_stable_and_changes_with_the_data(write, tmp_path):
+    place = write(tmp_path)
+    before = open_pairs(place).fingerprint
+    assert open_pairs(place).fingerprint == before
+    if place.suffix == ".parquet":
+        pq.write_table(pick_a_pic([1.0] * (N - 1) + [0.0]), place)
+    else:
+        next(p for p in sorted(tmp_path.rglob("*.png"))).write_bytes(png(99))
+    assert open_pairs(place).fingerprint != before
+
+
+def test_a_split_is_chosen_by_file_name_and_an_unknown_one_is_refused(tmp_path):
+    place = as_parquet_shards(tmp_path)
+    assert len(open_pairs(place, split="test")) == 1
+    with pytest.raises(UserError, match="no split 'validation'.*test, train"):
+        open_pairs(place, split="validation")
+    with pytest.raises(UserError, match="no split 'test'.*train"):
+        open_pairs(as_saved_with_image_features(tmp_path / "x"), split="test")
+
+
+def test_parquet_reads_forwards_and_backwards_across_batches_and_row_groups(tmp_path):
+    n = 3 * ROWS_AT_ONCE + 5
+    table = pa.table({"prompt": [str(i) for i in range(n)], "chosen": [b"c"] * n, "rejected": [b"r"] * n})
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=2 * ROWS_AT_ONCE)
+    opened = open_pairs(tmp_path / "p.parquet")
+    order = [0, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 3, n - 1, 1, *range(n)]
+    assert [opened[i].prompt for i in order] == [str(i) for i in order]
+    assert [pair.prompt for pair in opened] == [str(i) for i in range(n)]
+
+
+def test_label_zero_exchanges_the_sides_and_a_soft_label_is_kept(tmp_path):
+    pq.write_table(pick_a_pic([0.0, 0.25, 1.0]), tmp_path / "p.parquet")
+    first, soft, last = open_pairs(tmp_path / "p.parquet")
+    assert first.label == 1.0 and first.winner.read_bytes() == png(1) and first.loser.read_bytes() == png(0)
+    assert soft.label == 0.75 and soft.winner.read_bytes() == png(3)
+    assert last.label == 1.0 and last.winner.read_bytes() == png(4)
+
+
+def test_ties_are_kept_as_one_half_or_dropped_and_unlabelled_rows_are_left_out(tmp_path):
+    table = pick_a_pic([1.0, 0.5, 0.0, 0.5], label_1=[0.0, 0.5, 1.0, 0.5], has_label=[True, True, False, True])
+    pq.write_table(table, tmp_path / "p.parquet")
+    keep, drop = (open_pairs(tmp_path / "p.parquet", ties=ties) for ties in ("keep", "drop"))
+    assert [p.label for p in keep] == [1.0, 0.5, 0.5] and keep.left_out == {"ties": 0, "unlabelled": 1}
+    assert [p.prompt for p in drop] == ["prompt 0"] and drop.left_out == {"ties": 2, "unlabelled": 1}
+    assert keep.fingerprint != drop.fingerprint
+    assert "2 ties left out" in drop.description
+
+
+def test_labels_and_weights_of_a_listing_are_used(tmp_path):
+    write_pictures(tmp_path, [(f"{i}a.png", f"{i}b.png") for i in range(N)])
+    base = [{"prompt": str(i), "chosen": f"{i}a.png", "rejected": f"{i}b.png"} for i in range(3)]
+    extra = [{"label": 0.1, "weight": 2}, {}, {"label": 0.5}]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(b | e) for b, e in zip(base, extra, strict=True)))
+    pairs = list(open_pairs(tmp_path / "p.jsonl"))
+    assert [(p.label, p.weight) for p in pairs] == [(0.9, 2.0), (1.0, 1.0), (0.5, 1.0)]
+    assert pairs[0].winner.read_bytes() == png(1)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"label": 1.5}, r"label is 1.5; it must be in \[0, 1\]"),
+        ({"label": float("nan")}, "label is nan"),
+        ({"label": "yes"}, "label is 'yes', not a number"),
+        ({"weight": -1}, "weight is -1; it must be finite and at least 0"),
+        ({"chosen": None}, "there is no picture"),
+        ({"rejected": "https://x/y.png"}, "is an address"),
+        ({"prompt": ["a"]}, "prompt is list, not text"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_named_and_the_others_stay(line, reason, tmp_path):
+    place = as_jsonl(tmp_path)
+    good = {"prompt": "p", "chosen": "img/0a.png", "rejected": "img/0b.png"}
+    place.write_text("\n".join(json.dumps(r) for r in (good, good | line, good)))
+    table = open_pairs(place, ties="drop")
+    with pytest.raises(RowProblem, match=rf"pairs.jsonl:line 2.*{reason}"):
+        table[1]
+    assert table[2].prompt == "p"
+
+
+def test_contradictory_pick_a_pic_labels_are_a_problem_of_the_row(tmp_path):
+    pq.write_table(pick_a_pic([1.0, 1.0], label_1=[0.0, 1.0]), tmp_path / "p.parquet")
+    with pytest.raises(RowProblem, match="p.parquet:row 1: .*must add up to 1"):
+        open_pairs(tmp_path / "p.parquet")[1]
+
+
+def test_csv_with_line_breaks_in_captions_and_a_short_row(tmp_path):
+    place = as_csv(tmp_path)
+    place.write_text('caption,winner,loser\n"two\nlines",0a.png,0b.png\nshort,1a.png\nlast,2a.png,2b.png\n')
+    table = open_pairs(place)
+    assert table[0].prompt == "two\nlines" and table[2].prompt == "last" and table[2].winner.read_bytes() == png(4)
+    with pytest.raises(RowProblem, match="pairs.csv:line 4: the header has 3 columns, this row has 2"):
+        table[1]
+
+
+def test_missing_columns_are_answered_with_what_is_there_and_what_is_needed(tmp_path):
+    pq.write_table(pa.table({"text_a": ["x"], "good": [b"1"], "bad": [b"2"]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError) as caught:
+        open_pairs(tmp_path / "p.parquet")
+    message = str(caught.value)
+    assert all(word in message for word in ("text_a, good, bad", "jpg_0", "label_0", "chosen", "rejected", "role=name"))
+    named = open_pairs(tmp_path / "p.parquet", columns={"prompt": "text_a", "chosen": "good", "rejected": "bad"})
+    assert named[0].winner.read_bytes() == b"1" and named[0].prompt == "x"
+    with pytest.raises(UserError, match="has no column 'best'. It has: text_a"):
+        open_pairs(tmp_path / "p.parquet", columns={"chosen": "best"})
+    with pytest.raises(UserError, match="'winer' is not a role.*chosen"):
+        open_pairs(tmp_path / "p.parquet", columns={"winer": "good"})
+
+
+def test_places_that_are_no_data_are_answered_with_the_accepted_forms(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no file or folder .*nowhere.parquet.*jsonl.*prompt.txt.*parquet shards"):
+        open_pairs(tmp_path / "nowhere.parquet")
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match="none of the known forms"):
+        open_pairs(tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="broken.parquet is not a readable parquet file"):
+        open_pairs(tmp_path / "broken.parquet")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no file or folder nobody/nothing.*hub.*could not be loaded"):
+        open_pairs("nobody/nothing")
+
+
+def test_folders_that_lack_a_picture_or_caption_say_which(tmp_path):
+    place = as_pair_folders(tmp_path / "a")
+    (place / "p1/lose.png").unlink()
+    (place / "p2/prompt.txt").unlink()
+    table = open_pairs(place)
+    with pytest.raises(RowProblem, match="a/p1 .*no picture called lose"):
+        table[1]
+    with pytest.raises(RowProblem, match="a/p2.*prompt.txt"):
+        table[2]
+    place = as_two_folders(tmp_path / "b")
+    (place / "l/n3.png").unlink()
+    with pytest.raises(RowProblem, match=r"b/n3 \(loser\).*n3"):
+        open_pairs(place)[3]
+
+
+def test_every_file_of_the_registries_is_a_reader_or_a_layout():
+    for package, needed in ((readers, ("FORM", "claims", "open_rows")), (layouts, ("FORM", "REQUIRED", "probability"))):
+        names = [p.stem for p in Path(package.__path__[0]).glob("[!_]*.py")]
+        assert len(names) >= 2
+        for name in names:
+            module = sys.modules[f"{package.__name__}.{name}"]
+            assert all(hasattr(module, attribute) for attribute in needed), name
+
+
+# ------------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_exif_orientation_transparency_and_sixteen_bits_are_dealt_with():
+    image, exif = Image.new("RGB", (8, 4), "red"), Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", exif=exif)
+    source = ImageSource(data=stream.getvalue())
+    assert source.open().size == source.size() == (4, 8)
+    stream = io.BytesIO()
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(stream, "PNG")
+    assert ImageSource(data=stream.getvalue()).open().getpixel((0, 0)) == (255, 255, 255)
+    stream = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16)).save(stream, "PNG")
+    assert ImageSource(data=stream.getvalue()).open().getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a picture", lambda b: b[:16]])
+def test_damaged_pictures_raise(damage):
+    with pytest.raises(UnreadableImage):
+        ImageSource(data=damage(png(0, (64, 64)))).open()
+
+
+# ---------------------------------------------------------------------------------------------------------------- validation
+
+
+def flawed(tmp_path: Path) -> Path:
+    """Eight rows: 0 good, 1 repeats 0, 2 contradicts 0, 3 tie, 4 truncated, 5 same picture twice, 6 no caption, 7 label 7."""
+    cells = [
+        ("a", png(0), png(1), 1.0),
+        ("a", png(0), png(1), 1.0),
+        ("a", png(0), png(1), 0.0),
+        ("b", png(2), png(3), 0.5),
+        ("c", png(4), png(5)[:200], 1.0),
+        ("d", png(6), png(6), 1.0),
+        ("", png(7, (32, 16)), png(8), 1.0),
+        ("e", png(9), png(10), 7.0),
+    ]
+    columns = dict(zip(("caption", "jpg_0", "jpg_1", "label_0"), map(list, zip(*cells, strict=True)), strict=True))
+    pq.write_table(pa.table(columns), tmp_path / "flawed.parquet")
+    return tmp_path / "flawed.parquet"
+
+
+def test_the_report_finds_every_planted_flaw(tmp_path):
+    told = []
+    report = check(open_pairs(flawed(tmp_path)), progress=lambda *args: told.append(args), workers=2)
+    place = "flawed.parquet:row {}".format
+    assert (report.pairs, report.usable, report.ties, report.unique_prompts) == (8, 6, 1, 5)
+    assert report.duplicate_pairs == ((place(1), place(0)),)
+    assert report.contradictions == ((place(2), place(0)),)
+    assert [(p.origin, p.side) for p in report.unreadable] == [(place(4), "loser")]
+    assert [(p.origin, p.reason) for p in report.bad_rows] == [(place(7), "label_0 is 7; it must be in [0, 1]")]
+    assert report.identical_sides == (place(5),) and report.empty_captions == (place(6),)
+    assert report.sizes == {"24 x 20": 12, "32 x 16": 1} and report.smallest_side == 16
+    assert report.labels == {"0.5": 1, "1": 6} and report.unique_images == 8 and report.repeated_images == 3
+    assert told[-1] == ("reading", 8, 8)
+    text = report.to_text()
+    assert all(place(i) in text for i in (1, 2, 4, 5, 6, 7)) and "8 (6 usable)" in text
+    assert json.loads(json.dumps(report.to_dict()))["unusable"] == 2
+
+
+def test_the_contact_sheet_marks_preferred_tied_and_skips_the_unreadable(tmp_path):
+    table = open_pairs(flawed(tmp_path))
+    sheet = contact_sheet(table, n=20)
+    colours = {colour for _, colour in sheet.getcolors(2**24)}
+    assert {(46, 139, 87), (217, 154, 43)} <= colours
+    assert contact_sheet(table, n=2).width < sheet.width
+    assert contact_sheet(table, n=3, seed=1).tobytes() == contact_sheet(table, n=3, seed=1).tobytes()
+
+
+def run_check(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["check", *arguments]))
+
+
+def test_the_command_reports_and_its_status_follows_the_limit(tmp_path, capsys):
+    place, sheet, report = str(flawed(tmp_path)), tmp_path / "out/sheet.png", tmp_path / "out/report.json"
+    assert run_check(place, "--sheet", str(sheet), "--json", str(report)) == 1
+    assert "2 of 8 pairs (25.00%) cannot be used" in capsys.readouterr().out
+    assert json.loads(report.read_text())["pairs"] == 8 and Image.open(sheet).width > 300
+    assert run_check(place, "--max-unreadable", "0.3", "--ties", "drop", "--columns", "caption=caption") == 0
+    assert "1 ties" in capsys.readouterr().out
+    with pytest.raises(UserError, match="ROLE=NAME"):
+        run_check(place, "--columns", "caption")
+
+
+def test_drawn_scenes_make_a_data_set_that_passes(tmp_path, capsys):
+    stream, cells = scenes.stream(0), []
+    for _ in range(4):
+        (first, caption), (second, _) = next(stream), next(stream)
+        files = [io.BytesIO(), io.BytesIO()]
+        scenes.render(first).save(files[0], "JPEG")
+        scenes.render(second).save(files[1], "JPEG")
+        cells.append({"prompt": caption, "chosen": files[0].getvalue(), "rejected": files[1].getvalue()})
+    pq.write_table(pa.Table.from_pylist(cells), tmp_path / "scenes.parquet")
+    assert run_check(str(tmp_path / "scenes.parquet")) == 0
+    assert "64 x 64: 8" in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""Small real things that several tests train on: the golden UNet, a schedule, encoded pairs in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffalign.schedule import NoiseSchedule
+from pipelines.families.stable_diffusion import UNetDenoiser
+
+UNET = Path(__file__).parent / "golden" / "unet"
+SHAPE = (4, 8, 8)
+
+
+def sd_alpha_bar(dtype: torch.dtype = torch.float32) -> Tensor:
+    """SD1.5's scaled-linear schedule."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=dtype) ** 2
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def small_denoiser(dtype: torch.dtype = torch.float32, prediction_type: str = "epsilon") -> UNetDenoiser:
+    """A genuine UNet of 0.2 million parameters."""
+    net = UNet2DConditionModel.from_config(json.loads((UNET / "config.json").read_text()))
+    net.load_state_dict(load_file(UNET / "reference.safetensors"))
+    return UNetDenoiser(NoiseSchedule(sd_alpha_bar(), prediction_type), net.to(dtype))
+
+
+class PairsInMemory:
+    """Encoded pairs as the cache gives them. Winners and losers differ by a constant pattern, so there is something to learn."""
+
+    latent_shape = SHAPE
+
+    def __init__(self, n: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        g = torch.Generator().manual_seed(seed)
+        pattern = torch.randn(SHAPE, generator=g)
+        base = torch.randn((n, *SHAPE), generator=g)
+        self._means = {"winner": (0.5 * base + 0.5 * pattern).to(dtype), "loser": (0.5 * base - 0.5 * pattern).to(dtype)}
+        self._text = torch.randn((n + 1, 7, 32), generator=g).to(dtype)
+        self.labels = [1.0] * n
+        self.weights = [1.0] * n
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def moments(self, pair_index: int, side: str, flipped: bool) -> tuple[Tensor, Tensor]:
+        mean = self._means[side][pair_index]
+        return (mean.flip(-1) if flipped else mean), torch.full_like(mean, 0.1)
+
+    def conditioning(self, pair_index: int | None) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self._text[-1 if pair_index is None else pair_index]}
