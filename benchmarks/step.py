@@ -74,7 +74,8 @@ def _text_encoder(tokenizer: Any, width: int) -> Any:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
+            max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=end, pad_token_id=end,
         )
     )  # fmt: skip
 
@@ -248,7 +249,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         s, m = r["seconds_per_pair"], r["peak_mib"]
         peaks = f"{m['in the loop']:.0f} -> {m['cached']:.0f}"
         print(
-            f"{r['shape']:8s} {r['adapter']:8s} {s['in the loop'] * 1e3:9.1f} ms {s['cached'] * 1e3:9.1f} ms {r['ratio']:6.2f}x {peaks:>18s}"
+            f"{r['shape']:8s} {r['adapter']:8s} {s['in the loop'] * 1e3:9.1f} ms {s['cached'] * 1e3:9.1f} ms "
+            f"{r['ratio']:6.2f}x {peaks:>18s}"
         )
     for r in rows:
         for variant, phases in r["phases"].items():

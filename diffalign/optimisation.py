@@ -43,12 +43,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimiserSetti
         eps=settings.epsilon,
     )
     if settings.eight_bit:
-        return _bitsandbytes().optim.AdamW8bit(parameters, **options)
+        return require_bitsandbytes().optim.AdamW8bit(parameters, **options)
     fused = all(p.is_floating_point() and p.device.type in ("cuda", "cpu", "xpu", "mps") for p in parameters)
     return torch.optim.AdamW(parameters, fused=fused, **options)
 
 
-def _bitsandbytes() -> Any:
+def require_bitsandbytes() -> Any:
+    """The module, or a UserError that says how to get it."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -57,7 +58,7 @@ def _bitsandbytes() -> Any:
 
 
 def learning_rate_factor(step: int, steps: int, settings: OptimiserSettings) -> float:
-    """The factor on the learning rate at optimizer step ``step`` (from 0): linear warm-up, then the schedule, down to 0 at ``steps``."""
+    """The factor on the learning rate at optimizer step ``step`` (from 0): linear warm-up, then the schedule to ``steps``."""
     if step < settings.warmup_steps:
         return step / settings.warmup_steps
     if settings.schedule == "constant":

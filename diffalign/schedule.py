@@ -45,7 +45,7 @@ class NoiseSchedule:
         return len(self.alpha_bar)
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``sqrt(alpha_bar_t)`` and ``sqrt(1 - alpha_bar_t)``, shaped [B, 1, ...] to scale ``like`` [B, ...], float32 at least."""
+        """``sqrt(alpha_bar_t)`` and ``sqrt(1 - alpha_bar_t)`` as [B, 1, ...] to scale ``like`` [B, ...], float32 at least."""
         if t.shape != like.shape[:1]:
             raise ValueError(f"t must hold one step per sample: got {tuple(t.shape)} for a batch of {like.shape[0]}")
         dtype = torch.promote_types(self.alpha_bar.dtype, like.dtype)

@@ -80,31 +80,46 @@ class Position:
 
 
 class RandomState:
-    """The global generators (LoRA dropout draws from them; pairs, t and noise do not)."""
+    """The global generators of every process. Only LoRA dropout draws from them; pairs, t and noise do not."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._ranks: list[dict[str, Any]] = []
+
+    def collect(self) -> None:
+        """Gather the states; every process must call it before one of them saves."""
+        self._ranks = [_random_state()]
+        if self._accelerator.num_processes > 1:
+            mine, self._ranks = self._ranks[0], [{}] * self._accelerator.num_processes
+            torch.distributed.all_gather_object(self._ranks, mine)
 
     def state_dict(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        kind, keys, *rest = np.random.get_state()
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": cuda,
-            "numpy": [kind, keys.tolist(), *rest],
-            "python": list(_listed(random.getstate())),
-        }
+        return {"ranks": self._ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        torch.set_rng_state(state["torch"])
-        if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda"])
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
+        ranks = state["ranks"]  # of the world that wrote it, which may have been smaller
+        _restore_random_state(ranks[self._accelerator.process_index % len(ranks)])
 
 
-def _listed(state: tuple) -> tuple:
-    version, internal, gauss = state
-    return version, list(internal), gauss
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
 
 
 class PolicyWeights:
@@ -175,7 +190,7 @@ class Trainer:
         self._parameters = list(policy.trainable_parameters())
         self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, optimiser))
         self._schedule = build_schedule(self._optimizer.optimizer, loop.steps, optimiser)
-        self._position = Position()
+        self._position, self._random = Position(), RandomState(accelerator)
         self._ema = Ema(self._parameters, loop.ema_decay) if loop.ema_decay else None
         self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
         self._metrics_file = output / "metrics.jsonl"
@@ -184,7 +199,7 @@ class Trainer:
             "optimizer": self._optimizer.optimizer,
             "schedule": self._schedule,
             "position": self._position,
-            "random": RandomState(),
+            "random": self._random,
             **({"ema": self._ema} if self._ema else {}),
         }
 
@@ -201,6 +216,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step (main process only; the others wait)."""
+        self._random.collect()
         if self._accelerator.is_main_process:
             self._checkpoints.save(self.step, self._things, {"identity": self._identity})
         self._accelerator.wait_for_everyone()
@@ -315,9 +331,10 @@ class Trainer:
         t = torch.cat([o.t for o in outcomes]).tolist()
         margins = [round(m, 4) for o in outcomes for m in o.metrics["margin"].tolist()]
         last = self._checkpoints.latest()
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise NonFiniteLossError(
-            f"Step {self.step + 1}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}. Timesteps {t}, margins {margins}. "
-            f"The update was not made; {f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}. "
+            f"Step {self.step + 1}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}. "
+            f"Timesteps {t}, margins {margins}. The update was not made; {kept}. "
             "A lower learning rate, bf16 instead of fp16, or a look at these pairs may help."
         )
 

@@ -108,6 +108,7 @@ class TrainSettings:
     loop: Any  # diffalign.train.LoopSettings
     compute: ComputeSettings
     evaluation: EvaluationSettings
+    model_config: str | None = None
     adapter: Literal["lora", "full"] = "lora"
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     seed: int = 0
@@ -118,6 +119,7 @@ class TrainSettings:
 
 TOP_LEVEL = {
     "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
+    "model_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
     "pairs": "preference data: a file, a folder, a hub id, or tiny",
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",
@@ -309,7 +311,8 @@ def _explain(error: Mapping[str, Any], objective: type) -> str:
         return f"{path}: unknown setting{_nearest(path, list(_paths(objective)))}"
     if error["type"] == "missing":
         return f"{path}: needed but not given ({TOP_LEVEL.get(path, 'set it')}; --{path.replace('_', '-')})"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')[:1].lower()}{error['msg'].removeprefix('Value error, ')[1:]} (found {error['input']!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[:1].lower()}{message[1:]} (found {error['input']!r})"
 
 
 def _nearest(name: str, known: list[str]) -> str:

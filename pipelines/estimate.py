@@ -40,9 +40,8 @@ class Estimate:
         lines = [f"{self.steps} steps, {self.trainable / 1e6:.1f} M trainable parameters. Memory of training, roughly:"]
         lines += [f"  {name:28s} {size / 2**30:8.2f} GiB" for name, size in self.bytes.items()]
         lines.append(f"  {'together':28s} {sum(self.bytes.values()) / 2**30:8.2f} GiB")
-        lines.append(
-            f"Time of training, roughly: {self.seconds_per_step:.2f} s a step, {self.seconds_per_step * self.steps / 60:.1f} min in all."
-        )
+        minutes = self.seconds_per_step * self.steps / 60
+        lines.append(f"Time of training, roughly: {self.seconds_per_step:.2f} s a step, {minutes:.1f} min in all.")
         return "\n".join(lines)
 
 

@@ -14,20 +14,24 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from diffalign import objectives
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.data.open import open_pairs
+from diffalign.data.table import PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
+from diffalign.optimisation import require_bitsandbytes
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Frozen
 from diffalign.train import Finished, Trainer
@@ -44,6 +48,7 @@ from pipelines.tiny.model import pairs_path as tiny_pairs_path
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+CACHE_FOLDER = "cache"
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 Say = Callable[[str], None]
 
@@ -63,32 +68,39 @@ class Prepared:
 # ---------------------------------------------------------------------------------------------------------- the folder
 
 
-def claim_output(settings: TrainSettings, objective: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ours, and write the resolved configuration into it.
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may write into ``output``. A folder in which a run never got to a checkpoint counts as free.
 
     Raises:
         UserError: it holds another run, or something that is no run at all, and neither option allows going on.
     """
-    output = settings.output
     if output.is_file():
         raise UserError(f"{output} is a file; the output should be a folder.")
-    occupied = output.is_dir() and any(output.iterdir())
     is_run = (output / CONFIG_FILE).is_file()
-    if resume and not is_run:
-        raise UserError(f"There is no run to resume in {output} (no {CONFIG_FILE}).")
-    if occupied and not (resume or overwrite):
-        what = "another run" if is_run else "other files"
-        raise UserError(
-            f"{output} already holds {what}. Use --resume to go on with it, --overwrite to replace it, or another --output."
-        )
-    if overwrite and occupied:
+    if resume:
         if not is_run:
-            raise UserError(
-                f"{output} holds files that are not a run of diffalign; it is not overwritten. Choose another --output."
-            )
-        shutil.rmtree(output)
+            raise UserError(f"There is no run to resume in {output} (no {CONFIG_FILE}).")
+        return
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not is_run:
+        raise UserError(f"{output} holds files that are no run of diffalign; nothing is written there. Choose another --output.")
+    begun = (output / "checkpoints").is_dir() or (output / SUMMARY_FILE).is_file()
+    if begun and not overwrite:
+        raise UserError(
+            f"{output} already holds a run. Use --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+
+
+def claim_output(output: Path, text: str, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder ours: an older run is removed if it may be (its cache stays), ``text`` becomes the configuration."""
+    if overwrite and output.is_dir():
+        for entry in output.iterdir():
+            if entry.name != CACHE_FOLDER:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG_FILE).write_text(to_yaml(objective, settings))
+    if not (resume and (output / CONFIG_FILE).is_file()):
+        (output / CONFIG_FILE).write_text(text)
 
 
 def to_yaml(objective: str, settings: TrainSettings) -> str:
@@ -101,13 +113,55 @@ def to_yaml(objective: str, settings: TrainSettings) -> str:
 # ------------------------------------------------------------------------------------------------------------- prepare
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator, say: Say, progress: bool = True) -> Prepared:
-    """Load the model, encode the pairs (or open the cache), attach what is trained."""
+def preflight(settings: TrainSettings) -> None:
+    """Everything that can be known to be wrong before a model is loaded.
+
+    Raises:
+        UserError: an unknown judge, prompts that cannot be read, a package or device that is asked for and not there.
+    """
+    e, compute = settings.evaluation, settings.compute
+    if e.prompts and not e.judges:
+        raise UserError(
+            "evaluation.prompts is set, but evaluation.judges is empty: name a judge (--judges oracle), or set prompts to none."
+        )
+    if e.prompts:
+        held_out_prompts(e.prompts, e.prompt_count)
+        for judge in e.judges:
+            require_judge(judge)
+    if settings.optimiser.eight_bit:
+        require_bitsandbytes()
+    if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
+
+
+def require_judge(name: str) -> None:
+    """Raises UserError for a judge that does not exist."""
+    import reward_models
+
+    if name not in reward_models.names():
+        raise UserError(f"There is no judge {name!r}; there are: {', '.join(reward_models.names())}.")
+
+
+def open_data(settings: TrainSettings) -> PairTable:
+    """The pairs, not yet decoded."""
+    data = settings.data
+    return open_pairs(pairs_path(settings.pairs), split=data.split, ties=data.ties, columns=data.columns)
+
+
+def load_model(settings: TrainSettings, say: Say) -> Any:
+    """The checkpoint as something to train."""
     dtype = PRECISIONS[settings.compute.mixed_precision] if settings.adapter == "lora" else "float32"
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
-    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected)
+    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.model_config)
     say(f"{settings.model}: {family.name}, {family.denoiser.schedule.prediction_type} prediction, {dtype}")
-    cache = _encode(settings, family, accelerator, say, progress)
+    return family
+
+
+def prepare(
+    settings: TrainSettings, table: PairTable, family: Any, accelerator: Accelerator, say: Say, progress: bool = True
+) -> Prepared:
+    """Encode the pairs (or open the cache), let go of the encoders, attach what is trained."""
+    cache = _encode(settings, table, family, accelerator, say, progress)
     family.release_encoders()
     base_digest = digest(family.network)
     train_rows, validation_rows = split_rows(cache.prompts, settings.data.validation_pairs, settings.seed)
@@ -116,11 +170,13 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, say: Say, progres
     return Prepared(family, cache, reference, base_digest, train_rows, validation_rows)
 
 
-def _encode(settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say, progress: bool) -> PairCache:
+def _encode(
+    settings: TrainSettings, table: PairTable, family: Any, accelerator: Accelerator, say: Say, progress: bool
+) -> PairCache:
     data = settings.data
-    table = open_pairs(pairs_path(settings.pairs), split=data.split, ties=data.ties, columns=data.columns)
+    say(table.description)
     transform = Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed)
-    folder = data.cache or settings.output / "cache"
+    folder = data.cache or settings.output / CACHE_FOLDER
     with accelerator.main_process_first(), _Bar("encoding", progress and accelerator.is_main_process) as bar:
         family.encoder.to(accelerator.device)
         cache = build_cache(
@@ -134,6 +190,9 @@ def _encode(settings: TrainSettings, family: Any, accelerator: Accelerator, say:
         )
     for origin, reason in cache.skipped[:10]:
         say(f"skipped {origin}: {reason}")
+    cut = family.truncated(sorted(set(cache.prompts)))
+    if cut:
+        say(f"{len(cut)} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
     return cache
 
 
@@ -232,7 +291,9 @@ def data_digest(cache: PairCache) -> str:
 def start_accelerator(settings: TrainSettings) -> Accelerator:
     """Accelerate, with the tracker asked for."""
     tracker = settings.compute.tracker
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     return Accelerator(
+        kwargs_handlers=[patience],
         mixed_precision=settings.compute.mixed_precision,
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output)),
@@ -254,13 +315,16 @@ def train(
         NonFiniteLossError: training blew up; the last checkpoint is untouched.
     """
     start = time.perf_counter()
+    check_output(settings.output, resume=resume, overwrite=overwrite)
+    preflight(settings)
     accelerator = start_accelerator(settings)
-    if accelerator.is_main_process:
-        claim_output(settings, name, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
     say = say if accelerator.is_main_process else lambda _: None
-    torch.manual_seed(settings.seed)
-    prepared = prepare(settings, accelerator, say, progress)
+    set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
+    family, table = load_model(settings, say), open_data(settings)
+    accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
+    if accelerator.is_main_process:
+        claim_output(settings.output, to_yaml(name, settings), resume=resume, overwrite=overwrite)
+    prepared = prepare(settings, table, family, accelerator, say, progress)
     if accelerator.log_with:
         accelerator.init_trackers(settings.compute.tracker)
     with _Bar("training", progress and accelerator.is_main_process, settings.loop.steps) as bar:
@@ -271,7 +335,6 @@ def train(
         finished = trainer.run()
     if accelerator.is_main_process and not finished.interrupted:
         finish(name, settings, prepared, trainer, time.perf_counter() - start, say, progress)
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     if finished.interrupted:
         say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
@@ -310,6 +373,7 @@ class _Bar:
         from tqdm.auto import tqdm
 
         self._bar = tqdm(total=total, desc=unit, disable=not shown, dynamic_ncols=True)
+        self._stage = unit, total
 
     def __enter__(self) -> _Bar:
         return self
@@ -325,7 +389,8 @@ class _Bar:
         self._bar.update(1)
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        if stage != self._bar.desc or total != self._bar.total:
+        if (stage, total) != self._stage:
+            self._stage = stage, total
             self._bar.set_description_str(stage)
             self._bar.reset(total)
         self._bar.update(done - self._bar.n)
@@ -375,7 +440,7 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
             held_out_prompts(e.prompts, e.prompt_count),
             e.judges,
             folder,
-            load=families.load_pipeline,
+            load=partial(families.load_pipeline, config=settings.model_config),
             seed=settings.seed,
             steps=e.sampling_steps,
             guidance_scale=e.guidance_scale,

@@ -39,7 +39,8 @@ Trainer(
     objective=DiffusionDPO(beta=500), policy=denoiser, reference=AdapterOff(denoiser) if lora else Frozen(small_denoiser()),
     loader=PairLoader(pairs, range(10), settings, accelerator.process_index, accelerator.num_processes),
     validation=validation_batches(pairs, [10, 11], settings, 5), accelerator=accelerator, output=output,
-    loop=LoopSettings(steps=5, validate_every=5, checkpoint_every=5), optimiser=OptimiserSettings(learning_rate=1e-4), identity={},
+    loop=LoopSettings(steps=5, validate_every=5, checkpoint_every=5), 
+    optimiser=OptimiserSettings(learning_rate=1e-4), identity={},
 ).run()
 print("processes", accelerator.num_processes)
 """

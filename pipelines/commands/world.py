@@ -23,8 +23,10 @@ SPLITS = ("train", "validation", "test")
 TRAINING_OPTIONS: dict[str, tuple[type, str]] = {
     "seed": (int, "seed of scenes, weights and noise"),
     "scenes": (int, "different scenes drawn before training"),
-    "vae_steps": (int, "steps of the autoencoder"),
-    "vae_batch": (int, "pictures per step of the autoencoder"),
+    "vae_crop_steps": (int, "steps of the autoencoder on crops"),
+    "vae_crop_batch": (int, "crops per step"),
+    "vae_steps": (int, "steps of the autoencoder on whole pictures"),
+    "vae_batch": (int, "whole pictures per step of the autoencoder"),
     "vae_learning_rate": (float, "peak learning rate of the autoencoder"),
     "kl_weight": (float, "weight of the KL term"),
     "unet_steps": (int, "steps of UNet and text encoder"),
@@ -32,6 +34,7 @@ TRAINING_OPTIONS: dict[str, tuple[type, str]] = {
     "unet_learning_rate": (float, "peak learning rate of UNet and text encoder"),
     "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
     "ema_decay": (float, "decay of the averaged weights"),
+    "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
 }
 """The fields of ``pipelines.tiny.train.WorldTraining``, listed so that ``--help`` need not import torch (a test compares)."""
 
@@ -213,7 +216,9 @@ def _train(args: argparse.Namespace) -> int:
     from diffalign.errors import UserError
     from pipelines.tiny.train import WorldTraining, train
 
-    if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite):
+    going_on = args.output.with_name(args.output.name + ".work").is_dir()
+    occupied = args.output.is_dir() and any(args.output.iterdir())
+    if args.output.is_file() or (occupied and not (args.overwrite or going_on)):
         raise UserError(f"--output {args.output} is a file or holds something already; name a new folder, or add --overwrite.")
     train(args.output, WorldTraining(**_given(args, *TRAINING_OPTIONS)), say=lambda line: print(line, flush=True))
     return 0

@@ -12,18 +12,22 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers import AutoencoderKL
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.checkpoint import written_aside
+from diffalign.optimisation import Ema
 from pipelines.tiny import model, scenes
 
 Say = Callable[[str], None]
@@ -35,15 +39,18 @@ class WorldTraining:
 
     seed: int = 0
     scenes: int = 60_000
-    vae_steps: int = 1_300
+    vae_crop_steps: int = 2_600
+    vae_crop_batch: int = 64
+    vae_steps: int = 700
     vae_batch: int = 24
     vae_learning_rate: float = 2e-3
-    kl_weight: float = 2e-4
-    unet_steps: int = 5_500
-    unet_batch: int = 64
+    kl_weight: float = 1e-4
+    unet_steps: int = 8_000
+    unet_batch: int = 32
     unet_learning_rate: float = 1e-3
     caption_dropout: float = 0.1
-    ema_decay: float = 0.9985
+    ema_decay: float = 0.999
+    guidance_scale: float = 4.0
 
 
 def draw_training_set(config: WorldTraining) -> tuple[np.ndarray, list[str]]:
@@ -74,30 +81,72 @@ def _edges(x: Tensor) -> Tensor:
 
 
 def train_vae(config: WorldTraining, pictures: np.ndarray, say: Say) -> nn.Module:
-    """The autoencoder; sets ``scaling_factor`` to one over the latents' standard deviation, as SD does."""
+    """The autoencoder, first on crops of half the side (four times cheaper), then on whole pictures.
+
+    Sets ``scaling_factor`` to one over the latents' standard deviation, as SD does.
+    """
     torch.manual_seed(config.seed)
-    vae = model.build_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_learning_rate, weight_decay=1e-3)
-    schedule, rng, start = _schedule(optimizer, config.vae_steps), np.random.default_rng(config.seed + 1), time.time()
-    for step in range(1, config.vae_steps + 1):
-        x = to_pixels(pictures[rng.integers(len(pictures), size=config.vae_batch)])
+    vae, rng = model.build_vae().train(), np.random.default_rng(config.seed + 1)
+    half = scenes.SIZE // 2
+    _vae_stage(
+        vae,
+        config,
+        config.vae_crop_steps,
+        config.vae_learning_rate,
+        say,
+        lambda: _crops(pictures, rng, config.vae_crop_batch, half),
+    )
+    _vae_stage(
+        vae,
+        config,
+        config.vae_steps,
+        config.vae_learning_rate / 2,
+        say,
+        lambda: _crops(pictures, rng, config.vae_batch, scenes.SIZE),
+    )
+    vae.eval()
+    mean, _ = encode(vae, pictures[:512])
+    vae.register_to_config(scaling_factor=round(1.0 / mean.std().item(), 4))
+    return vae
+
+
+def _crops(pictures: np.ndarray, rng: np.random.Generator, batch: int, side: int) -> Tensor:
+    """Random pictures, cut at random places to ``side`` pixels."""
+    chosen = rng.integers(len(pictures), size=batch)
+    corners = rng.integers(scenes.SIZE - side + 1, size=(batch, 2))
+    return to_pixels(np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]))
+
+
+def _vae_stage(
+    vae: nn.Module, config: WorldTraining, steps: int, rate: float, say: Say, next_batch: Callable[[], Tensor]
+) -> None:
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, weight_decay=1e-3, betas=(0.9, 0.99))
+    schedule, start = _schedule(optimizer, steps), time.time()
+    for step in range(1, steps + 1):
+        x = next_batch()
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + F.l1_loss(_edges(y), _edges(x)) + config.kl_weight * kl
+        loss = reconstruction_loss(y, x) + config.kl_weight * _kl(posterior)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            say(
-                f"vae {step}/{config.vae_steps} loss {loss.item():.4f} mse {F.mse_loss(y, x).item():.5f} kl {kl.item():.2f} {time.time() - start:.0f} s"
-            )
-    vae.eval()
-    mean, _ = encode(vae, pictures[:512])
-    vae.register_to_config(scaling_factor=round(1.0 / mean.std().item(), 4))
-    return vae
+        if step % 100 == 0:
+            mse, seconds = F.mse_loss(y, x).item(), time.time() - start
+            numbers = f"loss {loss.item():.4f} mse {mse:.5f} kl {_kl(posterior).item():.2f}"
+            say(f"vae {x.shape[-1]} px {step}/{steps} {numbers} {seconds:.0f} s")
+
+
+def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1, squares, edges, and L1 of 4 x 4 averages: the last keeps the colour of a region from being traded for its edges."""
+    regions = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + F.l1_loss(_edges(y), _edges(x)) + 2.0 * regions
+
+
+def _kl(posterior: Any) -> Tensor:
+    """KL divergence to the standard normal, mean over the latent's dimensions, in nats."""
+    return 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
 
 
 @torch.no_grad()
@@ -111,44 +160,75 @@ def encode(vae: nn.Module, pictures: np.ndarray, batch: int = 128) -> tuple[Tens
     return torch.cat(means), torch.cat(stds)
 
 
-def train_unet(
-    config: WorldTraining, vae: nn.Module, pictures: np.ndarray, captions: list[str], say: Say, save: Callable
-) -> None:
-    """UNet and text encoder together; ``save(step, tokenizer, text_encoder, unet)`` receives the averaged weights."""
-    torch.manual_seed(config.seed + 2)
-    tokenizer = model.build_tokenizer()
-    text_encoder, unet = model.build_text_encoder(tokenizer).train(), model.build_unet().train()
-    nets = nn.ModuleList([unet, text_encoder])
-    mean, std = encode(vae, pictures)
-    scale = vae.config.scaling_factor
-    ids = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    scheduler, empty = model.build_scheduler(), len(captions)
-    optimizer = torch.optim.AdamW(nets.parameters(), lr=config.unet_learning_rate, weight_decay=1e-2)
-    schedule, start, smooth = _schedule(optimizer, config.unet_steps), time.time(), None
-    average = EMAModel(nets.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    for step in range(1, config.unet_steps + 1):
-        index = torch.randint(empty, (config.unet_batch,))
-        z = scale * (mean[index] + std[index] * torch.randn_like(mean[index]))
-        t, noise = torch.randint(1000, (len(index),)), torch.randn_like(z)
-        index[torch.rand(len(index)) < config.caption_dropout] = empty
-        prediction = unet(scheduler.add_noise(z, noise, t), t, text_encoder(ids[index]).last_hidden_state).sample
+class UNetTraining:
+    """UNet and text encoder with everything that changes while they are trained, so that a killed training can go on."""
+
+    def __init__(self, config: WorldTraining, vae: nn.Module, pictures: np.ndarray, captions: list[str]) -> None:
+        torch.manual_seed(config.seed + 2)
+        self.config, self.done, self.seconds = config, 0, 0.0
+        self.tokenizer = model.build_tokenizer()
+        self.text_encoder, self.unet = model.build_text_encoder(self.tokenizer).train(), model.build_unet().train()
+        self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
+        self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        self._noise = model.build_scheduler()
+        self._parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=config.unet_learning_rate, weight_decay=1e-2)
+        self._schedule = _schedule(self._optimizer, config.unet_steps)
+        self.average = Ema(self._parameters, config.ema_decay)
+
+    def step(self) -> float:
+        """One optimizer step; returns the mean squared error of the predicted noise."""
+        start, empty = time.perf_counter(), len(self._ids) - 1
+        index = torch.randint(empty, (self.config.unet_batch,))
+        x_0 = self._mean[index] + self._std[index] * torch.randn_like(self._mean[index])
+        t, noise = torch.randint(1000, (len(index),)), torch.randn_like(x_0)
+        index[torch.rand(len(index)) < self.config.caption_dropout] = empty
+        text = self.text_encoder(self._ids[index]).last_hidden_state
+        prediction = self.unet(self._noise.add_noise(x_0, noise, t), t, text).sample
         error = (prediction - noise).square().mean(dim=(1, 2, 3))  # [B]
-        snr = compute_snr(scheduler, t)
-        loss = (error * snr.clamp(max=5.0) / snr).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average.step(nets.parameters())
-        smooth = error.mean().item() if smooth is None else 0.99 * smooth + 0.01 * error.mean().item()
-        if step % 100 == 0:
-            say(f"unet {step}/{config.unet_steps} error {smooth:.4f} {time.time() - start:.0f} s")
-        if step % 1500 == 0 or step == config.unet_steps:
-            average.store(nets.parameters())
-            average.copy_to(nets.parameters())
-            save(step, tokenizer, text_encoder, unet)
-            average.restore(nets.parameters())
+        snr = compute_snr(self._noise, t)
+        (error * snr.clamp(max=5.0) / snr).mean().backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        self.average.update()
+        self.done += 1
+        self.seconds += time.perf_counter() - start
+        return error.mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weights": [p.detach() for p in self._parameters],
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "average": self.average.state_dict(),
+            "random": torch.get_rng_state(),
+            "done": self.done,
+            "seconds": self.seconds,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for parameter, value in zip(self._parameters, state["weights"], strict=True):
+            parameter.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["random"])
+        self.done, self.seconds = state["done"], state["seconds"]
+
+
+def train_unet(training: UNetTraining, say: Say, save: Callable[[], None]) -> None:
+    """Step to the end; ``save`` is called now and then, while the networks hold their averaged weights."""
+    smooth, steps = None, training.config.unet_steps
+    while training.done < steps:
+        error = training.step()
+        smooth = error if smooth is None else 0.99 * smooth + 0.01 * error
+        if training.done % 100 == 0:
+            say(f"unet {training.done}/{steps} error {smooth:.4f} {training.seconds:.0f} s")
+        if training.done % 500 == 0 or training.done == steps:
+            save()
 
 
 def save_half(output: Path, tokenizer, text_encoder: nn.Module, vae: nn.Module, unet: nn.Module) -> None:
@@ -162,26 +242,49 @@ def save_half(output: Path, tokenizer, text_encoder: nn.Module, vae: nn.Module, 
 
 
 def train(output: Path, config: WorldTraining, say: Say = print) -> None:
-    """Train both stages and write ``output`` as a Diffusers folder with half-precision weights and ``training.json``."""
-    start = time.time()
+    """Train both stages and write ``output`` as a Diffusers folder with half-precision weights and ``training.json``.
+
+    Called again after a kill, it goes on from ``output`` + ``.work``, which is removed at the end.
+    """
+    work = output.with_name(output.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
     pictures, captions = draw_training_set(config)
-    say(f"{len(captions)} scenes drawn in {time.time() - start:.0f} s")
-    vae = train_vae(config, pictures, say)
-    seconds_vae = time.time() - start
+    say(f"{len(captions)} scenes drawn")
+    vae, seconds_vae = _vae_of(work, config, pictures, say)
+    training = UNetTraining(config, vae, pictures, captions)
+    if (work / "unet.pt").is_file():
+        training.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
 
-    def save(step: int, tokenizer, text_encoder: nn.Module, unet: nn.Module) -> None:
-        save_half(output, tokenizer, text_encoder, vae, unet)
-        record = {
-            "command": "diffalign world train",
-            "config": asdict(config),
-            "unet_steps_done": step,
-            "seconds_vae": round(seconds_vae),
-            "seconds_total": round(time.time() - start),
-            "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()} CPU",
-            "torch": torch.__version__.split("+")[0],
-        }
-        (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        say(f"saved {output} at step {step}")
+    def save() -> None:
+        with training.average.applied():
+            save_half(output, training.tokenizer, training.text_encoder, vae, training.unet)
+        (output / "training.json").write_text(json.dumps(_record(config, training, seconds_vae), indent=2) + "\n")
+        (output / "sampling.json").write_text(json.dumps({"guidance_scale": config.guidance_scale}) + "\n")
+        torch.save(training.state_dict(), work / "unet.pt.new")
+        (work / "unet.pt.new").replace(work / "unet.pt")
 
-    train_unet(config, vae, pictures, captions, say, save)
+    train_unet(training, say, save)
+    say(f"saved {output}")
+    shutil.rmtree(work)
+
+
+def _vae_of(work: Path, config: WorldTraining, pictures: np.ndarray, say: Say) -> tuple[nn.Module, float]:
+    """The autoencoder, trained now or by an earlier call, and the seconds it took."""
+    if not (work / "vae.json").is_file():
+        start = time.perf_counter()
+        train_vae(config, pictures, say).save_pretrained(work / "vae")
+        (work / "vae.json").write_text(json.dumps({"seconds": time.perf_counter() - start}))
+    return AutoencoderKL.from_pretrained(work / "vae").eval(), json.loads((work / "vae.json").read_text())["seconds"]
+
+
+def _record(config: WorldTraining, training: UNetTraining, seconds_vae: float) -> dict[str, Any]:
+    return {
+        "command": "diffalign world train --output DIR",
+        "config": asdict(config),
+        "unet_steps_done": training.done,
+        "seconds_vae": round(seconds_vae),
+        "seconds_unet": round(training.seconds),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()} CPU",
+        "torch": torch.__version__.split("+")[0],
+    }

@@ -1,0 +1,164 @@
+"""Promises that take minutes, run by ``pytest -m slow``: the README's first command, the wheel, SD1.5 at full size, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+DIFFALIGN = [sys.executable, "-c", "from pipelines.cli import script; script()"]
+pytestmark = pytest.mark.slow
+
+
+def call(words: list[str], folder: Path, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def test_the_main_job_aligns_and_the_same_by_hand_agrees(tmp_path: Path) -> None:
+    """Demand 1: win rate at least 75 %, interval above 65 %, faithfulness at most 3 points below the base, under 5 minutes."""
+    start = time.perf_counter()
+    call([*DIFFALIGN, "train", "diffusion-dpo", "--recipe", "tiny", "--output", "runs/first", "--quiet"], tmp_path)
+    assert time.perf_counter() - start < 300
+    run = tmp_path / "runs" / "first"
+    _check_alignment(json.loads((run / "summary.json").read_text()), at_least=200)
+    assert (run / "samples.png").is_file()
+    call([*DIFFALIGN, "world", "captions", "--n", "300", "--seed", "77", "--out", "p.txt"], tmp_path)
+    words = [
+        "evaluate",
+        "--base",
+        "tiny",
+        "--tuned",
+        "runs/first",
+        "--prompts",
+        "p.txt",
+        "--judges",
+        "oracle",
+        "--out",
+        "report/",
+    ]
+    call([*DIFFALIGN, *words], tmp_path)
+    _check_alignment(json.loads((tmp_path / "report" / "summary.json").read_text()), at_least=300)
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+def _check_alignment(summary: dict, at_least: int) -> None:
+    oracle = summary["judges"]["oracle"]
+    assert summary["prompts"] >= at_least
+    assert oracle["win_rate"] >= 0.75
+    assert oracle["win_rate_interval"][0] >= 0.65
+    assert summary["faithfulness"]["tuned"] >= summary["faithfulness"]["base"] - 0.03
+
+
+def test_the_wheel_does_the_main_job_from_another_folder(tmp_path: Path) -> None:
+    """Demand 8: built, installed into a fresh environment, used where a foreign ``pipelines`` folder lies in the way."""
+    call([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")], ROOT)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in (
+        "pipelines/tiny/pairs.parquet",
+        "pipelines/tiny/checkpoint/model_index.json",
+        "pipelines/recipes/diffusion_dpo/tiny.yaml",
+    ):
+        assert needed in names
+    environment = tmp_path / "venv"
+    venv.create(environment, system_site_packages=True, with_pip=True)
+    python = environment / "bin" / "python"
+    _see_packages_of_this_environment(environment)
+    call([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", str(wheel)], tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "pipelines").mkdir(parents=True)
+    (elsewhere / "pipelines" / "__init__.py").write_text("raise ImportError('a foreign package')\n")
+    words = ["train", "diffusion-dpo", "--recipe", "tiny", "--output", "out", "--steps", "2", "--prompt-count", "4", "--quiet"]
+    call([str(environment / "bin" / "diffalign"), *words], elsewhere)
+    assert json.loads((elsewhere / "out" / "summary.json").read_text())["steps"] == 2
+    code = "import diffalign.train, diffalign; print(diffalign.__file__)"
+    assert str(environment) in call([str(python), "-c", code], elsewhere).stdout
+
+
+def _see_packages_of_this_environment(environment: Path) -> None:
+    """Let a fresh environment borrow the installed dependencies (6 GB), but not this project."""
+    (site,) = (environment / "lib").glob("python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+
+
+def test_the_recipe_unchanged_on_the_real_sd15_configuration(tmp_path: Path) -> None:
+    """Demand 2: 860 million parameters, LoRA, bf16, 256 pixels, two steps within 16 GB."""
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import sd15; "
+        "sd15.save_random(Path(sys.argv[2])); sd15.save_pairs(Path(sys.argv[3]))"
+    )
+    call([sys.executable, "-c", code, str(ROOT / "tests"), str(tmp_path / "sd15"), str(tmp_path / "data")], tmp_path)
+    words = ["train", "diffusion-dpo", "--recipe", "tiny", "--model", "sd15", "--pairs", "data/pairs.jsonl", "--output", "out"]
+    options = [
+        "--mixed-precision",
+        "bf16",
+        "--resolution",
+        "256",
+        "--steps",
+        "2",
+        "--batch-size",
+        "1",
+        "--prompts",
+        "none",
+        "--quiet",
+    ]
+    call([*DIFFALIGN, *words, *options, "--validation-pairs", "1", "--validation-draws", "1"], tmp_path)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert peak < 16, f"{peak:.1f} GiB"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["kind"] == "train"] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_real_signal_saves_and_a_resume_finishes(number: int, tmp_path: Path) -> None:
+    words = [*DIFFALIGN, "train", "diffusion-dpo", "--recipe", "tiny", "--output", "out", "--prompts", "none", "--quiet"]
+    sizes = ["--steps", "400", "--batch-size", "1", "--validation-pairs", "0", "--checkpoint-every", "0"]
+    process = subprocess.Popen([*words, *sizes], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(number)
+    said, complaint = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in complaint
+    step = int(re.search(r"Interrupted at step (\d+)", said).group(1))
+    assert 3 <= step < 400
+    assert (tmp_path / "out" / "checkpoints" / f"checkpoint-{step:08d}").is_dir()
+    assert "resumed at step" in call([*words, *sizes, "--resume"], tmp_path).stdout
+
+
+def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipelines.cli"]
+    words = [
+        "train",
+        "diffusion-dpo",
+        "--recipe",
+        "tiny",
+        "--prompts",
+        "none",
+        "--quiet",
+        "--steps",
+        "2",
+        "--validation-pairs",
+        "4",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call([*launcher, *words, "--batch-size", "2", "--output", "two"], tmp_path, env=environment)
+    call([*DIFFALIGN, *words, "--batch-size", "4", "--output", "one"], tmp_path, env=environment)
+    curves = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for one, two in zip(*curves, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

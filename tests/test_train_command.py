@@ -1,0 +1,248 @@
+"""``diffalign train`` as a user calls it, on an untrained miniature: results, resume, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from miniature import edited, sample, save_untrained
+from safetensors.torch import load_file
+
+from diffalign import checkpoint
+from pipelines import cli, training
+from pipelines.tiny import scenes
+from pipelines.training import align
+
+QUICK = ["--steps", "2", "--batch-size", "2", "--validation-pairs", "2", "--validation-draws", "1", "--learning-rate", "1e-3"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    model: Path
+    pairs: Path
+
+
+def write_pairs(folder: Path, n: int, broken: int = 0) -> Path:
+    """A JSONL of ``n`` pairs with pictures beside it; the last ``broken`` winners are no pictures."""
+    rng, rows = np.random.default_rng(3), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        scene, caption = scenes.draw_captioned(rng)
+        scenes.render(scene).save(folder / f"w{i}.png")
+        scenes.render(scenes.draw_captioned(rng)[0]).save(folder / f"l{i}.png")
+        rows.append({"prompt": caption, "chosen": f"w{i}.png", "rejected": f"l{i}.png"})
+    for i in range(n - broken, n):
+        (folder / f"w{i}.png").write_bytes(b"not a picture")
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    return Inputs(save_untrained(folder / "model"), write_pairs(folder / "data", 10))
+
+
+def run(inputs: Inputs, output: Path, *words: str, model: Path | None = None, pairs: Path | str | None = None) -> int:
+    where = ["--model", str(model or inputs.model), "--pairs", str(pairs or inputs.pairs), "--output", str(output)]
+    return cli.main(["train", "diffusion-dpo", *where, "--quiet", *QUICK, *words])
+
+
+def tensors(output: Path, name: str = "pytorch_lora_weights.safetensors") -> dict[str, list]:
+    """Exported weights as plain values (safetensors writes its header in random order, so bytes cannot be compared)."""
+    return {name: value.tolist() for name, value in load_file(output / name).items()}
+
+
+def test_a_lora_run_leaves_what_diffusers_loads(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "--rank", "2", "--alpha", "8") == 0
+    pipe = StableDiffusionPipeline.from_pretrained(inputs.model, safety_checker=None)
+    before = sample(pipe)
+    pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+    assert pipe.unet.peft_config["default_0"].lora_alpha == 8
+    assert not torch.equal(before, sample(pipe))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["objective"] == "diffusion-dpo" and summary["steps"] == 2 and summary["seconds"] > 0
+    for name in ("README.md", "config.yaml", "metrics.jsonl", "curves.png", "tensorboard"):
+        assert (out / name).exists(), name
+    assert "load_lora_weights" in (out / "README.md").read_text()
+
+
+def test_a_full_run_leaves_a_whole_pipeline(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "--adapter", "full", "--ema-decay", "0.5") == 0
+    tuned = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    base = StableDiffusionPipeline.from_pretrained(inputs.model, safety_checker=None)
+    assert not torch.equal(tuned.unet.conv_in.weight, base.unet.conv_in.weight)
+    assert torch.equal(tuned.vae.encoder.conv_in.weight, base.vae.encoder.conv_in.weight)
+    average = torch.load(out / "checkpoints" / "checkpoint-00000002" / "ema.pt", weights_only=True)["average"]
+    assert torch.equal(average[0], next(tuned.unet.parameters()))  # the average is what is exported
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_resume_from_the_command_line_is_bitwise(
+    adapter: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--steps", "4", "--checkpoint-every", "2", "--adapter", adapter, "--dropout", "0.1"]
+    assert run(inputs, tmp_path / "whole", *words) == 0
+    real = training._Bar.update
+
+    def die(self, step, numbers):
+        if step == 3:
+            raise KeyboardInterrupt
+        real(self, step, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Bar, "update", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, tmp_path / "cut", *words)
+    assert checkpoint.Checkpoints(tmp_path / "cut" / "checkpoints").latest().name == "checkpoint-00000002"
+    assert run(inputs, tmp_path / "cut", *words, "--resume") == 0
+    name = "pytorch_lora_weights.safetensors" if adapter == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    assert tensors(tmp_path / "whole", name) == tensors(tmp_path / "cut", name)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(inputs: Inputs, tmp_path: Path) -> None:
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run(inputs, tmp_path / name, "--seed", seed, "--tracker", "none") == 0
+    assert tensors(tmp_path / "a") == tensors(tmp_path / "b") != tensors(tmp_path / "c")
+
+
+def test_a_v_prediction_model_is_recognised_and_trains(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = edited(inputs.model, tmp_path / "v", "scheduler", prediction_type="v_prediction")
+    assert run(inputs, tmp_path / "run", model=model) == 0
+    assert "v_prediction" in capsys.readouterr().out
+    (first, *_) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert first["reference_winner_error"] > 0
+
+
+def test_in_python_it_is_one_call(inputs: Inputs, tmp_path: Path) -> None:
+    options = dict(model=str(inputs.model), pairs=str(inputs.pairs), output=tmp_path / "run", steps=1, batch_size=1, rank=2)
+    summary = align("diffusion-dpo", progress=False, validation_pairs=0, **options)
+    assert summary["steps"] == 1
+    assert tensors(tmp_path / "run")
+
+
+def test_a_run_with_evaluation_ends_with_win_rates_and_pictures(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--prompts", "tiny", "--prompt-count", "3", "--judges", "oracle,jpeg", "--sampling-steps", "2"]
+    assert run(inputs, out, *words) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for judge in ("oracle", "jpeg"):
+        assert {"base", "tuned", "win_rate", "win_rate_interval"} <= summary["judges"][judge].keys()
+    assert set(summary["faithfulness"]) >= {"base", "tuned"}
+    assert (out / "samples.png").is_file() and (out / "evaluation" / "index.html").is_file()
+
+
+def test_a_dry_run_prints_everything_and_writes_nothing(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", "--dry-run", "--beta", "1234") == 0
+    said = capsys.readouterr().out
+    assert "beta: 1234" in said and "M trainable parameters" in said and "GiB" in said and "min in all" in said
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys: pytest.CaptureFixture, *parts: str) -> None:
+    """One paragraph on stderr that holds the parts, and no traceback."""
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("diffalign train: "), said
+    assert "Traceback" not in said
+    for part in parts:
+        assert part in said, f"{part!r} not in {said!r}"
+
+
+def test_a_missing_model_folder(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", model=tmp_path / "nowhere") == 2
+    refused(capsys, "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_of_an_unknown_family(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = edited(inputs.model, tmp_path / "odd", "", _class_name="KandinskyPipeline")
+    assert run(inputs, tmp_path / "run", model=model) == 2
+    refused(capsys, "KandinskyPipeline", "StableDiffusionPipeline")
+
+
+def test_a_wrong_prediction_type(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", "--prediction-type", "v_prediction") == 2
+    refused(capsys, "v_prediction", "epsilon", "scheduler_config.json")
+
+
+def test_missing_columns(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a", "good": "x.png", "bad": "y.png"}\n')
+    assert run(inputs, tmp_path / "run", pairs=bad) == 2
+    refused(capsys, "text", "good", "bad", "prompt")
+
+
+def test_too_many_corrupt_images_and_then_enough_patience(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pairs = write_pairs(tmp_path / "data", 8, broken=2)
+    assert run(inputs, tmp_path / "run", pairs=pairs) == 2
+    refused(capsys, "pairs.jsonl:line 7", "limit of 1.00%", "max_unreadable")
+    assert run(inputs, tmp_path / "run", "--max-unreadable", "0.3", pairs=pairs) == 0  # the refused run is not in the way
+    assert "2 skipped" in capsys.readouterr().out
+
+
+def test_an_output_folder_with_another_run(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out) == 0
+    kept = tensors(out)
+    assert run(inputs, out) == 2
+    refused(capsys, "--resume", "--overwrite")
+    assert tensors(out) == kept
+    assert run(inputs, out, "--overwrite", "--seed", "9") == 0
+    assert tensors(out) != kept
+
+
+def test_an_output_folder_with_other_files_is_never_overwritten(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    assert run(inputs, tmp_path, "--overwrite") == 2
+    refused(capsys, "no run of diffalign")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_resuming_nothing_and_resuming_something_else(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", "--resume") == 2
+    refused(capsys, "no run to resume")
+    assert run(inputs, tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run(inputs, tmp_path / "run", "--resume", "--beta", "7") == 2
+    refused(capsys, "belongs to another run", "2000", "7")
+
+
+def test_an_unknown_judge_is_found_before_anything_is_loaded(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--prompts", "tiny", "--judges", "orakle"]
+    assert run(inputs, tmp_path / "run", *words, model=tmp_path / "nowhere") == 2
+    refused(capsys, "orakle", "oracle")
+
+
+def test_all_configuration_mistakes_at_once(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", "--betta", "3", "--batch-size", "0") == 2
+    refused(capsys, "2 mistakes", "--betta", "did you mean --beta", "batch.batch_size")
+
+
+def test_debug_shows_the_traceback(inputs: Inputs, tmp_path: Path) -> None:
+    from diffalign.errors import UserError
+
+    with pytest.raises(UserError):
+        run(inputs, tmp_path / "run", "--debug", model=tmp_path / "nowhere")
+
+
+def test_a_non_finite_loss_ends_with_a_message(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", "--steps", "30", "--learning-rate", "1e30", "--checkpoint-every", "1") == 2
+    refused(capsys, "Step", "Timesteps", "margins")
+    last = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    state = torch.load(last / "weights.pt", weights_only=True)
+    assert state  # a checkpoint from before the blow-up is there
