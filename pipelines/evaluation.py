@@ -112,7 +112,7 @@ def evaluate(
     """
     start = time.perf_counter()
     asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-    panel = _panel(judges, asked)
+    panel = load_panel(judges, asked)
     how = Sampling(steps, guidance_scale, sampling.sampler_name(sampler), batch_size, height, width)
     folder = outputs.check_folder(output, overwrite)
     load(tuned)  # a model that cannot be loaded is better found out before the base has sampled for an hour
@@ -142,7 +142,12 @@ def evaluate(
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def _panel(judges: Sequence[Judge | str], prompts: Sequence[Prompt]) -> list[Judge]:
+def load_panel(judges: Sequence[Judge | str], prompts: Sequence[Prompt]) -> list[Judge]:
+    """The judges, loaded, if they exist and can judge by these prompts.
+
+    Raises:
+        UserError: no prompt or no judge, an unknown judge, one asked for twice, prompts that a judge cannot judge by.
+    """
     if not prompts or not judges:
         raise UserError(f"An evaluation needs at least one prompt and one judge; got {len(prompts)} and {len(judges)}.")
     try:

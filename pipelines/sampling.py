@@ -18,6 +18,7 @@ from diffalign.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+SAMPLING_FILE = "sampling.json"
 SAMPLERS: dict[str, str | None] = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -96,7 +97,7 @@ def guidance_of(pipe: Any) -> float:
 
     ``sampling.json`` lies beside ``model_index.json`` and reads ``{"guidance_scale": 3.0}``.
     """
-    note = Path(pipe.name_or_path or "") / "sampling.json"
+    note = Path(pipe.name_or_path or "") / SAMPLING_FILE
     if pipe.name_or_path and note.is_file():
         return _guidance_in(note)
     return float(inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)

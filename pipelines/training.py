@@ -38,11 +38,12 @@ from diffalign.train import Finished, Trainer
 from pipelines import config, families
 from pipelines.config import TrainSettings
 from pipelines.curves import draw_curves
-from pipelines.evaluation import evaluate
+from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
 from pipelines.families._encoding import digest
 from pipelines.outputs import write_json
 from pipelines.prompts import Prompt, read_prompts
+from pipelines.sampling import SAMPLING_FILE
 from pipelines.tiny.model import pairs_path as tiny_pairs_path
 
 CONFIG_FILE = "config.yaml"
@@ -125,21 +126,11 @@ def preflight(settings: TrainSettings) -> None:
             "evaluation.prompts is set, but evaluation.judges is empty: name a judge (--judges oracle), or set prompts to none."
         )
     if e.prompts:
-        held_out_prompts(e.prompts, e.prompt_count)
-        for judge in e.judges:
-            require_judge(judge)
+        load_panel(e.judges, held_out_prompts(e.prompts, e.prompt_count))
     if settings.optimiser.eight_bit:
         require_bitsandbytes()
     if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
-
-
-def require_judge(name: str) -> None:
-    """Raises UserError for a judge that does not exist."""
-    import reward_models
-
-    if name not in reward_models.names():
-        raise UserError(f"There is no judge {name!r}; there are: {', '.join(reward_models.names())}.")
 
 
 def open_data(settings: TrainSettings) -> PairTable:
@@ -428,6 +419,9 @@ def _export(settings: TrainSettings, family: Any) -> None:
         family.save_adapter(settings.output)
     else:
         family.save_pipeline(settings.output)
+        advice = Path(family.origin.place) / SAMPLING_FILE
+        if advice.is_file():
+            shutil.copyfile(advice, settings.output / SAMPLING_FILE)
 
 
 def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from diffalign.errors import UserError
 from pipelines import sampling
 from pipelines.commands import world
 from pipelines.tiny import check, model, scenes
-from pipelines.tiny.train import UNetTraining, WorldTraining, draw_training_set, save_half, train
+from pipelines.tiny.train import (
+    UNetTraining,
+    WorldTraining,
+    draw_training_set,
+    save_half,
+    standardise_latents,
+    to_pixels,
+    train,
+)
 from reward_models import oracle
 
 TINY = WorldTraining(scenes=40, vae_crop_steps=2, vae_crop_batch=4, vae_steps=2, vae_batch=4, unet_steps=3, unet_batch=4)
@@ -132,6 +140,22 @@ def test_three_steps_of_training_leave_a_folder_that_samples(trained) -> None:
     (picture,) = sampling.sample(pipe, ["a red circle"], seeds=[0], steps=2)
     assert isinstance(picture, Image.Image) and picture.size == (scenes.SIZE, scenes.SIZE)
     assert said[-1].startswith("saved") and not folder.with_name(folder.name + ".work").exists()
+
+
+def test_standardised_latents_leave_the_autoencoder_as_it_was() -> None:
+    torch.manual_seed(0)
+    vae, (pictures, _) = model.build_vae().eval(), draw_training_set(TINY)
+    x = to_pixels(pictures)
+    with torch.no_grad():
+        vae.quant_conv.weight[1] *= 7.0
+        before, sampled = vae.encode(x).latent_dist, torch.randn(len(x), 4, 16, 16)
+        picture = vae.decode(before.mean + before.std * sampled).sample
+        standardise_latents(vae, pictures)
+        after = vae.encode(x).latent_dist
+        again = vae.decode(after.mean + after.std * sampled).sample
+    torch.testing.assert_close(again, picture, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after.mean.std(dim=(0, 2, 3)), torch.ones(4), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(before.mean, after.mean, atol=0.1)
 
 
 def test_a_killed_training_of_the_unet_goes_on_to_the_bit(tmp_path: Path) -> None:
