@@ -188,6 +188,7 @@ def test_parameters_after_one_step_of_the_loop(path: Path, precision: str, tmp_p
     case = read(path, precision)
     policy, reference = models(case)
     (line,) = trained(case, policy, reference, [[case.batch()]], warmup=0, tmp_path=tmp_path)
+    assert line["step"] == 1
     case.check("loss", torch.tensor(line["loss"], dtype=torch.float64), floor=case.constants["beta_dpo"] * 1e-6)
     case.check("grad_norm_returned_by_clip", torch.tensor(line["gradient_norm"], dtype=torch.float64))
     check_parameters(case, policy.network)

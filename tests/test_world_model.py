@@ -236,6 +236,7 @@ def test_the_shipped_checkpoint_is_small_and_says_how_it_was_made() -> None:
     assert folder.is_dir(), f"the shipped checkpoint is missing: {folder}"
     assert len(weights(folder)) == 3
     assert sum(f.stat().st_size for f in weights(folder)) <= LARGEST
+    assert not [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
     record = json.loads((folder / "training.json").read_text())
     assert {"command", "config", "seconds_vae", "seconds_unet"} <= set(record)
     assert record["unet_steps_done"] == record["config"]["unet_steps"]

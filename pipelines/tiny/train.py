@@ -253,6 +253,10 @@ def save_half(output: Path, tokenizer, text_encoder: nn.Module, vae: nn.Module, 
     halves = [copy.deepcopy(net).half() for net in (text_encoder, vae, unet)]
     with written_aside(output) as folder:
         model.assemble(tokenizer, *halves).save_pretrained(folder)
+        vae_file = folder / "vae" / "config.json"
+        settings = json.loads(vae_file.read_text())
+        settings.pop("_name_or_path", None)  # where it was trained is nobody's business
+        vae_file.write_text(json.dumps(settings, indent=2) + "\n")
         config_file = folder / "text_encoder" / "config.json"
         config = json.loads(config_file.read_text())
         config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
