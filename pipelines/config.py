@@ -108,7 +108,7 @@ class TrainSettings:
     loop: Any  # diffalign.train.LoopSettings
     compute: ComputeSettings
     evaluation: EvaluationSettings
-    model_config: str | None = None
+    single_file_config: str | None = None
     adapter: Literal["lora", "full"] = "lora"
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     seed: int = 0
@@ -119,7 +119,7 @@ class TrainSettings:
 
 TOP_LEVEL = {
     "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
-    "model_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
+    "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
     "pairs": "preference data: a file, a folder, a hub id, or tiny",
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",

@@ -143,7 +143,7 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     """The checkpoint as something to train."""
     dtype = PRECISIONS[settings.compute.mixed_precision] if settings.adapter == "lora" else "float32"
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
-    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.model_config)
+    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config)
     say(f"{settings.model}: {family.name}, {family.denoiser.schedule.prediction_type} prediction, {dtype}")
     return family
 
@@ -434,7 +434,7 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
             held_out_prompts(e.prompts, e.prompt_count),
             e.judges,
             folder,
-            load=partial(families.load_pipeline, config=settings.model_config),
+            load=partial(families.load_pipeline, config=settings.single_file_config),
             seed=settings.seed,
             steps=e.sampling_steps,
             guidance_scale=e.guidance_scale,

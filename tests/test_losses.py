@@ -65,11 +65,11 @@ def test_the_error_is_a_mean_per_sample() -> None:
     assert denoising_error(prediction, target).tolist() == [0.0, 4.0]
 
 
-def test_half_precision_errors_are_computed_in_float32() -> None:
+def test_half_precision_errors_are_raised_before_they_are_subtracted() -> None:
     """In float16 the error itself would be rounded: at beta = 5000 that moves the logit by up to 0.3 (methods, 1.6.2)."""
     prediction, target = torch.randn(3, 4, 16, 16).half(), torch.randn(3, 4, 16, 16).half()
     error = denoising_error(prediction, target)
-    assert error.dtype == torch.float32
+    assert error.dtype == torch.float64
     torch.testing.assert_close(
         error.double(), (prediction.double() - target.double()).square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0
     )
@@ -77,10 +77,21 @@ def test_half_precision_errors_are_computed_in_float32() -> None:
     assert (2500 * (naive.double() - error.double()).abs()).max() > 0.01
 
 
+def test_the_margin_keeps_the_digits_that_beta_multiplies() -> None:
+    """Two nearly equal errors of order one: in float32 their difference times 2500 would be off by some 1e-4."""
+    prediction, target = torch.randn(64, 4, 16, 16), torch.randn(64, 4, 16, 16)
+    moved = prediction + 1e-4 * torch.randn_like(prediction)
+    exact = [(p.double() - target.double()).square().mean(dim=(1, 2, 3)) for p in (moved, prediction)]
+    wanted = 2500 * (exact[0] - exact[1])
+    found = 2500 * (denoising_error(moved, target) - denoising_error(prediction, target))
+    naive = 2500 * ((moved - target).square().mean(dim=(1, 2, 3)) - (prediction - target).square().mean(dim=(1, 2, 3)))
+    assert (found - wanted).abs().max() < 1e-9 < 1e-4 < (naive - wanted).abs().max()
+
+
 def test_policy_equal_to_reference_gives_log_two() -> None:
     denoiser = small_denoiser()
     outcome = DiffusionDPO(beta=5000)(a_batch(), denoiser, Frozen(small_denoiser()))
-    torch.testing.assert_close(outcome.loss, torch.full((4,), math.log(2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(outcome.loss, torch.full_like(outcome.loss, math.log(2)), rtol=0, atol=1e-6)
     assert outcome.metrics["margin"].abs().max() < 1e-6
     assert outcome.metrics["accuracy"].tolist() == [0.5] * 4
 

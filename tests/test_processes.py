@@ -1,4 +1,4 @@
-"""Two real gloo processes against one with twice the batch; the wheel in an environment of its own."""
+"""Two real gloo processes against one with twice the batch."""
 
 from __future__ import annotations
 
@@ -27,26 +27,35 @@ from pipelines.families import _lora
 
 output, batch, lora = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[4] == "lora"
 accelerator = Accelerator(cpu=True)
-torch.manual_seed(3)
-denoiser = small_denoiser()
-if lora:
-    _lora.attach(denoiser.network, rank=4, alpha=8, targets=("to_q", "to_v"), dropout=0.0, seed=1)
-denoiser = denoiser.with_network(accelerator.prepare_model(denoiser.network))
-pairs = PairsInMemory(12)
-settings = LoaderSettings(batch_size=batch, seed=5)
-output.mkdir(parents=True, exist_ok=True)
-Trainer(
-    objective=DiffusionDPO(beta=500), policy=denoiser, reference=AdapterOff(denoiser) if lora else Frozen(small_denoiser()),
-    loader=PairLoader(pairs, range(10), settings, accelerator.process_index, accelerator.num_processes),
-    validation=validation_batches(pairs, [10, 11], settings, 5), accelerator=accelerator, output=output,
-    loop=LoopSettings(steps=5, validate_every=5, checkpoint_every=5), 
-    optimiser=OptimiserSettings(learning_rate=1e-4), identity={},
-).run()
+for dtype in (torch.float32, torch.float64):
+    torch.manual_seed(3)
+    denoiser = small_denoiser(dtype)
+    if lora:
+        _lora.attach(denoiser.network, rank=4, alpha=8, targets=("to_q", "to_v"), dropout=0.0, seed=1)
+        denoiser.network.to(dtype)
+    denoiser = denoiser.with_network(accelerator.prepare_model(denoiser.network))
+    pairs = PairsInMemory(12, dtype=dtype)
+    settings = LoaderSettings(batch_size=batch, seed=5)
+    folder = output / str(dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    Trainer(
+        objective=DiffusionDPO(beta=500), policy=denoiser,
+        reference=AdapterOff(denoiser) if lora else Frozen(small_denoiser(dtype)),
+        loader=PairLoader(pairs, range(10), settings, accelerator.process_index, accelerator.num_processes),
+        validation=validation_batches(pairs, [10, 11], settings, 5), accelerator=accelerator, output=folder,
+        loop=LoopSettings(steps=5, validate_every=5, checkpoint_every=5),
+        optimiser=OptimiserSettings(learning_rate=2e-5), identity={},
+    ).run()
 print("processes", accelerator.num_processes)
 """
 
 
-def run(tmp_path: Path, name: str, batch: int, processes: int, kind: str) -> tuple[list[dict], str]:
+# The margin is β/2 = 250 times a difference of errors of order one; float32 predictions move it in the fifth digit.
+METRICS = ("loss", "winner_drift", "accuracy", "margin")
+TOLERANCES = {"float32": dict(zip(METRICS, (1e-5, 1e-5, 1e-5, 5e-5))), "float64": dict.fromkeys(METRICS, 1e-10)}
+
+
+def run(tmp_path: Path, name: str, batch: int, processes: int, kind: str) -> str:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = (
@@ -58,19 +67,23 @@ def run(tmp_path: Path, name: str, batch: int, processes: int, kind: str) -> tup
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()], done.stdout
+    return done.stdout
+
+
+def curve(tmp_path: Path, name: str, dtype: str) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / name / dtype / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_two_processes_give_the_curve_of_one_with_twice_the_batch(kind: str, tmp_path: Path) -> None:
-    one, _ = run(tmp_path, "one", 4, 1, kind)
-    two, said = run(tmp_path, "two", 2, 2, kind)
-    assert "processes 2" in said
-    assert [r["step"] for r in one] == [r["step"] for r in two]
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "margin", "winner_drift", "accuracy"):
-            assert b[name] == pytest.approx(a[name], abs=1e-5), (a["kind"], a["step"], name)
-    assert abs(one[-1]["margin"]) > 1e-3  # something was learnt
-    first, last = one[1], [r for r in one if r["kind"] == "train"][-1]
-    assert first["gradient_norm"] == pytest.approx(two[1]["gradient_norm"], rel=1e-3)
-    assert last["loss"] != first["loss"]
+    run(tmp_path, "one", 4, 1, kind)
+    assert "processes 2" in run(tmp_path, "two", 2, 2, kind)
+    for dtype, tolerances in TOLERANCES.items():
+        one, two = curve(tmp_path, "one", dtype), curve(tmp_path, "two", dtype)
+        assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
+        for a, b in zip(one, two, strict=True):
+            for name, tolerance in tolerances.items():
+                assert b[name] == pytest.approx(a[name], abs=tolerance), (dtype, a["kind"], a["step"], name)
+        losses = [r["loss"] for r in one if r["kind"] == "train"]
+        assert max(losses) - min(losses) > 5e-4  # something was learnt
+        assert one[1]["gradient_norm"] == pytest.approx(two[1]["gradient_norm"], rel=1e-3)

@@ -299,7 +299,8 @@ def test_folders_in_use_are_refused_and_stay_as_they_are(tmp_path: Path) -> None
 
 def test_train_passes_only_what_was_given(tmp_path: Path) -> None:
     out = tmp_path / "c"
-    settings = ("--scenes", "8", "--vae-steps", "1", "--vae-batch", "2", "--unet-steps", "1", "--unet-batch", "2")
+    vae = ("--vae-crop-steps", "1", "--vae-crop-batch", "2", "--vae-steps", "1", "--vae-batch", "2")
+    settings = ("--scenes", "8", *vae, "--unet-steps", "1", "--unet-batch", "2")
     assert run("train", "--output", str(out), *settings) == 0
     config = json.loads((out / "training.json").read_text())["config"]
     assert (config["scenes"], config["unet_batch"], config["ema_decay"]) == (8, 2, WorldTraining.ema_decay)

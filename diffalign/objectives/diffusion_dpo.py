@@ -14,7 +14,7 @@ loss = ``losses.dpo`` at beta/2.
 Departures of the released code (SalesforceAIResearch/DiffusionDPO, train.py) from what is done here:
 
 * it computes the reference's errors in half precision, which moves the logit by up to 0.3 at beta = 5000; here all four
-  errors are float32 at least;
+  errors are float64;
 * it flips and crops the two pictures of a pair independently; here once per pair;
 * it drops ties; here they may be kept with label 1/2;
 * its ``--input_perturbation`` gives the loser's x_t a noise that is not in its target; not offered here.
