@@ -18,19 +18,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
 from pipelines.config import TrainSettings
+from pipelines.training import PRECISIONS, held_out_prompts
 
 _BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
+_LIBRARIES = 2**30
+_BUFFERS = 0.4
+"""Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; from the peaks of
+SD1.5's LoRA runs at 256 pixels (6.4 GiB with 4 pairs, 9.9 with 8)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, and seconds of training; ``unknown`` says why there is no estimate."""
+    """Bytes by part, and seconds of training and of the comparison at its end; ``unknown`` says why there is no estimate."""
 
     bytes: dict[str, int]
     trainable: int
     seconds_per_step: float
+    seconds_comparing: float
     steps: int
     unknown: str | None = None
 
@@ -42,6 +48,8 @@ class Estimate:
         lines.append(f"  {'together':28s} {sum(self.bytes.values()) / 2**30:8.2f} GiB")
         minutes = self.seconds_per_step * self.steps / 60
         lines.append(f"Time of training, roughly: {self.seconds_per_step:.2f} s a step, {minutes:.1f} min in all.")
+        if self.seconds_comparing:
+            lines.append(f"Time of the comparison with the base, roughly: {self.seconds_comparing / 60:.1f} min more.")
         return "\n".join(lines)
 
 
@@ -51,7 +59,7 @@ def estimate(settings: TrainSettings) -> Estimate:
     try:
         config, text_width, tokens = _read_configs(settings.model)
     except (UserError, OSError, KeyError) as error:
-        return Estimate({}, 0, 0.0, steps, str(error))
+        return Estimate({}, 0, 0.0, 0.0, steps, str(error))
     size = (settings.data.resolution // _vae_factor(settings.model)) if settings.data.resolution else config["sample_size"]
     net = _meta_network(settings, config)
     batch, precision = settings.batch.batch_size, _BYTES[settings.compute.mixed_precision]
@@ -68,10 +76,23 @@ def estimate(settings: TrainSettings) -> Estimate:
         "optimizer": trainable * (2 if settings.optimiser.eight_bit else 8),
         "average of weights": trainable * 4 if settings.loop.ema_decay else 0,
         "activations": kept * precision // 4,
+        "libraries and buffers": _LIBRARIES + int(_BUFFERS * kept * precision / 4),
     }
     passes = 1 + 1 + (2 if full else 1.1)  # policy, reference, backward (LoRA: activation gradients, little else)
-    seconds = flops * passes * settings.batch.accumulation / (_matmul_speed() * _EFFICIENCY)
-    return Estimate(parts, trainable, seconds, steps)
+    seconds = flops * passes * settings.batch.accumulation / _speed(settings.compute.mixed_precision)
+    return Estimate(parts, trainable, seconds, _seconds_comparing(settings, net, config, tokens, text_width), steps)
+
+
+def _seconds_comparing(
+    settings: TrainSettings, net: torch.nn.Module, config: dict[str, Any], tokens: int, text_width: int
+) -> float:
+    """Sampling by base and tuned model, in float32 and at the model's own size; judging is not counted."""
+    e = settings.evaluation
+    if not e.prompts:
+        return 0.0
+    side = config["sample_size"]
+    _, flops = _forward_costs(net, (2, config["in_channels"], side, side), tokens, text_width)  # 2: guidance asks twice
+    return 2 * len(held_out_prompts(e.prompts, e.prompt_count)) * e.sampling_steps * flops / _speed("no")
 
 
 def _read_configs(model: str) -> tuple[dict[str, Any], int, int]:
@@ -112,11 +133,12 @@ def _meta_network(settings: TrainSettings, config: dict[str, Any]) -> torch.nn.M
 
 def _forward_costs(net: torch.nn.Module, shape: tuple[int, ...], tokens: int, width: int) -> tuple[int, int]:
     """Bytes that autograd keeps (as float32) and operations, of one forward pass."""
+    weights = {_storage(p) for p in net.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[id(tensor.untyped_storage())] = tensor.numel() * tensor.element_size()
+        if _storage(tensor) not in weights:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     x = torch.zeros(shape, device="meta")
@@ -126,13 +148,18 @@ def _forward_costs(net: torch.nn.Module, shape: tuple[int, ...], tokens: int, wi
     return sum(kept.values()), counter.get_total_flops()
 
 
-def _matmul_speed(side: int = 1024, seconds: float = 0.2) -> float:
-    """Operations per second of a float32 matrix product here."""
+def _storage(tensor: torch.Tensor) -> int:
+    """Which memory a tensor or view lies in; on the meta device storages have no address, but are still told apart."""
+    return tensor.untyped_storage()._cdata
+
+
+def _speed(precision: str, side: int = 1024, seconds: float = 0.2) -> float:
+    """Operations per second that a step reaches here, from the speed of a matrix product in this precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(side, side, device=device)
+    a = torch.randn(side, side, device=device, dtype=getattr(torch, PRECISIONS[precision]))
     a @ a
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         (a @ a)[0, 0].item()
         count += 1
-    return 2 * side**3 * count / (time.perf_counter() - start)
+    return _EFFICIENCY * 2 * side**3 * count / (time.perf_counter() - start)

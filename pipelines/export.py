@@ -11,10 +11,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from diffalign.errors import UserError
+from pipelines.families._sources import LORA_FILE
 
 CARD = "README.md"
 SAMPLES = "samples.png"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

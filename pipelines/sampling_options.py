@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from diffalign.errors import UserError
@@ -62,24 +61,3 @@ def _sampler(text: str) -> str:
         return sampler_name(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-@contextmanager
-def bar(unit: str = " pictures") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with an ETA on stderr; yields a function of (what is done, done so far, in all). Silent in a file."""
-    import sys
-
-    from tqdm import tqdm
-
-    with tqdm(unit=unit, file=sys.stderr, disable=None, leave=False) as shown:
-        phase = ""
-
-        def update(what: str, done: int, total: int) -> None:
-            nonlocal phase
-            if what != phase:
-                shown.reset(total)
-                shown.set_description(what)
-                phase = what
-            shown.update(done - shown.n)
-
-        yield update

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +42,7 @@ from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
 from pipelines.families._encoding import digest
 from pipelines.outputs import write_json
+from pipelines.progress import Bar, TrainingBar
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.sampling import SAMPLING_FILE
 from pipelines.tiny.model import pairs_path as tiny_pairs_path
@@ -168,7 +169,7 @@ def _encode(
     say(table.description)
     transform = Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed)
     folder = data.cache or settings.output / CACHE_FOLDER
-    with accelerator.main_process_first(), _Bar("encoding", progress and accelerator.is_main_process) as bar:
+    with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
         family.encoder.to(accelerator.device)
         cache = build_cache(
             table,
@@ -318,11 +319,11 @@ def train(
     prepared = prepare(settings, table, family, accelerator, say, progress)
     if accelerator.log_with:
         accelerator.init_trackers(settings.compute.tracker)
-    with _Bar("training", progress and accelerator.is_main_process, settings.loop.steps) as bar:
-        trainer = build_trainer(name, settings, prepared, accelerator, bar.update)
+    with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
+        trainer = build_trainer(name, settings, prepared, accelerator, partial(bar.update, steps=settings.loop.steps))
         if resume and trainer.resume():
             say(f"resumed at step {trainer.step}")
-            bar.start_at(trainer.step)
+        bar.start(trainer.step, settings.loop.steps)
         finished = trainer.run()
     if accelerator.is_main_process and not finished.interrupted:
         finish(name, settings, prepared, trainer, time.perf_counter() - start, say, progress)
@@ -355,36 +356,6 @@ def align(
     settings = config.resolve(config.merge(base, config.placed(options, objective)), objective)
     train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
     return json.loads((settings.output / SUMMARY_FILE).read_text())
-
-
-class _Bar:
-    """A progress bar with an ETA; fed by the trainer (``update``) or by the cache and the evaluation (``advance``)."""
-
-    def __init__(self, unit: str, shown: bool, total: int | None = None) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=total, desc=unit, disable=not shown, dynamic_ncols=True)
-        self._stage = unit, total
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def start_at(self, step: int) -> None:
-        self._bar.update(step)
-
-    def update(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", accuracy=f"{numbers['accuracy']:.2f}", refresh=False)
-        self._bar.update(1)
-
-    def advance(self, stage: str, done: int, total: int) -> None:
-        if (stage, total) != self._stage:
-            self._stage = stage, total
-            self._bar.set_description_str(stage)
-            self._bar.reset(total)
-        self._bar.update(done - self._bar.n)
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -427,7 +398,7 @@ def _export(settings: TrainSettings, family: Any) -> None:
 def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any]:
     """The comparison with the base, in ``evaluation/``; the pictures side by side also become the card's."""
     e, folder = settings.evaluation, settings.output / "evaluation"
-    with _Bar("sampling", progress) as bar:
+    with Bar(progress, "picture") as bar:
         result = evaluate(
             settings.model,
             str(settings.output),

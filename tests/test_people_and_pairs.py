@@ -13,6 +13,7 @@ from PIL import Image, JpegImagePlugin
 
 from diffalign.data.open import open_pairs
 from diffalign.errors import UserError
+from pipelines import sampling
 from pipelines.tiny import model, pairs, scenes
 from pipelines.tiny.people import People
 from reward_models import oracle
@@ -244,6 +245,15 @@ def test_sampled_pairs_are_reproducible_and_of_the_train_split(untrained) -> Non
 def test_more_pairs_begin_with_the_same_pairs(untrained) -> None:
     few, more = (pairs.sample_pairs(untrained, n, 3, steps=1, batch=2) for n in (1, 2))
     assert more[:1] == few
+
+
+def test_of_several_candidates_the_two_furthest_apart_are_judged(untrained) -> None:
+    (record,) = pairs.sample_pairs(untrained, 1, 5, candidates=4, steps=1, people=People(seed=5, tie_share=0.0))
+    seeds = sampling.picture_seeds(1, 4, 5)
+    drawn = [pairs.encode_jpeg(p) for p in sampling.sample(untrained, [record.caption] * 4, seeds=seeds, steps=1)]
+    utility = {jpg: oracle.judge(Image.open(io.BytesIO(jpg)), record.caption).utility for jpg in drawn}
+    assert len(set(utility.values())) > 2
+    assert {record.jpg_0, record.jpg_1} == {min(drawn, key=utility.get), max(drawn, key=utility.get)}
 
 
 def test_the_share_of_styled_captions_is_the_callers(untrained) -> None:

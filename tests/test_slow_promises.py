@@ -99,26 +99,17 @@ def test_the_recipe_unchanged_on_the_real_sd15_configuration(tmp_path: Path) -> 
     """Demand 2: 860 million parameters, LoRA, bf16, 256 pixels, two steps within 16 GB."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import sd15; "
-        "sd15.save_random(Path(sys.argv[2])); sd15.save_pairs(Path(sys.argv[3]))"
+        "sd15.save_random(Path(sys.argv[2])); sd15.save_pairs(Path(sys.argv[3]), 12)"
     )
     call([sys.executable, "-c", code, str(ROOT / "tests"), str(tmp_path / "sd15"), str(tmp_path / "data")], tmp_path)
     words = ["train", "diffusion-dpo", "--recipe", "tiny", "--model", "sd15", "--pairs", "data/pairs.jsonl", "--output", "out"]
-    options = [
-        "--mixed-precision",
-        "bf16",
-        "--resolution",
-        "256",
-        "--steps",
-        "2",
-        "--batch-size",
-        "1",
-        "--prompts",
-        "none",
-        "--quiet",
-    ]
-    call([*DIFFALIGN, *words, *options, "--validation-pairs", "1", "--validation-draws", "1"], tmp_path)
+    asked = ["--mixed-precision", "bf16", "--resolution", "256", "--steps", "2", "--prompts", "none"]  # no 448 pictures at 512
+    dry = call([*DIFFALIGN, *words, *asked, "--dry-run"], tmp_path).stdout
+    call([*DIFFALIGN, *words, *asked, "--quiet"], tmp_path)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     assert peak < 16, f"{peak:.1f} GiB"
+    guessed = float(re.search(r"together +([\d.]+) GiB", dry).group(1))
+    assert 0.5 * peak < guessed < 1.2 * peak, f"{guessed} GiB announced, {peak:.1f} GiB taken"
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "train"] == [1, 2]
 

@@ -14,7 +14,7 @@ from miniature import edited, sample, save_untrained
 from safetensors.torch import load_file
 
 from diffalign import checkpoint
-from pipelines import cli, training
+from pipelines import cli, progress
 from pipelines.tiny import scenes
 from pipelines.training import align
 
@@ -91,15 +91,15 @@ def test_resume_from_the_command_line_is_bitwise(
 ) -> None:
     words = ["--steps", "4", "--checkpoint-every", "2", "--adapter", adapter, "--dropout", "0.1"]
     assert run(inputs, tmp_path / "whole", *words) == 0
-    real = training._Bar.update
+    real = progress.TrainingBar.update
 
-    def die(self, step, numbers):
+    def die(self, step, numbers, **more):
         if step == 3:
             raise KeyboardInterrupt
-        real(self, step, numbers)
+        real(self, step, numbers, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Bar, "update", die)
+        patch.setattr(progress.TrainingBar, "update", die)
         with pytest.raises(KeyboardInterrupt):
             run(inputs, tmp_path / "cut", *words)
     assert checkpoint.Checkpoints(tmp_path / "cut" / "checkpoints").latest().name == "checkpoint-00000002"

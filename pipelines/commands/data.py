@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffalign.data.pairs import Progress
 
 HELP = "check preference data and show a contact sheet"
 
@@ -42,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """0 if the data can be used, 1 if the share of pairs that cannot exceeds the limit. Raises ``UserError``."""
     from diffalign.data.open import open_pairs
     from diffalign.data.validate import check, contact_sheet
+    from pipelines.progress import Bar
 
     table = open_pairs(args.path, split=args.split, ties=args.ties, columns=parse_columns(args.columns))
-    with progress_bar() as progress:
-        report = check(table, progress=progress)
+    with Bar(unit="picture") as bar:
+        report = check(table, progress=bar.advance)
     print(report.to_text())
     if args.json:
         _write_json(args.json, report.to_dict())
@@ -69,24 +68,6 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
         if not (role and sign and name):
             raise UserError(f"--columns: found {pair!r}; expected ROLE=NAME, as in prompt=text.")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar with an estimate of the time left, on stderr, one line per stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    texts = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*texts, console=Console(stderr=True), transient=True) as bar:
-        tasks = {}
-
-        def told(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield told
 
 
 def _write_json(path: Path, report: dict) -> None:

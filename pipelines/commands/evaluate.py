@@ -30,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
 
     from pipelines.evaluation import evaluate
     from pipelines.families import load_pipeline
+    from pipelines.progress import Bar
     from pipelines.prompts import read_prompts
-    from pipelines.sampling_options import bar, sampling_arguments
+    from pipelines.sampling_options import sampling_arguments
 
     prompts = read_prompts(args.prompts, args.column)[: args.n]
     judges = [name.strip() for name in args.judges.split(",") if name.strip()]
-    with bar() as progress:
+    with Bar(unit="picture") as bar:
         summary = evaluate(
             args.base,
             args.tuned,
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             images_per_prompt=args.images_per_prompt,
             overwrite=args.overwrite,
-            progress=progress,
+            progress=bar.advance,
             **sampling_arguments(args),
         )
     print(summary.to_text())

@@ -28,11 +28,12 @@ def run(args: argparse.Namespace) -> int:
 
     from pipelines.families import load_pipeline
     from pipelines.generation import generate
+    from pipelines.progress import Bar
     from pipelines.prompts import read_prompts
-    from pipelines.sampling_options import bar, sampling_arguments
+    from pipelines.sampling_options import sampling_arguments
 
     prompts = args.prompt if args.prompt else read_prompts(args.prompts, args.column)
-    with bar() as progress:
+    with Bar(unit="picture") as bar:
         record = generate(
             args.model,
             prompts[: args.n],
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             images_per_prompt=args.n_per_prompt,
             seed=args.seed,
             overwrite=args.overwrite,
-            progress=progress,
+            progress=bar.advance,
             **sampling_arguments(args),
         )
     print(f"{len(record['pictures'])} pictures in {args.out}, {record['seconds']:.0f} s; look at {args.out}/grid.png")

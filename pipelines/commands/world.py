@@ -6,15 +6,10 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pipelines.tiny.check import Progress
 
 HELP = "draw the tiny world's scenes and captions, make preference pairs, train and check its checkpoint"
 
@@ -116,6 +111,12 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     _add_split(parser, "train")
     parser.add_argument("--styled", type=_number(1.0), default=0.1, help="share of captions with style words (default 0.1)")
+    parser.add_argument(
+        "--candidates",
+        type=_whole(2),
+        default=2,
+        help="pictures of each caption, of which the two furthest apart are judged (default 2)",
+    )
     parser.add_argument("--sharpness", type=_number(), help="how decided the people are (default: about 80-85 %% agreement)")
     parser.add_argument("--flip-rate", type=_number(1.0), help="share of careless answers (default 0.05)")
     parser.add_argument("--tie-band", type=_number(), help="difference in utility below which people may call a tie")
@@ -195,14 +196,17 @@ def _captions(args: argparse.Namespace) -> int:
 
 def _pairs(args: argparse.Namespace) -> int:
     from pipelines.families import load_pipeline
+    from pipelines.progress import Bar
     from pipelines.tiny.pairs import describe, sample_pairs, write_pairs
     from pipelines.tiny.people import People
 
     people = People(seed=args.seed, **_given(args, "sharpness", "flip_rate", "tie_band"))
     name = args.model if args.model == "tiny" else Path(args.model).name
     pipe = load_pipeline(args.model)
-    with _progress("pictures", 2 * args.n) as progress:
+    with Bar(unit="picture") as bar:
+        progress = bar.counter("sampling", args.candidates * args.n)
         options = {"styled": args.styled, "split": args.split, "model_name": name, "progress": progress}
+        options["candidates"] = args.candidates
         records = sample_pairs(pipe, args.n, args.seed, people=people, **options, **_sampling(args))
     write_pairs(records, args.out)
     figures, size = describe(records), args.out.stat().st_size / 1e6
@@ -226,12 +230,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from pipelines.families import load_pipeline
+    from pipelines.progress import Bar
     from pipelines.tiny.check import BAR, check
 
     _check_count(args.n, "test")
     pipe = load_pipeline(args.model)
-    with _progress("pictures", args.n) as progress:
-        report = check(pipe, args.n, seed=args.seed, progress=progress, **_sampling(args))
+    with Bar(unit="picture") as bar:
+        report = check(pipe, args.n, seed=args.seed, progress=bar.counter("sampling", args.n), **_sampling(args))
     if args.out is not None:
         report.write(args.out)
     relation = "no caption has one" if report.relation_kept is None else f"{report.relation_kept:.1%}"
@@ -254,15 +259,6 @@ def _given(args: argparse.Namespace, *names: str) -> dict:
 
 def _sampling(args: argparse.Namespace) -> dict:
     return _given(args, "steps", "guidance_scale", "batch")
-
-
-@contextmanager
-def _progress(unit: str, total: int) -> Iterator[Progress]:
-    """A bar with an ETA on stderr."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=f" {unit}", file=sys.stderr) as bar:
-        yield bar.update
 
 
 @contextmanager
