@@ -72,3 +72,7 @@ def paragraph(text: str) -> str:
 
 def script() -> None:
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

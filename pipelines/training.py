@@ -285,6 +285,7 @@ def start_accelerator(settings: TrainSettings) -> Accelerator:
     tracker = settings.compute.tracker
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun
         kwargs_handlers=[patience],
         mixed_precision=settings.compute.mixed_precision,
         log_with=None if tracker == "none" else tracker,

@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
 from pipelines.tiny import model as tiny
+from pipelines.tiny import scenes
 
 PROMPTS = ["a red circle", "a small blue square on a green background", ""]
 
@@ -19,6 +21,22 @@ def save_untrained(path: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = tiny.build_tokenizer()
     tiny.assemble(tokenizer, tiny.build_text_encoder(tokenizer), tiny.build_vae(), tiny.build_unet()).save_pretrained(path)
+    return path
+
+
+def write_pairs(folder: Path, n: int, broken: int = 0) -> Path:
+    """A JSONL of ``n`` pairs with pictures beside it; the last ``broken`` winners are no pictures."""
+    rng, rows = np.random.default_rng(3), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        scene, caption = scenes.draw_captioned(rng)
+        scenes.render(scene).save(folder / f"w{i}.png")
+        scenes.render(scenes.draw_captioned(rng)[0]).save(folder / f"l{i}.png")
+        rows.append({"prompt": caption, "chosen": f"w{i}.png", "rejected": f"l{i}.png"})
+    for i in range(n - broken, n):
+        (folder / f"w{i}.png").write_bytes(b"not a picture")
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
 

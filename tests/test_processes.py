@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from miniature import save_untrained, write_pairs
 
 SCRIPT = """
 import sys
@@ -55,23 +56,25 @@ METRICS = ("loss", "winner_drift", "accuracy", "margin")
 TOLERANCES = {"float32": dict(zip(METRICS, (1e-5, 1e-5, 1e-5, 5e-5))), "float64": dict.fromkeys(METRICS, 1e-10)}
 
 
-def run(tmp_path: Path, name: str, batch: int, processes: int, kind: str) -> str:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    )
-    words = [*launcher, str(script), str(tmp_path / name), str(batch), str(Path(__file__).parent), kind]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def call(words: list[str]) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def curve(tmp_path: Path, name: str, dtype: str) -> list[dict]:
-    return [json.loads(line) for line in (tmp_path / name / dtype / "metrics.jsonl").read_text().splitlines()]
+def run(tmp_path: Path, name: str, batch: int, processes: int, kind: str) -> str:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable] if processes == 1 else TORCHRUN
+    return call([*launcher, str(script), str(tmp_path / name), str(batch), str(Path(__file__).parent), kind])
+
+
+def curve(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -79,7 +82,7 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_batch(kind: str, tmp
     run(tmp_path, "one", 4, 1, kind)
     assert "processes 2" in run(tmp_path, "two", 2, 2, kind)
     for dtype, tolerances in TOLERANCES.items():
-        one, two = curve(tmp_path, "one", dtype), curve(tmp_path, "two", dtype)
+        one, two = curve(tmp_path / "one" / dtype), curve(tmp_path / "two" / dtype)
         assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
         for a, b in zip(one, two, strict=True):
             for name, tolerance in tolerances.items():
@@ -87,3 +90,18 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_batch(kind: str, tmp
         losses = [r["loss"] for r in one if r["kind"] == "train"]
         assert max(losses) - min(losses) > 5e-4  # something was learnt
         assert one[1]["gradient_norm"] == pytest.approx(two[1]["gradient_norm"], rel=1e-3)
+
+
+def test_the_command_line_under_torchrun_is_one_run(tmp_path: Path) -> None:
+    """Data, cache, loop, export and comparison: the README's command for several processes, and its exit."""
+    model, pairs = save_untrained(tmp_path / "model"), write_pairs(tmp_path / "data", 12)
+    words = ["-m", "pipelines.cli", "train", "diffusion-dpo", "--model", str(model), "--pairs", str(pairs), "--steps", "2"]
+    words += ["--accumulation", "2", "--validation-pairs", "2", "--learning-rate", "1e-3", "--beta", "500", "--quiet"]
+    compared = ["--prompts", "tiny", "--judges", "oracle", "--prompt-count", "2", "--sampling-steps", "1"]
+    call([sys.executable, *words, "--batch-size", "2", "--output", str(tmp_path / "one")])
+    said = call([*TORCHRUN, *words, "--batch-size", "1", "--output", str(tmp_path / "two"), *compared])
+    assert said.count("pairs to train on") == 1  # one voice
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert (one["kind"], one["step"]) == (two["kind"], two["step"])
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["prompts"] == 2

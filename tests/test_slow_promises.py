@@ -22,8 +22,12 @@ DIFFALIGN = [sys.executable, "-c", "from pipelines.cli import script; script()"]
 pytestmark = pytest.mark.slow
 
 
-def call(words: list[str], folder: Path, **options) -> subprocess.CompletedProcess:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, **options)
+ALL_CORES = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+"""A user's own process, which is not held to the one thread of these tests."""
+
+
+def call(words: list[str], folder: Path, environment: dict[str, str] = ALL_CORES) -> subprocess.CompletedProcess:
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -117,7 +121,7 @@ def test_the_recipe_unchanged_on_the_real_sd15_configuration(tmp_path: Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_real_signal_saves_and_a_resume_finishes(number: int, tmp_path: Path) -> None:
     words = [*DIFFALIGN, "train", "diffusion-dpo", "--recipe", "tiny", "--output", "out", "--prompts", "none", "--quiet"]
-    sizes = ["--steps", "400", "--batch-size", "1", "--validation-pairs", "0", "--checkpoint-every", "0"]
+    sizes = ["--steps", "150", "--batch-size", "1", "--accumulation", "1", "--validation-pairs", "0", "--checkpoint-every", "0"]
     process = subprocess.Popen([*words, *sizes], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
@@ -127,29 +131,6 @@ def test_a_real_signal_saves_and_a_resume_finishes(number: int, tmp_path: Path) 
     said, complaint = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in complaint
     step = int(re.search(r"Interrupted at step (\d+)", said).group(1))
-    assert 3 <= step < 400
+    assert 3 <= step < 150
     assert (tmp_path / "out" / "checkpoints" / f"checkpoint-{step:08d}").is_dir()
     assert "resumed at step" in call([*words, *sizes, "--resume"], tmp_path).stdout
-
-
-def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipelines.cli"]
-    words = [
-        "train",
-        "diffusion-dpo",
-        "--recipe",
-        "tiny",
-        "--prompts",
-        "none",
-        "--quiet",
-        "--steps",
-        "2",
-        "--validation-pairs",
-        "4",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call([*launcher, *words, "--batch-size", "2", "--output", "two"], tmp_path, env=environment)
-    call([*DIFFALIGN, *words, "--batch-size", "4", "--output", "one"], tmp_path, env=environment)
-    curves = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
-    for one, two in zip(*curves, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

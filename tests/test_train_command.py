@@ -6,16 +6,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from miniature import edited, sample, save_untrained
+from miniature import edited, sample, save_untrained, write_pairs
 from safetensors.torch import load_file
 
 from diffalign import checkpoint
 from pipelines import cli, progress
-from pipelines.tiny import scenes
 from pipelines.training import align
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--validation-pairs", "2", "--validation-draws", "1", "--learning-rate", "1e-3"]
@@ -25,22 +23,6 @@ QUICK = ["--steps", "2", "--batch-size", "2", "--validation-pairs", "2", "--vali
 class Inputs:
     model: Path
     pairs: Path
-
-
-def write_pairs(folder: Path, n: int, broken: int = 0) -> Path:
-    """A JSONL of ``n`` pairs with pictures beside it; the last ``broken`` winners are no pictures."""
-    rng, rows = np.random.default_rng(3), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        scene, caption = scenes.draw_captioned(rng)
-        scenes.render(scene).save(folder / f"w{i}.png")
-        scenes.render(scenes.draw_captioned(rng)[0]).save(folder / f"l{i}.png")
-        rows.append({"prompt": caption, "chosen": f"w{i}.png", "rejected": f"l{i}.png"})
-    for i in range(n - broken, n):
-        (folder / f"w{i}.png").write_bytes(b"not a picture")
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
