@@ -1,0 +1,107 @@
+"""LAION's aesthetic predictors: how much people liked pictures of this kind, whatever the prompt, on a scale of 1 to 10.
+
+Both are heads on the unit-length picture embedding of OpenAI's CLIP ViT-L/14:
+
+    v1   one linear layer (LAION-AI/aesthetic-predictor, ``sa_0_4_vit_l_14_linear.pth``, MIT licence)
+    v2   768-1024-128-64-16-1 without activations between, so an affine map as well (christophschuhmann/
+         improved-aesthetic-predictor, ``sac+logos+ava1-l14-linearMSE.pth``, Apache-2.0); the usual reward of DDPO
+
+The two disagree a lot. Typical scores are 4.5 to 6.5. The heads lie on GitHub and not on the hub; give their file as ``head``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reward_models import clip
+from reward_models._dual import BATCH, DualEncoder
+from reward_models._weights import Source, read_state
+from reward_models.base import JudgeError, RewardInfo, prompt_per_image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+NAME = "aesthetic"
+HEADS = {
+    "v1": ("LAION-AI/aesthetic-predictor", "sa_0_4_vit_l_14_linear.pth", "MIT"),
+    "v2": ("christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth", "Apache-2.0"),
+}
+"""Version -> repository on GitHub, file, licence."""
+WIDTHS = (768, 1024, 128, 64, 16, 1)
+
+
+class Aesthetic:
+    """``score = head(embedding)`` with an embedding of length one; no prompt enters."""
+
+    def __init__(self, encoder: DualEncoder, head: nn.Module, version: str) -> None:
+        self._encoder, self._head = encoder, head
+        self.info = RewardInfo(
+            name=NAME,
+            needs_prompt=False,
+            licence=HEADS[version][2],
+            differentiable=True,
+            description=f"LAION's aesthetic predictor {version}, about 1 to 10, on CLIP-L",
+        )
+
+    def score(self, images: Any, prompts: str | Sequence[str] | None = None, *, batch_size: int = BATCH) -> Tensor:
+        """Scores [N] float32 in the order of ``images``; NaN where a file could not be read. Prompts are counted, not read."""
+        import torch
+
+        embeddings = self._encoder.embed_images(images, batch_size=batch_size)
+        prompt_per_image(self.info, len(embeddings), prompts)
+        with torch.no_grad():
+            return self._head(embeddings)[:, 0]
+
+    def differentiable_score(self, pixels: Tensor) -> Tensor:
+        """[N] for pixels float [N, 3, H, W] in [0, 1], with gradients to the pixels."""
+        return self._head(self._encoder.embed_pixels(pixels))[:, 0]
+
+
+def load(
+    version: Literal["v1", "v2"] = "v2",
+    weights: str | Path | None = None,
+    head: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Aesthetic:
+    """The judge.
+
+    Args:
+        version: ``v1`` or ``v2``.
+        weights: of CLIP ViT-L/14, as for the judge ``clip``; fetched from the hub if not given.
+        head: the file of the head.
+
+    Raises:
+        JudgeError: no head is given, or the file is not one of this version.
+    """
+    if version not in HEADS:
+        raise JudgeError(f"the aesthetic predictors are {', '.join(HEADS)}; there is no {version!r}")
+    repo, file, _ = HEADS[version]
+    if head is None:
+        raise JudgeError(f"the judge 'aesthetic' needs its head: {file} from github.com/{repo}; give its path as head=PATH")
+    layers = _build_head(version)
+    _fill(layers, read_state(Source(repo, file, None, Path(head)), NAME), version)
+    return Aesthetic(clip.load("vit-l-14", weights, revision=revision, device=device, dtype=dtype), layers, version)
+
+
+def _build_head(version: str) -> nn.Module:
+    from torch import nn
+
+    widths = WIDTHS if version == "v2" else (WIDTHS[0], WIDTHS[-1])
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).eval().requires_grad_(False)
+
+
+def _fill(layers: nn.Module, state: Mapping[str, Tensor], version: str) -> None:
+    """The file numbers v2's layers 0, 2, 4, 6, 7, dropouts lying between, and does not number v1's."""
+    places = {"": 0} if version == "v1" else {f"layers.{number}.": i for i, number in enumerate((0, 2, 4, 6, 7))}
+    wanted = {f"{prefix}{kind}": f"{i}.{kind}" for prefix, i in places.items() for kind in ("weight", "bias")}
+    if state.keys() != wanted.keys():
+        raise JudgeError(f"this is no head of the aesthetic predictor {version}: it holds {', '.join(sorted(state)[:4])}, ...")
+    layers.load_state_dict({wanted[name]: value.float() for name, value in state.items()})
