@@ -1,10 +1,11 @@
-"""Judges of pictures. The folder is the registry: every module here that states ``NAME`` is a judge of that name.
+"""Judges of pictures. The folder is the registry: every module here that states ``NAME`` is a judge of that name, and one that
+states ``NAMES`` is one of each, versions of one another.
 
     judge = reward_models.load("jpeg")
     judge.score(images, prompts)  # float32 [N], one score per picture
 
-A judge's module also has ``load(**options)``, which returns the judge (see ``reward_models.base.Judge``). Nothing is
-imported or read from disk before a judge is loaded.
+A judge's module also has ``load(**options)``, which returns the judge (see ``reward_models.base.Judge``); with ``NAMES`` the
+name is its first argument. Nothing is imported or read from disk before a judge is loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def load(name: str, **options: Any) -> Judge:
         near = difflib.get_close_matches(name, modules, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UnknownJudgeError(f"there is no judge called {name!r}.{hint} The judges are: {', '.join(sorted(modules))}")
-    return importlib.import_module(f"{__name__}.{modules[name]}").load(**options)
+    module = importlib.import_module(f"{__name__}.{modules[name]}")
+    return module.load(name, **options) if hasattr(module, "NAMES") else module.load(**options)
 
 
 def _modules() -> dict[str, str]:
@@ -50,17 +52,19 @@ def _modules() -> dict[str, str]:
         stem, _, ending = file.name.rpartition(".")
         if ending != "py" or stem.startswith("_"):
             continue
-        name = _stated_name(file.read_text(encoding="utf-8"))
-        if name is not None:
-            assert name not in found, f"{found[name]}.py and {stem}.py both state NAME = {name!r}"
+        for name in _stated_names(file.read_text(encoding="utf-8")):
+            assert name not in found, f"{found[name]}.py and {stem}.py both state the name {name!r}"
             found[name] = stem
     return found
 
 
-def _stated_name(source: str) -> str | None:
-    """The string that a module assigns to ``NAME`` at its top level."""
+def _stated_names(source: str) -> tuple[str, ...]:
+    """The string that a module assigns to ``NAME`` at its top level, or the strings of ``NAMES``."""
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(isinstance(t, ast.Name) and t.id == "NAME" for t in targets):
-            return node.value.value if isinstance(node.value, ast.Constant) else None
-    return None
+        named = {t.id for t in targets if isinstance(t, ast.Name)}
+        if "NAME" in named and isinstance(node.value, ast.Constant):
+            return (node.value.value,)
+        if "NAMES" in named and isinstance(node.value, ast.Tuple):
+            return ast.literal_eval(node.value)
+    return ()

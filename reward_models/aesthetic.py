@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from reward_models import clip
 from reward_models._dual import BATCH, DualEncoder
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-NAME = "aesthetic"
+NAMES = ("aesthetic-v1", "aesthetic-v2")
 HEADS = {
-    "v1": ("LAION-AI/aesthetic-predictor", "sa_0_4_vit_l_14_linear.pth", "MIT"),
-    "v2": ("christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth", "Apache-2.0"),
+    "aesthetic-v1": ("LAION-AI/aesthetic-predictor", "sa_0_4_vit_l_14_linear.pth", "MIT"),
+    "aesthetic-v2": ("christophschuhmann/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth", "Apache-2.0"),
 }
-"""Version -> repository on GitHub, file, licence."""
+"""Name -> repository on GitHub, file, licence."""
 WIDTHS = (768, 1024, 128, 64, 16, 1)
 
 
 class Aesthetic:
     """``score = head(embedding)`` with an embedding of length one; no prompt enters."""
 
-    def __init__(self, encoder: DualEncoder, head: nn.Module, version: str) -> None:
+    def __init__(self, encoder: DualEncoder, head: nn.Module, name: str) -> None:
         self._encoder, self._head = encoder, head
         self.info = RewardInfo(
-            name=NAME,
+            name=name,
             needs_prompt=False,
-            licence=HEADS[version][2],
+            licence=HEADS[name][2],
             differentiable=True,
-            description=f"LAION's aesthetic predictor {version}, about 1 to 10, on CLIP-L",
+            description="how much people liked pictures of this kind: LAION's predictor, about 1 to 10, on CLIP-L",
         )
 
     def score(self, images: Any, prompts: str | Sequence[str] | None = None, *, batch_size: int = BATCH) -> Tensor:
@@ -63,7 +63,7 @@ class Aesthetic:
 
 
 def load(
-    version: Literal["v1", "v2"] = "v2",
+    name: str = "aesthetic-v2",
     weights: str | Path | None = None,
     head: str | Path | None = None,
     *,
@@ -74,34 +74,32 @@ def load(
     """The judge.
 
     Args:
-        version: ``v1`` or ``v2``.
+        name: which of the two.
         weights: of CLIP ViT-L/14, as for the judge ``clip``; fetched from the hub if not given.
         head: the file of the head.
 
     Raises:
         JudgeError: no head is given, or the file is not one of this version.
     """
-    if version not in HEADS:
-        raise JudgeError(f"the aesthetic predictors are {', '.join(HEADS)}; there is no {version!r}")
-    repo, file, _ = HEADS[version]
+    repo, file, _ = HEADS[name]
     if head is None:
-        raise JudgeError(f"the judge 'aesthetic' needs its head: {file} from github.com/{repo}; give its path as head=PATH")
-    layers = _build_head(version)
-    _fill(layers, read_state(Source(repo, file, None, Path(head)), NAME), version)
-    return Aesthetic(clip.load("vit-l-14", weights, revision=revision, device=device, dtype=dtype), layers, version)
+        raise JudgeError(f"the judge {name!r} needs its head: {file} from github.com/{repo}; give its path as head=PATH")
+    layers = _build_head(name)
+    _fill(layers, read_state(Source(repo, file, None, Path(head)), name), name)
+    return Aesthetic(clip.load("vit-l-14", weights, revision=revision, device=device, dtype=dtype), layers, name)
 
 
-def _build_head(version: str) -> nn.Module:
+def _build_head(name: str) -> nn.Module:
     from torch import nn
 
-    widths = WIDTHS if version == "v2" else (WIDTHS[0], WIDTHS[-1])
+    widths = WIDTHS if name == "aesthetic-v2" else (WIDTHS[0], WIDTHS[-1])
     return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).eval().requires_grad_(False)
 
 
-def _fill(layers: nn.Module, state: Mapping[str, Tensor], version: str) -> None:
+def _fill(layers: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """The file numbers v2's layers 0, 2, 4, 6, 7, dropouts lying between, and does not number v1's."""
-    places = {"": 0} if version == "v1" else {f"layers.{number}.": i for i, number in enumerate((0, 2, 4, 6, 7))}
+    places = {"": 0} if name == "aesthetic-v1" else {f"layers.{number}.": i for i, number in enumerate((0, 2, 4, 6, 7))}
     wanted = {f"{prefix}{kind}": f"{i}.{kind}" for prefix, i in places.items() for kind in ("weight", "bias")}
     if state.keys() != wanted.keys():
-        raise JudgeError(f"this is no head of the aesthetic predictor {version}: it holds {', '.join(sorted(state)[:4])}, ...")
-    layers.load_state_dict({wanted[name]: value.float() for name, value in state.items()})
+        raise JudgeError(f"this is no head of the judge {name!r}: it holds {', '.join(sorted(state)[:4])}, ...")
+    layers.load_state_dict({wanted[key]: value.float() for key, value in state.items()})

@@ -307,10 +307,10 @@ def test_aesthetic_heads_on_the_unit_embedding(narrow_head: Path) -> None:
     by_hand = embedding
     for number in (0, 2, 4, 6, 7):
         by_hand = by_hand @ state[f"layers.{number}.weight"].T + state[f"layers.{number}.bias"]
-    judge = reward_models.load("aesthetic", weights=narrow_head, head=narrow_head / "v2.pth")
+    judge = reward_models.load("aesthetic-v2", weights=narrow_head, head=narrow_head / "v2.pth")
     torch.testing.assert_close(judge.score(pictures()), by_hand[:, 0], rtol=0, atol=1e-6)
     linear = torch.load(narrow_head / "v1.pth", weights_only=True)
-    first = reward_models.load("aesthetic", version="v1", weights=narrow_head, head=narrow_head / "v1.pth")
+    first = reward_models.load("aesthetic-v1", weights=narrow_head, head=narrow_head / "v1.pth")
     torch.testing.assert_close(
         first.score(pictures()), (embedding @ linear["weight"].T + linear["bias"])[:, 0], rtol=0, atol=1e-6
     )
@@ -321,6 +321,6 @@ def test_aesthetic_heads_on_the_unit_embedding(narrow_head: Path) -> None:
 
 def test_an_aesthetic_head_must_be_given_and_fit(narrow_head: Path) -> None:
     with pytest.raises(JudgeError, match=r"sac\+logos\+ava1.*github.com/christophschuhmann.*head=PATH"):
-        reward_models.load("aesthetic", weights=narrow_head)
-    with pytest.raises(JudgeError, match="no head of the aesthetic predictor v1"):
-        reward_models.load("aesthetic", version="v1", weights=narrow_head, head=narrow_head / "v2.pth")
+        reward_models.load("aesthetic-v2", weights=narrow_head)
+    with pytest.raises(JudgeError, match="no head of the judge .aesthetic-v1."):
+        reward_models.load("aesthetic-v1", weights=narrow_head, head=narrow_head / "v2.pth")

@@ -48,9 +48,10 @@ def test_unknown_judge_names_the_nearest_and_all():
 
 
 def test_a_constant_called_name_must_be_a_string_at_the_top_level():
-    assert reward_models._stated_name('NAME: str = "one"') == "one"
-    assert reward_models._stated_name('def f():\n    NAME = "one"\n') is None
-    assert reward_models._stated_name("NAME = other") is None
+    assert reward_models._stated_names('NAME: str = "one"') == ("one",)
+    assert reward_models._stated_names('NAMES = ("one", "two")') == ("one", "two")
+    assert reward_models._stated_names('def f():\n    NAME = "one"\n') == ()
+    assert reward_models._stated_names("NAME = other") == ()
 
 
 def test_jpeg_score_is_minus_the_size_of_the_file():
