@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reward_models._weights import Source, read_state
+from reward_models._weights import Source, fill, read_state
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
@@ -124,17 +124,10 @@ def load_model(architecture: Architecture, source: Source, judge: str) -> Any:
     Raises:
         JudgeError: the weights are not here, cannot be read safely, or are those of another model.
     """
-    state = {name.removeprefix("model."): value.float() for name, value in read_state(source, judge).items()}
+    state = {name.removeprefix("model."): value for name, value in read_state(source, judge).items()}
     state = to_transformers(state) if is_open_clip(state) else state
     model = build(architecture)
-    given = {name: value for name, value in state.items() if not name.endswith("position_ids")}  # persistent in old files
-    missing, unexpected = (sorted(a - b) for a, b in ((model.state_dict().keys(), given), (given, model.state_dict().keys())))
-    if missing or unexpected:
-        raise JudgeError(
-            f"the weights of the judge {judge!r} are not those of its network: {len(missing)} are missing "
-            f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} are unknown ({', '.join(unexpected[:3]) or 'none'})"
-        )
-    model.load_state_dict(given)
+    fill(model, {name: value for name, value in state.items() if not name.endswith("position_ids")}, judge)  # old files' buffer
     return model
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,19 @@ def _unwrapped(saved: Any) -> dict[str, Tensor]:
     while isinstance(saved, Mapping) and isinstance(saved.get("state_dict"), Mapping):
         saved = saved["state_dict"]
     return dict(saved)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], judge: str) -> None:
+    """Put the weights into the model, which stays float32 whatever the file keeps; nothing may be missing or left over.
+
+    Raises:
+        JudgeError: they are those of another network; names some.
+    """
+    wanted = model.state_dict()
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unknown:
+        raise JudgeError(
+            f"the weights of the judge {judge!r} are not those of its network: {len(missing)} are missing "
+            f"({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'})"
+        )
+    model.load_state_dict(dict(state))  # copies into the model's own float32

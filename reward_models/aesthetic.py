@@ -11,14 +11,12 @@ The two disagree a lot. Typical scores are 4.5 to 6.5. The heads lie on GitHub a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reward_models import clip
+from reward_models import _heads, clip
 from reward_models._dual import BATCH, DualEncoder
-from reward_models._weights import Source, read_state
+from reward_models._weights import Source, fill, read_state
 from reward_models.base import JudgeError, RewardInfo, prompt_per_image
 
 if TYPE_CHECKING:
@@ -84,22 +82,8 @@ def load(
     repo, file, _ = HEADS[name]
     if head is None:
         raise JudgeError(f"the judge {name!r} needs its head: {file} from github.com/{repo}; give its path as head=PATH")
-    layers = _build_head(name)
-    _fill(layers, read_state(Source(repo, file, None, Path(head)), name), name)
+    state = read_state(Source(repo, file, None, Path(head)), name)
+    is_linear = name == "aesthetic-v1"
+    layers = _heads.build((WIDTHS[0], WIDTHS[-1]) if is_linear else WIDTHS)
+    fill(layers, {f"0.{key}": value for key, value in state.items()} if is_linear else _heads.renumbered(state, "layers."), name)
     return Aesthetic(clip.load("vit-l-14", weights, revision=revision, device=device, dtype=dtype), layers, name)
-
-
-def _build_head(name: str) -> nn.Module:
-    from torch import nn
-
-    widths = WIDTHS if name == "aesthetic-v2" else (WIDTHS[0], WIDTHS[-1])
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).eval().requires_grad_(False)
-
-
-def _fill(layers: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """The file numbers v2's layers 0, 2, 4, 6, 7, dropouts lying between, and does not number v1's."""
-    places = {"": 0} if name == "aesthetic-v1" else {f"layers.{number}.": i for i, number in enumerate((0, 2, 4, 6, 7))}
-    wanted = {f"{prefix}{kind}": f"{i}.{kind}" for prefix, i in places.items() for kind in ("weight", "bias")}
-    if state.keys() != wanted.keys():
-        raise JudgeError(f"this is no head of the judge {name!r}: it holds {', '.join(sorted(state)[:4])}, ...")
-    layers.load_state_dict({wanted[key]: value.float() for key, value in state.items()})
