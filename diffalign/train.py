@@ -361,7 +361,7 @@ class Trainer:
         rows["t"] = [int(v) for o in outcomes for v in o.t.tolist()]
         gathered = _gather(rows, self._accelerator)
         t = torch.tensor(gathered.pop("t"))
-        return t, {name: torch.tensor(values) for name, values in gathered.items()}
+        return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 
     def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
         if self._accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,23 @@ def test_building_the_command_line_brings_nothing_heavy() -> None:
     loaded = loaded_after("from pipelines import cli; cli.build_parser(None)")
     assert "diffalign" in loaded
     assert not loaded & {"torch", "numpy", "diffusers", "transformers", "datasets", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    "words, most", [(["-c", "import diffalign"], 0.3), (["-m", "pipelines.cli", "--help"], 1.0)], ids=["import", "help"]
+)
+def test_the_first_answer_is_quick(words: list[str], most: float) -> None:
+    """The quickest of three, less what the interpreter itself takes: other tests run beside this one."""
+
+    def seconds(words: list[str]) -> float:
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], capture_output=True, check=True)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    assert seconds(words) - seconds(["-c", "pass"]) < most
 
 
 def test_the_learning_steps_of_alignment_stand_in_the_loop_only() -> None:

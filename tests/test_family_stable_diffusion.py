@@ -222,11 +222,13 @@ def test_lora_mistakes_are_explained(family) -> None:
         pass
 
 
-def test_xformers_is_refused_where_it_cannot_run(family) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    with pytest.raises(UserError, match="sdpa"):
-        family.set_attention("xformers")
+def test_xformers_is_refused_where_it_cannot_run(family, monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, reason in ((None, "not installed"), (object(), "needs a CUDA device")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=installed: found)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match=f"{reason}.*use sdpa"):
+            family.set_attention("xformers")
+    monkeypatch.undo()
     with pytest.raises(UserError, match="'flash'"):
         family.set_attention("flash")
     with torch.no_grad():
