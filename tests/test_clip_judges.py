@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import reward_models
 from reward_models import _clip, aesthetic
+from reward_models._pictures import read_pictures
 from reward_models._preprocess import DEVIATION, MEAN
 from reward_models.base import Judge, JudgeError
 
@@ -233,6 +234,11 @@ def test_float_pictures_outside_their_range_are_refused(judge: Judge) -> None:
         judge.score(torch.linspace(-1, 1, 192).view(1, 3, 8, 8), "a")
     with pytest.raises(JudgeError, match=r"look like \[0, 255\]"):
         judge.score(torch.rand(1, 3, 8, 8) * 255, "a")
+
+
+def test_float_pictures_are_rounded_not_cut_off() -> None:
+    (picture,) = read_pictures(np.full((2, 2, 3), 100.6 / 255))
+    assert picture.getpixel((0, 0)) == (101, 101, 101)
 
 
 def test_wrong_lengths_are_refused(judge: Judge) -> None:

@@ -111,6 +111,7 @@ def test_the_recipe_unchanged_on_the_real_sd15_configuration(tmp_path: Path) -> 
     dry = call([*DIFFALIGN, *words, *asked, "--dry-run"], tmp_path).stdout
     call([*DIFFALIGN, *words, *asked, "--quiet"], tmp_path)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"peak {peak:.1f} GiB")  # shown by pytest -s
     assert peak < 16, f"{peak:.1f} GiB"
     guessed = float(re.search(r"together +([\d.]+) GiB", dry).group(1))
     assert 0.5 * peak < guessed < 1.2 * peak, f"{guessed} GiB announced, {peak:.1f} GiB taken"
