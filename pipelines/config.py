@@ -84,7 +84,8 @@ class EvaluationSettings:
 
     prompts: str | None = option(None, "held-out prompts: a file or a set by name; none for no evaluation")
     prompt_count: int = option(200, "how many of them", ge=1)
-    judges: tuple[str, ...] = option((), "judges by name")
+    judges: tuple[str, ...] = option((), "judges by name, or LABEL=NAME")
+    judge_options: tuple[str, ...] = option((), "what judges are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
     sampling_steps: int = option(25, "DDIM steps", ge=1)
     guidance_scale: float = option(7.5, "classifier-free guidance", ge=0)
     sampling_batch: int = option(8, "pictures sampled at a time", ge=1)

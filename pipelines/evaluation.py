@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from diffalign import evaluate as statistics
 from diffalign.errors import UserError
 from pipelines import grids, outputs, report_page, sampling
 from pipelines.prompts import Prompt
+from reward_models._judge import Scorer
 from reward_models.base import DetailedJudge, Judge, JudgeError, ParticularJudge
 
 SYSTEMS = ("base", "tuned")
@@ -85,7 +86,7 @@ def evaluate(
     base: str,
     tuned: str,
     prompts: Sequence[Prompt | str],
-    judges: Sequence[Judge | str],
+    judges: Sequence[Judge | str] | Mapping[str, Judge],
     output: str | Path,
     *,
     load: Load,
@@ -128,7 +129,7 @@ def evaluate(
         "seed": seed,
         "tie_tolerance": tie_tolerance,
         "seconds": 0.0,
-        "judges": {j.info.name: _compare(j, *(scores[s][j.info.name] for s in SYSTEMS), jobs, tie_tolerance) for j in panel},
+        "judges": {name: _compare(j, *(scores[s][name] for s in SYSTEMS), jobs, tie_tolerance) for name, j in panel.items()},
         "versions": outputs.versions(),
     }
     values["notes"] = _notes(values, jobs)
@@ -142,25 +143,26 @@ def evaluate(
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def load_panel(judges: Sequence[Judge | str], prompts: Sequence[Prompt]) -> list[Judge]:
-    """The judges, loaded, if they exist and can judge by these prompts.
+def load_panel(judges: Sequence[Judge | str] | Mapping[str, Judge], prompts: Sequence[Prompt]) -> dict[str, Judge]:
+    """The judges by name, loaded, if they exist and can judge by these prompts.
 
     Raises:
-        UserError: no prompt or no judge, an unknown judge, one asked for twice, prompts that a judge cannot judge by.
+        UserError: no prompt or no judge, an unknown judge, one asked for twice, two that are not comparable, prompts that a
+            judge cannot judge by.
     """
     if not prompts or not judges:
         raise UserError(f"An evaluation needs at least one prompt and one judge; got {len(prompts)} and {len(judges)}.")
     try:
-        panel = [reward_models.load(judge) if isinstance(judge, str) else judge for judge in judges]
-        for judge in panel:
+        panel = reward_models.panel_of(judges)
+        for judge in panel.values():
             if isinstance(judge, ParticularJudge):
                 judge.check_prompts([p.text for p in prompts])
+            if isinstance(judge, Scorer) and not judge.is_pointwise:
+                raise JudgeError(
+                    f"{judge.info.name!r} is standardised by the pictures judged together; give it scores: .z(scores)"
+                )
     except JudgeError as error:
         raise UserError(str(error)) from error
-    names = [judge.info.name for judge in panel]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"The judge {twice[0]!r} is asked for more than once; every judge speaks once.")
     return panel
 
 
@@ -169,7 +171,7 @@ def _run_both(
     load: Load,
     how: Sampling,
     jobs: list[_Job],
-    panel: list[Judge],
+    panel: dict[str, Judge],
     folder: Path,
     progress: Progress | None,
 ) -> tuple[Sampling, dict[str, dict[str, _Scores]]]:
@@ -197,30 +199,36 @@ def _release_memory() -> None:
 
 
 def _run(
-    pipe: Any, system: str, how: Sampling, jobs: list[_Job], panel: list[Judge], folder: Path, progress: Progress | None
+    pipe: Any, system: str, how: Sampling, jobs: list[_Job], panel: dict[str, Judge], folder: Path, progress: Progress | None
 ) -> dict[str, _Scores]:
     """Sample, save and judge batch by batch, so that no more than a batch of pictures is in memory."""
-    parts: dict[str, list[_Scores]] = {judge.info.name: [] for judge in panel}
+    parts: dict[str, list[_Scores]] = {name: [] for name in panel}
     for start in range(0, len(jobs), how.batch_size):
         batch = jobs[start : start + how.batch_size]
         texts = [job.prompt.text for job in batch]
         images = sampling.sample(pipe, texts, seeds=[job.seed for job in batch], **asdict(how))
         for i, image in enumerate(images, start):
             outputs.write_png(folder / system / f"{i:05d}.png", image)
-        for judge in panel:
-            parts[judge.info.name].append(_judged(judge, images, texts))
+        for name, scores in _judged(panel, images, texts).items():
+            parts[name].append(scores)
         if progress is not None:
             progress(system, start + len(batch), len(jobs))
     return {name: _joined(some) for name, some in parts.items()}
 
 
-def _judged(judge: Judge, images: list[Image.Image], prompts: list[str]) -> _Scores:
-    """Scores and details; pictures that a safety checker blacked out count as not judged."""
+def _judged(panel: dict[str, Judge], images: list[Image.Image], prompts: list[str]) -> dict[str, _Scores]:
+    """Scores and details by judge; pictures that a safety checker blacked out count as not judged."""
     hidden = np.array([bool(image.info.get(sampling.FLAGGED)) for image in images])
-    score = judge.score(images, prompts).detach().cpu().numpy().astype(np.float64)
-    assert score.shape == (len(images),), f"{judge.info.name} gave scores of shape {score.shape} for {len(images)} pictures"
-    details = judge.details(images, prompts) if isinstance(judge, DetailedJudge) else {}
-    return _Scores(np.where(hidden, np.nan, score), {k: np.where(hidden, np.nan, v) for k, v in details.items()})
+    ours = {name: judge for name, judge in panel.items() if isinstance(judge, Scorer)}
+    scores = reward_models.score(ours, images, prompts, progress=False) if ours else {}  # in one pass: they may share a backbone
+    scores |= {name: judge.score(images, prompts) for name, judge in panel.items() if name not in ours}
+    judged = {}
+    for name, judge in panel.items():
+        score = scores[name].detach().cpu().numpy().astype(np.float64)
+        assert score.shape == (len(images),), f"{name} gave scores of shape {score.shape} for {len(images)} pictures"
+        details = judge.details(images, prompts) if isinstance(judge, DetailedJudge) else {}
+        judged[name] = _Scores(np.where(hidden, np.nan, score), {k: np.where(hidden, np.nan, v) for k, v in details.items()})
+    return judged
 
 
 def _joined(parts: list[_Scores]) -> _Scores:

@@ -1,7 +1,11 @@
-"""Pictures of prompts into a folder, with a grid to look at and a record of how each picture was made."""
+"""Pictures of prompts into a folder, with a grid to look at and a record of how each picture was made.
+
+``metadata.jsonl`` names each picture's prompt, in the form that the folder of pictures (``imagefolder``) of ``datasets`` has.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +16,7 @@ from PIL import Image
 from pipelines import grids, outputs, sampling
 from pipelines.prompts import Prompt
 
-OWNED = ("[0-9]*.png", "grid.png", "generation.json")
+OWNED = ("[0-9]*.png", "grid.png", "metadata.jsonl", "generation.json")
 """What ``generate`` writes."""
 SHOWN = 48
 """The grid shows this many pictures at most."""
@@ -57,6 +61,7 @@ def generate(
         if progress is not None:
             progress("sampling", first + len(part), len(rows))
     outputs.write_png(folder / "grid.png", _grid(folder, rows, images_per_prompt, f"{model}, seed {seed}"))
+    outputs.write_file(folder / "metadata.jsonl", "".join(_line(i, p, s) for i, (p, s) in enumerate(rows)))
     record = {
         "model": model,
         "seed": seed,
@@ -71,6 +76,13 @@ def generate(
     }
     outputs.write_json(folder / "generation.json", record)
     return record
+
+
+def _line(i: int, prompt: Prompt, seed: int) -> str:
+    """A row of ``metadata.jsonl``: the picture, and after it whatever came with the prompt."""
+    own = {"file_name": f"{i:05d}.png", "prompt": prompt.text, "category": prompt.category, "seed": seed}
+    rest = {c: value for c, value in prompt.metadata.items() if c.lower() not in own}
+    return json.dumps({**own, **rest}, ensure_ascii=False) + "\n"
 
 
 def _grid(folder: Path, rows: Sequence[tuple[Prompt, int]], per_prompt: int, header: str) -> Image.Image:

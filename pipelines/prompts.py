@@ -1,4 +1,8 @@
-"""Prompts from files, or from the lists that come with the package."""
+"""Prompts from files, from the lists that come with the package, or from lists that are fetched by name.
+
+Fetched lists are not shipped: that of HPSv2 (Wu et al. 2023, arXiv:2306.09341: 800 prompts in each of four styles) for its size,
+and the test prompts of Pick-a-Pic (Kirstain et al. 2023, arXiv:2305.01569) for what people typed into them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +24,52 @@ SETS: dict[str, str] = {
     "imagereward": "imagereward_benchmark.json",
 }
 """Lists that come with the package: name -> file in ``pipelines/prompt_sets``."""
+FETCHED: dict[str, str] = {"hpsv2": "ymhao/HPDv2", "pick-a-pic": "yuvalkirstain/pickapic_v2_no_images"}
+"""Lists that stay where they are: name -> data set on the Hugging Face hub. ``NAME:PATH`` reads a local copy."""
+NAMES = (*SETS, *FETCHED)
+STYLES = ("anime", "concept-art", "paintings", "photo")
+"""The styles of HPSv2's benchmark; each is a file of its own, and the category of its prompts."""
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 CATEGORY_COLUMNS = ("category", "tag")
 
 
+class LoggedPromptsWarning(UserWarning):
+    """These prompts are a log of what people typed; sexual ones are among them."""
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; ``origin`` says where it stands, as ``file:place``."""
+    """One prompt; ``origin`` says where it stands, as ``file:place``.
+
+    ``metadata`` is what else its row holds, by column: GenEval's tag, include and exclude, say, by which a detector judges. It
+    does not make a prompt another.
+    """
 
     text: str
     category: str | None = None
     origin: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_prompts(where: str | Path, column: str | None = None) -> list[Prompt]:
     """Prompts in the order of the file; repeated prompts stay repeated.
 
-    ``where`` is the name of a list in ``SETS`` or a file: ``.txt`` (one in a line, empty lines skipped), ``.jsonl``,
-    ``.json`` (a list of strings or of objects), ``.csv`` or ``.tsv`` (with a header). In files with columns the prompt is
-    taken from ``column``, or else from the first of ``PROMPT_COLUMNS`` there is, whatever its case.
+    ``where`` is one of ``NAMES``, ``hpsv2:PATH`` or ``pick-a-pic:PATH``, or a file: ``.txt`` (one in a line, empty lines
+    skipped), ``.jsonl``, ``.json`` (a list of strings or of objects), ``.csv`` or ``.tsv`` (with a header). In files with
+    columns the prompt is taken from ``column``, or else from the first of ``PROMPT_COLUMNS`` there is, whatever its case.
 
     Raises:
         UserError: no such file, an unknown format, a row without a prompt, or nothing to read.
     """
-    path = _find(where)
-    text = _read_text(path)
-    rows = _ROWS[path.suffix.lower()](path, text)
+    name, colon, place = str(where).partition(":")
+    if isinstance(where, str) and name in FETCHED and (place or not colon):
+        return _FETCH[name](place or None, column)
+    return _read_file(_find(where), column)
+
+
+def _read_file(path: Path, column: str | None = None) -> list[Prompt]:
+    rows = _ROWS[path.suffix.lower()](path, read_text(path))
     prompts = [_prompt(path, place, row, column) for place, row in rows]
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
@@ -57,9 +81,9 @@ def _find(where: str | Path) -> Path:
         return Path(__file__).parent / "prompt_sets" / SETS[where]
     path = Path(where).expanduser()
     if not path.exists():
-        near = difflib.get_close_matches(str(where).lower(), SETS, n=1)
+        near = difflib.get_close_matches(str(where).lower(), NAMES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"There is no prompt file {str(where)!r}.{hint} The built-in lists are: {', '.join(SETS)}.")
+        raise UserError(f"There is no prompt file {str(where)!r}.{hint} Lists that have a name are: {', '.join(NAMES)}.")
     if path.is_dir():
         raise UserError(f"{path} is a folder; prompts are read from a file that ends in one of {', '.join(FORMATS)}.")
     if path.suffix.lower() not in FORMATS:
@@ -68,7 +92,12 @@ def _find(where: str | Path) -> Path:
     return path
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file of text in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is in another encoding; names the line.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -147,6 +176,87 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+# -------------------------------------------------------------------------------------------------------------- fetched
+
+
+def _hpsv2(where: str | None, column: str | None) -> list[Prompt]:
+    """The prompts of the four styles, one style after the other."""
+    names = [f"benchmark/{style}.json" for style in STYLES]
+    root = _from_hub("hpsv2", names) if where is None else Path(where).expanduser()
+    folder = root / "benchmark" if (root / "benchmark").is_dir() else root
+    missing = [f"{style}.json" for style in STYLES if not (folder / f"{style}.json").is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)} of the prompts 'hpsv2'. {_how_to_fetch('hpsv2', names)}")
+    return [replace(prompt, category=style) for style in STYLES for prompt in _read_file(folder / f"{style}.json", column)]
+
+
+def _pick_a_pic(where: str | None, column: str | None) -> list[Prompt]:
+    """The captions of the split ``test_unique``, each once, in the order of the file."""
+    names = ["data/test_unique-*.parquet"]
+    path = _from_hub("pick-a-pic", names) / "data" if where is None else Path(where).expanduser()
+    if not path.exists():
+        raise UserError(f"There is no {path} to read the prompts 'pick-a-pic' from. {_how_to_fetch('pick-a-pic', names)}")
+    warnings.warn(
+        "The prompts of Pick-a-Pic are a log of what people typed, unfiltered: sexual content is among them, and some of it must "
+        "not be drawn. Filter them before you generate, and keep the safety checker on.",
+        LoggedPromptsWarning,
+        stacklevel=3,
+    )
+    unique: dict[str, Prompt] = {}
+    for prompt in _captions_of_rows(path, column or "caption") or _read_file(_find(path), column):
+        unique.setdefault(prompt.text, Prompt(prompt.text, None, prompt.origin))
+    return list(unique.values())
+
+
+def _captions_of_rows(path: Path, column: str) -> list[Prompt]:
+    """Captions from what ``datasets`` writes; none where the path is no such thing."""
+    from diffalign.data.readers import arrow, parquet, saved
+
+    reader = next((r for r in (saved, parquet, arrow) if r.claims(str(path))), None)
+    if reader is None:
+        return []
+    rows = reader.open_rows(str(path), "test_unique")
+    if column not in rows.columns:
+        raise UserError(f"{path} has no column {column!r}; it has {', '.join(map(repr, rows.columns))}.")
+    texts = [text.strip() if isinstance(text, str) else "" for text in rows.column(column)]
+    if not any(texts):
+        raise UserError(f"{path} holds no prompts.")
+    return [Prompt(text, None, rows.origin(i)) for i, text in enumerate(texts) if text]
+
+
+def _from_hub(name: str, files: Sequence[str]) -> Path:
+    """The folder with these files of the list's data set, fetched now or before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        root = Path(snapshot_download(FETCHED[name], repo_type="dataset", allow_patterns=list(files)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(_absent(name, files)) from error
+    # without a connection the hub's library answers with whatever part of the data set it has
+    if missing := [file for file in files if not any(root.glob(file))]:
+        raise UserError(_absent(name, missing))
+    return root
+
+
+def _absent(name: str, files: Sequence[str]) -> str:
+    return (
+        f"The prompts {name!r} need {', '.join(files)} of the data set {FETCHED[name]}, not on this machine, which could not be "
+        f"fetched. {_how_to_fetch(name, files)}"
+    )
+
+
+def _how_to_fetch(name: str, files: Sequence[str]) -> str:
+    named = " ".join(f'--include "{file}"' if "*" in file else file for file in files)
+    return (
+        f"Where there is a connection, `hf download {FETCHED[name]} {named} --repo-type dataset` fetches what is needed; "
+        f"a copy that you have is read by {name}:PATH."
+    )
+
+
+_FETCH = {"hpsv2": _hpsv2, "pick-a-pic": _pick_a_pic}
+
+
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
@@ -156,7 +266,8 @@ def _prompt(path: Path, place: str, row: Row, column: str | None) -> Prompt:
         return Prompt(_stripped(path, place, "", row), None, origin)
     name = _column(path, row, column)
     category = next((row[c] for c in row if c and c.lower() in CATEGORY_COLUMNS), None)
-    return Prompt(_stripped(path, place, name, row[name]), str(category) if category else None, origin)
+    rest = {c: value for c, value in row.items() if c != name}
+    return Prompt(_stripped(path, place, name, row[name]), str(category) if category else None, origin, rest)
 
 
 def _column(path: Path, row: Mapping[str, Any], column: str | None) -> str:

@@ -36,16 +36,18 @@ from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Frozen
 from diffalign.train import Finished, Trainer
 from pipelines import config, families
-from pipelines.config import TrainSettings
+from pipelines.config import EvaluationSettings, TrainSettings
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
 from pipelines.families._encoding import digest
+from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
 from pipelines.progress import Bar, TrainingBar
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.sampling import SAMPLING_FILE
 from pipelines.tiny.model import pairs_path as tiny_pairs_path
+from reward_models._judge import Scorer
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -127,11 +129,15 @@ def preflight(settings: TrainSettings) -> None:
             "evaluation.prompts is set, but evaluation.judges is empty: name a judge (--judges oracle), or set prompts to none."
         )
     if e.prompts:
-        load_panel(e.judges, held_out_prompts(e.prompts, e.prompt_count))
+        load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
     if settings.optimiser.eight_bit:
         require_bitsandbytes()
     if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
+
+
+def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
+    return load_judges(",".join(settings.judges), settings.judge_options)
 
 
 def open_data(settings: TrainSettings) -> PairTable:
@@ -404,7 +410,7 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
             settings.model,
             str(settings.output),
             held_out_prompts(e.prompts, e.prompt_count),
-            e.judges,
+            _judges(e),
             folder,
             load=partial(families.load_pipeline, config=settings.single_file_config),
             seed=settings.seed,

@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
-from reward_models._weights import Source, fill, read_state
+from reward_models._dual import ClipEncoder
+from reward_models._judge import DTYPES, check_choice, device_of
+from reward_models._preprocess import Preprocess
+from reward_models._weights import fill, read_state, read_tokenizer
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ class Architecture:
     patch: int = 14
     size: int = 224
     vocabulary: int = 49408
+    tokens: int = TOKENS
 
 
 VIT_L_14 = Architecture((1024, 4096, 24, 16), (768, 3072, 12, 12), 768, "quick_gelu")
@@ -52,7 +57,7 @@ def build(architecture: Architecture) -> Any:
         return {**dict(zip(names, numbers, strict=True)), **shared}
 
     end = architecture.vocabulary - 1
-    text = {"vocab_size": architecture.vocabulary, "max_position_embeddings": TOKENS}
+    text = {"vocab_size": architecture.vocabulary, "max_position_embeddings": architecture.tokens}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     config = CLIPConfig(
         text_config=tower(architecture.text) | text,
@@ -118,13 +123,13 @@ def _renamed(name: str, value: Tensor) -> dict[str, Tensor]:
     return {f"{place}.{_INSIDE[part]}.{kind}": value}
 
 
-def load_model(architecture: Architecture, source: Source, judge: str) -> Any:
-    """``CLIPModel`` in float32 from a file or folder in either layout; nothing may be missing or left over.
+def load_model(architecture: Architecture, file: Path, judge: str) -> Any:
+    """``CLIPModel`` in float32 from a file in either layout; nothing may be missing or left over.
 
     Raises:
-        JudgeError: the weights are not here, cannot be read safely, or are those of another model.
+        JudgeError: the weights cannot be read safely, or are those of another model.
     """
-    state = {name.removeprefix("model."): value for name, value in read_state(source, judge).items()}
+    state = {name.removeprefix("model."): value for name, value in read_state(file, judge).items()}
     state = to_transformers(state) if is_open_clip(state) else state
     model = build(architecture)
     fill(model, {name: value for name, value in state.items() if not name.endswith("position_ids")}, judge)  # old files' buffer
@@ -150,12 +155,16 @@ def open_clip_tokens() -> Tokenise:
     return lambda texts: tokenizer([plain(t) for t in texts])
 
 
-def transformers_tokens(folder: str | Path) -> Tokenise:
-    """Transformers' tokenizer, which leaves quotes as they are, and pads with the end mark. For PickScore and MPS."""
+def transformers_tokens(folder: str | Path, judge: str, length: int = TOKENS) -> Tokenise:
+    """Transformers' tokenizer, which leaves quotes as they are, and pads with the end mark. For PickScore and MPS.
+
+    Raises:
+        JudgeError: ``folder``, which may also be an id of the hub, has none.
+    """
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    how = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+    tokenizer = read_tokenizer(CLIPTokenizer, folder, judge)
+    how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
     return lambda texts: tokenizer([plain(t) for t in texts], **how).input_ids
 
 
@@ -165,7 +174,9 @@ def transformers_tokens(folder: str | Path) -> Tokenise:
 class Towers:
     """Pictures and words to unit vectors in one space."""
 
-    def __init__(self, model: Any, tokenise: Tokenise, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenise: Tokenise, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
         self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._tokenise, self._device = tokenise, device
 
@@ -191,6 +202,43 @@ class Towers:
 
     def _encode_texts(self, tokens: Tensor) -> Tensor:
         return features(self._model.get_text_features(input_ids=tokens))
+
+
+_LOADED: WeakValueDictionary[tuple, ClipEncoder] = WeakValueDictionary()
+
+
+def load_encoder(
+    architecture: Architecture,
+    file: Path,
+    judge: str,
+    how: Preprocess,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    preprocess: str = "exact",
+) -> ClipEncoder:
+    """Towers behind their preprocessing; as long as somebody holds it, the same object for the same arguments, so that judges
+    on one CLIP keep one copy of it and share its forward pass.
+
+    ``tokenizer``: a folder or hub id for Transformers' tokenizer; None for open_clip's.
+
+    Raises:
+        JudgeError: weights of another model, a preprocessing or precision that does not exist.
+    """
+    check_choice("preprocess", preprocess, ("exact", "fast"))
+    check_choice("dtype", dtype, DTYPES)
+    place, state = device_of(device), file.stat()
+    key = (architecture, file, state.st_size, state.st_mtime_ns, how, str(tokenizer), str(place), dtype, preprocess)
+    found = _LOADED.get(key)
+    if found is None:
+        import torch
+
+        words = open_clip_tokens() if tokenizer is None else transformers_tokens(tokenizer, judge, architecture.tokens)
+        towers = Towers(load_model(architecture, file, judge), words, place, getattr(torch, dtype))
+        made_of = {"weights": file, "tokenizer": "open_clip" if tokenizer is None else "transformers", "dtype": dtype}
+        found = _LOADED[key] = ClipEncoder(towers, how, made_of, fast=preprocess == "fast")
+    return found
 
 
 class OpenClipTowers(Towers):

@@ -1,9 +1,15 @@
-"""Whatever a person calls pictures, as a list of PIL images in order; what cannot be read is told, not hidden."""
+"""Whatever a person calls pictures, as N pictures in order, each opened when it is needed.
+
+What cannot be read is None, remembered in ``broken`` and told once at the end: one bad file must not cost a night's work, and
+must not pass unseen.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,36 +23,84 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SLACK = 1e-3
 """How far a float picture may leave [0, 1] by rounding."""
+SHEETS = ("grid.png", "generation.json")
+"""``diffalign generate`` lays a sheet of all pictures beside them, and this record; the sheet is none of the pictures."""
+NAMED = 5
+"""Unreadable files that a warning names; it counts all."""
+_FAILURES = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class UnreadablePictureWarning(UserWarning):
     """Some files are no pictures; their scores are NaN."""
 
 
-def read_pictures(images: Any) -> list[Image.Image | None]:
-    """Pictures in order: PIL images, paths, a folder (sorted by name), arrays [H, W, 3] or [N, H, W, 3], tensors [3, H, W] or
-    [N, 3, H, W], uint8 or float in [0, 1], or a sequence of these. A file that cannot be read is None, with one warning
-    that counts and names such files; None stays None.
+class Pictures:
+    """PIL images, paths, a folder (sorted by name), arrays [H, W, 3] or [N, H, W, 3], tensors [3, H, W] or [N, 3, H, W], uint8 or
+    float in [0, 1], encoded bytes, a column of a data set or a frame, or a sequence of these. None stays None.
 
     Raises:
-        JudgeError: something that is no picture, or a float picture outside [0, 1].
+        JudgeError: something that is no picture, or a float picture outside [0, 1]. Files are not opened yet.
     """
-    read: list[Image.Image | None] = []
-    broken: list[str] = []
-    for one in _flat(images):
-        if isinstance(one, str | Path):
-            read.append(_open(Path(one), broken))
-        else:
-            read.append(one if one is None or isinstance(one, Image.Image) else _from_array(one))
-    if broken:
-        shown = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
-        warnings.warn(f"{len(broken)} of {len(read)} pictures cannot be read and score NaN: {shown}", UnreadablePictureWarning, 3)
-    return read
+
+    def __init__(self, images: Any) -> None:
+        self.items = [_item(one) for one in _flat(images)]
+        self.broken: dict[int, str] = {}
+
+    @classmethod
+    def of(cls, images: Any) -> Pictures:
+        """``images`` itself if it has been through here already."""
+        return images if isinstance(images, Pictures) else cls(images)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Image.Image | None:
+        """The picture, decoded; None if it cannot be."""
+        item = self.items[i]
+        if item is None or isinstance(item, Image.Image):
+            return item
+        try:
+            with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
+                image.load()
+                return image
+        except _FAILURES as error:
+            self.broken[i] = f"{self.name(i)} ({error})"
+            return None
+
+    def __iter__(self) -> Iterator[Image.Image | None]:
+        return (self[i] for i in range(len(self)))
+
+    def name(self, i: int) -> str:
+        """Its path, or its number."""
+        return str(self.items[i]) if isinstance(self.items[i], Path) else f"picture {i}"
+
+    def digest(self, i: int) -> str | None:
+        """A hash of the content: of a file's bytes, which need no decoding, or of the pixels. None if there are none."""
+        item = self.items[i]
+        try:
+            if isinstance(item, Path):
+                return hashlib.sha256(item.read_bytes()).hexdigest()
+        except OSError:
+            return None  # told when it is opened
+        if item is None or isinstance(item, bytes):
+            return None if item is None else hashlib.sha256(item).hexdigest()
+        shape = f"{item.mode} {item.size} {item.getpalette()} {item.info.get('transparency')} "
+        return hashlib.sha256(shape.encode() + item.tobytes()).hexdigest()
+
+    def warn(self) -> None:
+        """One warning that counts the pictures that could not be read, and names some."""
+        if self.broken:
+            told = [self.broken[i] for i in sorted(self.broken)]
+            shown = "; ".join(told[:NAMED]) + ("; ..." if len(told) > NAMED else "")
+            text = f"{len(told)} of {len(self)} pictures cannot be read and score NaN: {shown}"
+            warnings.warn(text, UnreadablePictureWarning, stacklevel=4)
 
 
 def list_folder(folder: Path) -> list[Path]:
     """The pictures of a folder, sorted by name; not those of its subfolders."""
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS)
+    if (folder / SHEETS[1]).is_file():
+        found = [p for p in found if p.name != SHEETS[0]]
     if not found:
         raise JudgeError(f"there is no picture in {folder} (looked for {', '.join(ENDINGS)})")
     return found
@@ -55,23 +109,26 @@ def list_folder(folder: Path) -> list[Path]:
 def _flat(images: Any) -> Iterable[Any]:
     if isinstance(images, str | Path):
         return list_folder(Path(images)) if Path(images).is_dir() else [images]
-    if isinstance(images, Image.Image):
+    if isinstance(images, Image.Image | bytes | Mapping):
         return [images]
-    if hasattr(images, "shape"):
+    if hasattr(images, "shape") and len(images.shape) != 1:  # one-dimensional: a column of a frame
         return list(images) if len(images.shape) == 4 else [images]
-    if not isinstance(images, Sequence):
+    if not isinstance(images, Sequence) and not hasattr(images, "__len__"):
         raise JudgeError(f"pictures are PIL images, paths, arrays or tensors, or a list of them; got {type(images).__name__}")
     return images
 
 
-def _open(path: Path, broken: list[str]) -> Image.Image | None:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        broken.append(f"{path} ({error})")
-        return None
+def _item(one: Any) -> Image.Image | Path | bytes | None:
+    """One picture as it is kept: files stay closed, numbers become a picture at once, so that wrong ranges are told early."""
+    if isinstance(one, Mapping):  # how ``datasets`` keeps a picture that it has not decoded
+        one = one.get("bytes") or one.get("path")
+    if isinstance(one, str | Path):
+        return Path(one)
+    if one is None or isinstance(one, Image.Image | bytes):
+        return one
+    if not hasattr(one, "shape"):
+        raise JudgeError(f"a picture is a PIL image, a path, an array or a tensor; got {type(one).__name__}")
+    return _from_array(one)
 
 
 def _from_array(picture: Any) -> Image.Image:

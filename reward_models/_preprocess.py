@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -45,19 +45,19 @@ class ShortestSide:
         height, width = _shortest(image.height, image.width, self.size)
         image = image.resize((width, height), _filter(image, Image.Resampling.BICUBIC))
         top, left = self._corner(height), self._corner(width)
-        return _normalise(_pixels(image.crop((left, top, left + self.size, top + self.size)).convert("RGB")) / 255.0)
+        return normalise(pixels_of(image.crop((left, top, left + self.size, top + self.size)).convert("RGB")) / 255.0)
 
     def fast(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] to [N, 3, size, size]; at most one grey level off ``exact``, in few values."""
-        return _normalise(self._cropped(pixels).float() / 255.0)
+        return normalise(self._cropped(pixels).float() / 255.0)
 
     def grad(self, pixels: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [0, 1] to [N, 3, size, size]; gradients reach the pixels."""
-        return _normalise(self._cropped(pixels.float()).clamp(0.0, 1.0))
+        return normalise(self._cropped(pixels.float()).clamp(0.0, 1.0))
 
     def _cropped(self, pixels: torch.Tensor) -> torch.Tensor:
         height, width = _shortest(*pixels.shape[-2:], self.size)
-        pixels = _resize(pixels, height, width)
+        pixels = resize(pixels, height, width)
         top, left = self._corner(height), self._corner(width)
         return pixels[..., top : top + self.size, left : left + self.size]
 
@@ -79,7 +79,7 @@ class LongestSide:
 
     def exact(self, image: Image.Image) -> torch.Tensor:
         """One picture to [3, size, size]."""
-        return self.grad((_pixels(image.convert("RGB")) / 255.0)[None])[0]
+        return self.grad((pixels_of(image.convert("RGB")) / 255.0)[None])[0]
 
     def fast(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] to [N, 3, size, size]; the original works in float, and so does this."""
@@ -93,13 +93,20 @@ class LongestSide:
         scale = self.size / max(height, width)
         if scale != 1.0:
             height, width = (max(round(side * scale), 1) for side in (height, width))  # the original fails on thin lines
-            pixels = _resize(pixels.float(), height, width, self.antialias)
+            pixels = resize(pixels.float(), height, width, self.antialias)
         down, right = self.size - height, self.size - width
         pads = (right // 2, right - right // 2, down // 2, down - down // 2)
-        return _normalise(torch.nn.functional.pad(pixels, pads))
+        return normalise(torch.nn.functional.pad(pixels, pads))
 
 
-Preprocess = ShortestSide | LongestSide
+class Preprocess(Protocol):
+    """What ``ShortestSide``, ``LongestSide`` and a judge's own have in common."""
+
+    def exact(self, image: Image.Image) -> torch.Tensor: ...
+
+    def fast(self, pixels: torch.Tensor) -> torch.Tensor: ...
+
+    def grad(self, pixels: torch.Tensor) -> torch.Tensor: ...
 
 
 def exact_batch(how: Preprocess, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -123,7 +130,7 @@ def _filter(image: Image.Image, wanted: Image.Resampling) -> Image.Resampling:
     return Image.Resampling.NEAREST if image.mode in ("P", "1") else wanted
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
+def pixels_of(image: Image.Image) -> torch.Tensor:
     """An RGB picture as float32 [3, H, W] in 0 to 255."""
     import numpy as np
     import torch
@@ -131,14 +138,14 @@ def _pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
 
 
-def _resize(pixels: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
+def resize(pixels: torch.Tensor, height: int, width: int, antialias: bool = True) -> torch.Tensor:
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
     return F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=antialias)
 
 
-def _normalise(pixels: torch.Tensor) -> torch.Tensor:
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """[..., 3, H, W] in [0, 1] to CLIP's scale."""
     mean = pixels.new_tensor(MEAN).view(3, 1, 1)
     return (pixels - mean) / pixels.new_tensor(DEVIATION).view(3, 1, 1)

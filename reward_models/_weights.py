@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """One file: ``file`` of the repository ``repo`` at ``revision`` on the Hugging Face hub, or ``local`` instead."""
+    """One file: ``file`` of the repository ``repo`` at ``revision`` on the Hugging Face hub, or ``local`` instead, which is the
+    file itself or a folder that holds it by that name.
+    """
 
     repo: str
     file: str
     revision: str | None = None
     local: Path | None = None
+
+    @classmethod
+    def of(cls, repo: str, file: str, revision: str | None = None, weights: str | Path | None = None) -> Source:
+        """``weights`` as a user gives it: None, something on this machine, or another repository of the hub (``owner/name``)."""
+        if weights is None:
+            return cls(repo, file, revision)
+        here = Path(weights).expanduser()
+        if not here.exists() and _HUB_ID.fullmatch(str(weights)):
+            return cls(str(weights), file, revision)
+        return cls(repo, file, revision, here)
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
 
 
 def path_of(source: Source, judge: str) -> Path:
@@ -43,17 +61,38 @@ def path_of(source: Source, judge: str) -> Path:
         raise JudgeError(
             f"the judge {judge!r} needs {source.file} of {source.repo}, which is not on this machine and could not be fetched. "
             f"Where there is a connection, `hf download {source.repo} {source.file}` fetches it; "
-            f"a file or folder that you have is used by weights=PATH"
+            f"a file or folder that you have is used by weights=PATH (in the shell --judge-options {judge}.weights=PATH)"
         ) from error
 
 
-def read_state(source: Source, judge: str) -> dict[str, Tensor]:
+def read_tokenizer(kind: Any, where: str | Path, judge: str) -> Any:
+    """``kind.from_pretrained(where)``. Where it finds no file, Transformers 5 makes a tokenizer that knows no word, and says
+    nothing: every prompt would then be the same.
+
+    Raises:
+        JudgeError: there is no tokenizer; says how to get it.
+    """
+    place = Path(where).expanduser()
+    try:
+        found = kind.from_pretrained(str(place) if place.is_dir() else str(where))
+        knows_words = found.unk_token_id not in found("a", add_special_tokens=False).input_ids
+    except (OSError, ValueError):
+        knows_words = False
+    if not knows_words:
+        raise JudgeError(
+            f"the judge {judge!r} needs the tokenizer of {where}, which is not on this machine and could not be fetched. Where "
+            f"there is a connection, `hf download {where} --include '*token*' 'vocab*' 'merges*'` fetches it; a folder that you "
+            f"have is used by tokenizer=PATH (in the shell --judge-options {judge}.tokenizer=PATH)"
+        )
+    return found
+
+
+def read_state(path: Path, judge: str) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of a ``.pt``/``.bin``/``.pth`` file that holds nothing but tensors.
 
     Raises:
-        JudgeError: the file is not here, or reading it would run code that it brings along.
+        JudgeError: reading the file would run code that it brings along, or it is no file of weights.
     """
-    path = path_of(source, judge)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -88,11 +127,33 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], judge: str) -> None:
     Raises:
         JudgeError: they are those of another network; names some.
     """
-    wanted = model.state_dict()
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unknown:
-        raise JudgeError(
-            f"the weights of the judge {judge!r} are not those of its network: {len(missing)} are missing "
-            f"({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:3]) or 'none'})"
-        )
+    check_fit(model, state, judge)
     model.load_state_dict(dict(state))  # copies into the model's own float32
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], judge: str) -> None:
+    """Raises JudgeError, naming some, unless the weights are those of the model by name and shape."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    other = sorted(name for name in wanted.keys() & state.keys() if wanted[name] != state[name].shape)
+    if missing or unknown or other:
+        told = {"are missing": missing, "are unknown": unknown, "have another size": other}
+        raise JudgeError(
+            f"the weights of the judge {judge!r} are not those of its network: "
+            + ", ".join(f"{len(names)} {what} ({', '.join(names[:3]) or 'none'})" for what, names in told.items())
+        )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; that of a file in the hub's cache is its name there and costs nothing."""
+    blob = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,17 +12,19 @@ The two disagree a lot. Typical scores are 4.5 to 6.5. The heads lie on GitHub a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reward_models import _heads, clip
-from reward_models._dual import BATCH, DualEncoder
-from reward_models._weights import Source, fill, read_state
-from reward_models.base import JudgeError, RewardInfo, prompt_per_image
+from reward_models._judge import EmbeddingJudge
+from reward_models._weights import Source, fill, path_of, read_state
+from reward_models.base import JudgeError, RewardInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
+
+    from reward_models._dual import ClipEncoder
 
 NAMES = ("aesthetic-v1", "aesthetic-v2")
 HEADS = {
@@ -33,11 +35,14 @@ HEADS = {
 WIDTHS = (768, 1024, 128, 64, 16, 1)
 
 
-class Aesthetic:
+class Aesthetic(EmbeddingJudge):
     """``score = head(embedding)`` with an embedding of length one; no prompt enters."""
 
-    def __init__(self, encoder: DualEncoder, head: nn.Module, name: str) -> None:
-        self._encoder, self._head = encoder, head
+    encoder: ClipEncoder
+
+    def __init__(self, encoder: ClipEncoder, head: nn.Module, name: str, head_file: Path | None = None) -> None:
+        self.encoder, self._head = encoder, head
+        self.made_of = {**encoder.made_of, "head": head_file}
         self.info = RewardInfo(
             name=name,
             needs_prompt=False,
@@ -46,18 +51,12 @@ class Aesthetic:
             description="how much people liked pictures of this kind: LAION's predictor, about 1 to 10, on CLIP-L",
         )
 
-    def score(self, images: Any, prompts: str | Sequence[str] | None = None, *, batch_size: int = BATCH) -> Tensor:
-        """Scores [N] float32 in the order of ``images``; NaN where a file could not be read. Prompts are counted, not read."""
-        import torch
+    def score_embeddings(self, pictures: Tensor, texts: Tensor | None) -> Tensor:
+        return self._head(pictures)[:, 0]
 
-        embeddings = self._encoder.embed_images(images, batch_size=batch_size)
-        prompt_per_image(self.info, len(embeddings), prompts)
-        with torch.no_grad():
-            return self._head(embeddings)[:, 0]
-
-    def differentiable_score(self, pixels: Tensor) -> Tensor:
-        """[N] for pixels float [N, 3, H, W] in [0, 1], with gradients to the pixels."""
-        return self._head(self._encoder.embed_pixels(pixels))[:, 0]
+    def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+        vectors = self.encoder.embed_pixels(pixels)
+        return self._head.to(vectors.device)(vectors)[:, 0]
 
 
 def load(
@@ -66,8 +65,9 @@ def load(
     head: str | Path | None = None,
     *,
     revision: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str = "float32",
+    preprocess: str = "exact",
 ) -> Aesthetic:
     """The judge.
 
@@ -75,15 +75,21 @@ def load(
         name: which of the two.
         weights: of CLIP ViT-L/14, as for the judge ``clip``; fetched from the hub if not given.
         head: the file of the head.
+        device, dtype, preprocess: as for ``clip``; judges that agree in these and in ``weights`` share one forward pass.
 
     Raises:
         JudgeError: no head is given, or the file is not one of this version.
     """
     repo, file, _ = HEADS[name]
     if head is None:
-        raise JudgeError(f"the judge {name!r} needs its head: {file} from github.com/{repo}; give its path as head=PATH")
-    state = read_state(Source(repo, file, None, Path(head)), name)
+        raise JudgeError(
+            f"the judge {name!r} needs its head: {file} from github.com/{repo}; give its path as head=PATH "
+            f"(in the shell --judge-options {name}.head=PATH)"
+        )
+    place = path_of(Source(repo, file, None, Path(head)), name)
+    state = read_state(place, name)
     is_linear = name == "aesthetic-v1"
     layers = _heads.build((WIDTHS[0], WIDTHS[-1]) if is_linear else WIDTHS)
     fill(layers, {f"0.{key}": value for key, value in state.items()} if is_linear else _heads.renumbered(state, "layers."), name)
-    return Aesthetic(clip.load("vit-l-14", weights, revision=revision, device=device, dtype=dtype), layers, name)
+    encoder = clip.encoder("vit-l-14", weights, name, revision=revision, device=device, dtype=dtype, preprocess=preprocess)
+    return Aesthetic(encoder, layers, name, place)

@@ -23,31 +23,34 @@ REPO = "xswu/HPSv2"
 FILES = {"hps-v2": "HPS_v2_compressed.pt", "hps-v2.1": "HPS_v2.1_compressed.pt"}
 
 
+NOT_TOGETHER = True
+"""Both are "HPSv2" to readers of a table, and differ in scale: a table holds one of them."""
+
+
 def load(
     name: str = "hps-v2.1",
     weights: str | Path | None = None,
     *,
     revision: str | None = None,
     antialias: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str = "float32",
 ) -> DualEncoder:
     """The judge.
 
     Args:
         name: which of the two.
-        weights: a file, or a folder that holds it by the name it has on the hub; fetched from there if not given.
+        weights: a file, a folder that holds it by the name it has on the hub, or another repository; fetched if not given.
         antialias: how pictures are made smaller, see ``LongestSide``.
+        device: the accelerator if there is one, else the CPU, if not given.
         dtype: what the towers compute in; embeddings are compared in float32 in any case.
     """
-    import torch
-
     from reward_models import _clip
     from reward_models._dual import DualEncoder
-    from reward_models._weights import Source
+    from reward_models._weights import Source, path_of
 
-    source = Source(REPO, FILES[name], revision, Path(weights) if weights else None)
-    towers = _clip.Towers(_clip.load_model(_clip.VIT_H_14, source, name), _clip.open_clip_tokens(), device, getattr(torch, dtype))
+    file = path_of(Source.of(REPO, FILES[name], revision, weights), name)
+    encoder = _clip.load_encoder(_clip.VIT_H_14, file, name, LongestSide(antialias=antialias), device=device, dtype=dtype)
     info = RewardInfo(
         name=name,
         needs_prompt=True,
@@ -55,4 +58,4 @@ def load(
         differentiable=True,
         description="which picture people would rank higher: cosine of CLIP-H fine-tuned on HPD v2; tables show it times 100",
     )
-    return DualEncoder(info, towers, LongestSide(antialias=antialias), sharpness=towers.scale)
+    return DualEncoder(info, encoder, sharpness=encoder.towers.scale)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_models import _heads
-from reward_models._dual import BATCH, in_batches
-from reward_models._pictures import read_pictures
+from reward_models._judge import DTYPES, PointwiseJudge, Preparation, check_choice, device_of, texts_for
 from reward_models._preprocess import ShortestSide
-from reward_models._weights import Source, fill, read_state
-from reward_models.base import RewardInfo, prompt_per_image
+from reward_models._weights import Source, fill, path_of, read_state, read_tokenizer
+from reward_models.base import RewardInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,15 +107,24 @@ def _vision_name(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------- judge
 
 
-class ImageReward:
+class ImageReward(PointwiseJudge):
     """One look at a picture for each prompt: neither embedding can be kept for the other."""
 
-    preprocess = ShortestSide()
+    sharpness = DEVIATION
 
-    def __init__(self, nets: Sequence[nn.Module], tokenizer: Any, device: str = "cpu", dtype: Any = None) -> None:
+    def __init__(
+        self,
+        nets: Sequence[nn.Module],
+        tokenizer: Any,
+        device: Any = "cpu",
+        dtype: Any = None,
+        made_of: Mapping[str, Any] | None = None,
+        fast: bool = False,
+    ) -> None:
         vision, text, head = nets
         self._vision, self._text = vision.to(device=device, dtype=dtype), text.to(device=device, dtype=dtype)
         self._head, self._tokenizer, self._device = head.to(device), tokenizer, device
+        self.preparation, self.made_of = Preparation(ShortestSide(), fast), dict(made_of or {})
         self.info = RewardInfo(
             name=NAME,
             needs_prompt=True,
@@ -124,35 +132,13 @@ class ImageReward:
             description="which picture experts would rank higher, by BLIP; about normal with deviation 1",
         )
 
-    def score(self, images: Any, prompts: str | Sequence[str] | None = None, *, batch_size: int = BATCH) -> Tensor:
-        """Scores [N] float32 in the order of ``images``; NaN where a file could not be read."""
+    def score_prepared(self, prepared: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         import torch
 
-        pictures = read_pictures(images)
-        texts = prompt_per_image(self.info, len(pictures), prompts)
-        readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        with torch.no_grad():
-            parts = in_batches(self._score, [(pictures[i], texts[i]) for i in readable], batch_size)
-        out = torch.full((len(pictures),), float("nan"))
-        if parts:
-            out[readable] = torch.cat(parts)
-        return out
+        return self._judge(torch.stack(list(prepared)), prompts).cpu()
 
-    def prefer(self, images_a: Any, images_b: Any, prompts: str | Sequence[str]) -> Tensor:
-        """[N] the judge's own probability that the first picture of each pair is preferred."""
-        import torch
-
-        return torch.sigmoid(DEVIATION * (self.score(images_a, prompts) - self.score(images_b, prompts)))
-
-    def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str]) -> Tensor:
-        """[N] for pixels float [N, 3, H, W] in [0, 1], with gradients to the pixels."""
-        return self._judge(self.preprocess.grad(pixels), prompt_per_image(self.info, len(pixels), prompts))
-
-    def _score(self, batch: Sequence[tuple[Any, str]]) -> Tensor:
-        import torch
-
-        pixels = torch.stack([self.preprocess.exact(picture) for picture, _ in batch])
-        return self._judge(pixels, [text for _, text in batch]).cpu()
+    def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+        return self._judge(self.preparation.how.grad(pixels), texts_for(self, len(pixels), prompts))
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         how = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
@@ -173,21 +159,28 @@ def load(
     *,
     revision: str | None = None,
     tokenizer: str | Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str = "float32",
+    preprocess: str = "exact",
 ) -> ImageReward:
     """The judge.
 
     Args:
-        weights: a file, or a folder with ``ImageReward.pt``; fetched from the hub if not given.
+        weights: a file, a folder with ``ImageReward.pt``, or another repository of the hub; fetched if not given.
         tokenizer: a folder or hub id of BERT's tokenizer; ``bert-base-uncased`` if not given.
+        device: the accelerator if there is one, else the CPU, if not given.
         dtype: what the encoders compute in; the head computes in float32 in any case.
+        preprocess: ``exact``, or ``fast`` through uint8 tensors, up to one grey level off.
     """
     import torch
     from transformers import BertTokenizer
 
-    state = read_state(Source(REPO, FILE, revision, Path(weights) if weights else None), NAME)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("preprocess", preprocess, ("exact", "fast"))
+    file = path_of(Source.of(REPO, FILE, revision, weights), NAME)
     nets = build(SHAPE)
-    for net, part in zip(nets, split(state), strict=True):
+    for net, part in zip(nets, split(read_state(file, NAME)), strict=True):
         fill(net, part, NAME)
-    return ImageReward(nets, BertTokenizer.from_pretrained(tokenizer or TOKENIZER), device, getattr(torch, dtype))
+    made_of = {"weights": file, "tokenizer": str(tokenizer or TOKENIZER), "dtype": dtype}
+    words = read_tokenizer(BertTokenizer, tokenizer or TOKENIZER, NAME)
+    return ImageReward(nets, words, device_of(device), getattr(torch, dtype), made_of, preprocess == "fast")

@@ -1,8 +1,11 @@
-"""JPEG compressibility: how few kilobytes a picture needs, the reward of DDPO (Black et al., arXiv 2305.13301, section 5).
+"""How many kilobytes a picture needs as a JPEG: the rewards of DDPO (Black et al., arXiv 2305.13301, section 5).
 
-The score is minus the size of the picture as a JPEG of quality 95, in kilobytes of 1000 bytes. It has nothing to do with
-beauty: plain, smooth pictures win. That makes it a check on other judges, since training that raises them by smoothing or
-by texture shows here. It grows with the number of pixels, so compare pictures of one size, or ask for ``per_megapixel``.
+    jpeg                     compressibility: minus the size as a JPEG of quality 95, in kilobytes of 1000 bytes
+    jpeg-incompressibility   plus the same
+
+They have nothing to do with beauty: plain, smooth pictures win by the first, noise by the second. That makes them a check on
+other judges, since training that raises those by smoothing or by texture shows here. The size grows with the number of pixels,
+so compare pictures of one size, or ask for ``per_megapixel``.
 """
 
 from __future__ import annotations
@@ -10,16 +13,17 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from reward_models.base import RewardInfo, prompt_per_image
+from reward_models._judge import PointwiseJudge
+from reward_models.base import RewardInfo
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-NAME = "jpeg"
+NAMES = ("jpeg", "jpeg-incompressibility")
 QUALITY = 95
 SUBSAMPLING = "4:2:0"  # Pillow's default, stated because 4:4:4 files are a tenth larger
 
@@ -31,31 +35,33 @@ def kilobytes(image: Image.Image) -> float:
     return buffer.tell() / 1000.0
 
 
-class Jpeg:
-    """Minus the kilobytes of each picture, or minus the kilobytes per million pixels."""
+class Jpeg(PointwiseJudge):
+    """The kilobytes of each picture, or the kilobytes per million pixels, with the sign of the judge."""
 
-    def __init__(self, per_megapixel: bool = False) -> None:
+    def __init__(self, name: str = NAMES[0], per_megapixel: bool = False) -> None:
+        self._sign = -1.0 if name == NAMES[0] else 1.0
         self._per_megapixel = per_megapixel
+        self.made_of = {"quality": QUALITY, "subsampling": SUBSAMPLING, "per_megapixel": per_megapixel}
         unit = "kB per megapixel" if per_megapixel else "kB"
         self.info = RewardInfo(
-            name=NAME,
+            name=name,
             needs_prompt=False,
-            range=(-math.inf, 0.0),
-            description=f"compressibility: minus the {unit} of the picture as a JPEG of quality {QUALITY}",
+            range=(-math.inf, 0.0) if name == NAMES[0] else (0.0, math.inf),
+            description=f"compressibility: minus the {unit} of the picture as a JPEG of quality {QUALITY}"
+            if name == NAMES[0]
+            else f"incompressibility: the {unit} of the picture as a JPEG of quality {QUALITY}",
         )
 
-    def score(self, images: Sequence[Image.Image], prompts: str | Sequence[str] | None = None) -> torch.Tensor:
-        """[N] float32, at most 0; prompts are counted but not read."""
+    def score_prepared(self, prepared: Sequence[Any], prompts: Sequence[str]) -> Tensor:
         import torch
 
-        prompt_per_image(self.info, len(images), prompts)
-        return torch.tensor([-self._size(image) for image in images], dtype=torch.float32)
+        return torch.tensor([self._sign * self._size(image) for image in prepared], dtype=torch.float32)
 
     def _size(self, image: Image.Image) -> float:
         size = kilobytes(image)
         return size / (image.width * image.height / 1e6) if self._per_megapixel else size
 
 
-def load(per_megapixel: bool = False) -> Jpeg:
+def load(name: str = NAMES[0], per_megapixel: bool = False) -> Jpeg:
     """The judge. ``per_megapixel`` divides by the number of pixels, which makes different sizes comparable."""
-    return Jpeg(per_megapixel)
+    return Jpeg(name, per_megapixel)

@@ -22,13 +22,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from reward_models.base import JudgeError, RewardInfo, prompt_per_image
+from reward_models._judge import PointwiseJudge, texts_for
+from reward_models._pictures import Pictures
+from reward_models.base import JudgeError, RewardInfo
 
 if TYPE_CHECKING:
     import torch
@@ -384,7 +386,7 @@ def _relation_kept(claims: CaptionClaims, matched: list[FoundObject | None]) -> 
     return float(dx * ux + dy * uy > abs(dx * uy) + abs(dy * ux))
 
 
-class Oracle:
+class Oracle(PointwiseJudge):
     """The judge of the tiny world: the score is the utility that its synthetic people vote by."""
 
     info = RewardInfo(
@@ -394,20 +396,23 @@ class Oracle:
         description="(faithfulness + taste) / 2 in the tiny world, by image processing",
     )
 
-    def score(self, images: Sequence[Image.Image], prompts: str | Sequence[str] | None = None) -> torch.Tensor:
-        """Utility [N] float32 in [0, 1]."""
+    def score_prepared(self, prepared: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         import torch
 
-        return torch.tensor([v.utility for v in self._verdicts(images, prompts)], dtype=torch.float32)
+        self.check_prompts(prompts)
+        return torch.tensor([judge(*one).utility for one in zip(prepared, prompts, strict=True)], dtype=torch.float32)
 
-    def details(self, images: Sequence[Image.Image], prompts: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def details(self, images: Any, prompts: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """``faithfulness``, ``taste``, ``objects_found`` and ``relation_kept``, each [N] in [0, 1].
 
-        ``relation_kept`` is NaN where the caption states no relation.
+        NaN where a picture cannot be read; ``relation_kept`` also where the caption states no relation.
         """
-        verdicts = self._verdicts(images, prompts)
+        pictures = Pictures.of(images)
+        captions = texts_for(self, len(pictures), prompts)
+        self.check_prompts(captions)
+        verdicts = [None if p is None else judge(p, c) for p, c in zip(pictures, captions, strict=True)]
         fields = ("faithfulness", "taste", "objects_found", "relation_kept")
-        return {name: np.array([getattr(v, name) for v in verdicts], dtype=np.float64) for name in fields}
+        return {name: np.array([getattr(v, name, None) for v in verdicts], dtype=np.float64) for name in fields}
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises JudgeError at the first prompt that names no object of the tiny world."""
@@ -417,11 +422,6 @@ class Oracle:
                     f"the oracle judges captions of the tiny world only, such as 'a red circle left of a blue star'; "
                     f"it finds no object in {prompt!r}"
                 )
-
-    def _verdicts(self, images: Sequence[Image.Image], prompts: str | Sequence[str] | None) -> list[Verdict]:
-        captions = prompt_per_image(self.info, len(images), prompts)
-        self.check_prompts(captions)
-        return [judge(image, caption) for image, caption in zip(images, captions, strict=True)]
 
 
 def load() -> Oracle:

@@ -26,32 +26,35 @@ def load(
     *,
     revision: str | None = None,
     tokenizer: str | Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str = "float32",
+    preprocess: str = "exact",
 ) -> DualEncoder:
     """The judge.
 
     Args:
-        weights: a file, or a folder with ``model.safetensors``; fetched from the hub if not given.
+        weights: a file, a folder with ``model.safetensors``, or another repository of the hub; fetched if not given.
         tokenizer: a folder or hub id of a CLIP tokenizer; that of the weights if not given.
+        device: the accelerator if there is one, else the CPU, if not given.
         dtype: what the towers compute in; embeddings are compared in float32 in any case.
+        preprocess: ``exact``, or ``fast`` through uint8 tensors, up to one grey level off.
     """
-    import torch
-
     from reward_models import _clip
     from reward_models._dual import DualEncoder
-    from reward_models._weights import Source
+    from reward_models._weights import Source, path_of
 
-    source = Source(REPO, "model.safetensors", revision, Path(weights) if weights else None)
-    model = _clip.load_model(_clip.VIT_H_14, source, NAME)
-    words = tokenizer or (weights if weights and Path(weights).is_dir() else REPO)
-    towers = _clip.Towers(model, _clip.transformers_tokens(words), device, getattr(torch, dtype))
+    source = Source.of(REPO, "model.safetensors", revision, weights)
+    words = tokenizer or (source.local if source.local and source.local.is_dir() else source.repo)
+    how = ShortestSide(crop="floor", convert_first=True)
+    options = {"tokenizer": words, "device": device, "dtype": dtype, "preprocess": preprocess}
+    encoder = _clip.load_encoder(_clip.VIT_H_14, path_of(source, NAME), NAME, how, **options)
+    scale = encoder.towers.scale
     info = RewardInfo(
         name=NAME,
         needs_prompt=True,
-        range=(-towers.scale, towers.scale),
+        range=(-scale, scale),
         licence="MIT (code); the weights' page names none",
         differentiable=True,
         description="which picture people on Pick-a-Pic would choose: exp(logit_scale) * cosine of CLIP-H, fine-tuned",
     )
-    return DualEncoder(info, towers, ShortestSide(crop="floor", convert_first=True), factor=towers.scale, sharpness=1.0)
+    return DualEncoder(info, encoder, factor=scale, sharpness=1.0)

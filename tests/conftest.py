@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (tiny models are slower with more), no hub, and the golden folders."""
+"""Shared by all tests: one thread (tiny models are slower with more), no hub, nobody's own cache, and tiny CLIPs for judges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +19,31 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_scores(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path_factory.getbasetemp() / "cache-of-scores"))
+
+
+@pytest.fixture
+def tiny_towers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judges on CLIP expect a network of two layers."""
+    import towers
+
+    from reward_models import _clip
+
+    monkeypatch.setattr(_clip, "VIT_H_14", towers.GELU)
+    monkeypatch.setattr(_clip, "VIT_L_14", towers.QUICK)
+
+
+@pytest.fixture
+def clip_file(tiny_towers: None, tmp_path: Path) -> Path:
+    """Weights for the judge ``clip`` and those on it."""
+    import towers
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights" / "model.safetensors"
+    path.parent.mkdir()
+    save_file(towers.original(quick=True).state_dict(), path)
+    return path

@@ -9,44 +9,17 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import save_file
+from towers import GELU, PROMPTS, QUICK, original, pictures, write_tokenizer
 
 import reward_models
 from reward_models import _clip, aesthetic
-from reward_models._pictures import read_pictures
+from reward_models._pictures import Pictures
 from reward_models._preprocess import DEVIATION, MEAN
 from reward_models.base import Judge, JudgeError
-
-GELU = _clip.Architecture((48, 96, 2, 3), (32, 64, 2, 2), 24, "gelu")
-QUICK = _clip.Architecture((48, 96, 2, 3), (32, 64, 2, 2), 24, "quick_gelu")
-PROMPTS = ["a red circle", "a blue star on a black background", "it’s a “small” cross"]
-
-
-def original(quick: bool = False) -> CLIP:
-    """open_clip's own model of that shape, random, with a temperature of 100."""
-    torch.manual_seed(1)
-    vision = CLIPVisionCfg(layers=2, width=48, head_width=16, mlp_ratio=2.0, patch_size=14, image_size=224)
-    text = CLIPTextCfg(context_length=77, vocab_size=49408, width=32, heads=2, layers=2, mlp_ratio=2.0)
-    model = CLIP(24, vision, text, quick_gelu=quick).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        model.logit_scale.fill_(float(np.log(100.0)))
-    return model
-
-
-def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(2)
-    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((64, 64), (100, 61), (230, 300))]
-
-
-@pytest.fixture
-def tiny_towers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_clip, "VIT_H_14", GELU)
-    monkeypatch.setattr(_clip, "VIT_L_14", QUICK)
 
 
 @torch.no_grad()
@@ -143,21 +116,9 @@ def test_pickscore_is_scaled_and_keeps_transformers_tokenizer(tiny_towers: None,
     assert judge.prefer(pictures()[0], pictures()[1], PROMPTS[0]).item() == pytest.approx(torch.sigmoid(a - b).item(), rel=1e-4)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """CLIP's vocabulary, which comes with open_clip, as Transformers' tokenizer."""
-    from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTokenizer
-
-    theirs = SimpleTokenizer()
-    merges = [pair for pair, _ in sorted(theirs.bpe_ranks.items(), key=lambda item: item[1])]
-    marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {marks.get(word, word): number for word, number in theirs.encoder.items()}
-    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77).save_pretrained(folder)
-
-
 def test_the_two_tokenizers_agree_on_plain_prompts_and_not_on_curly_quotes(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    theirs, ours = _clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path)
+    theirs, ours = _clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path, "pickscore")
 
     def words(row: torch.Tensor) -> list[int]:
         return row[: row.argmax() + 1].tolist()
@@ -166,9 +127,16 @@ def test_the_two_tokenizers_agree_on_plain_prompts_and_not_on_curly_quotes(tmp_p
     assert same == [True, True, False]
 
 
+def test_a_tokenizer_that_knows_no_word_is_refused(tmp_path: Path) -> None:
+    """Transformers makes one, without a word, where it finds no file."""
+    for nowhere in (tmp_path, "nobody/no-such-repository"):
+        with pytest.raises(JudgeError, match=r"'pickscore' needs the tokenizer of .*`hf download .*tokenizer=PATH"):
+            _clip.transformers_tokens(nowhere, "pickscore")
+
+
 def test_a_typed_end_mark_does_not_end_the_prompt(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    for tokenise in (_clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path)):
+    for tokenise in (_clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path, "pickscore")):
         typed, other, plain = tokenise(["a cat <|endoftext|> on a mat", "a cat <end_of_text> on a mat", "a cat on a mat"])
         assert torch.equal(typed, plain) and torch.equal(other, plain)
 
@@ -199,7 +167,7 @@ def test_a_batch_of_sixteen_is_sixteen_singles(judge: Judge) -> None:
 
 
 def test_out_of_memory_halves_the_batch(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, sizes, real = judge.score(pictures(), PROMPTS), [], judge._embed
+    whole, sizes, real = judge.score(pictures(), PROMPTS), [], judge.encoder.embed
 
     def scarce(batch):
         sizes.append(len(batch))
@@ -207,7 +175,7 @@ def test_out_of_memory_halves_the_batch(judge: Judge, monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError
         return real(batch)
 
-    monkeypatch.setattr(judge, "_embed", scarce)
+    monkeypatch.setattr(judge.encoder, "embed", scarce)
     torch.testing.assert_close(judge.score(pictures(), PROMPTS, batch_size=3), whole, rtol=0, atol=1e-6)
     assert sizes == [3, 1, 1, 1]
 
@@ -237,7 +205,7 @@ def test_float_pictures_outside_their_range_are_refused(judge: Judge) -> None:
 
 
 def test_float_pictures_are_rounded_not_cut_off() -> None:
-    (picture,) = read_pictures(np.full((2, 2, 3), 100.6 / 255))
+    (picture,) = Pictures(np.full((2, 2, 3), 100.6 / 255))
     assert picture.getpixel((0, 0)) == (101, 101, 101)
 
 

@@ -204,7 +204,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, change, message
 def test_pictures_hidden_by_a_safety_checker_are_not_judged():
     hidden, shown = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
     hidden.info["flagged"] = True
-    judged = evaluation._judged(reward_models.load("oracle"), [hidden, shown], ["a red circle"] * 2)
+    judged = evaluation._judged({"mine": reward_models.load("oracle")}, [hidden, shown], ["a red circle"] * 2)["mine"]
     assert np.isnan(judged.score).tolist() == [True, False]
     assert np.isnan(judged.details["taste"]).tolist() == [True, False]
 

@@ -43,7 +43,7 @@ def test_every_listed_judge_without_weights_keeps_the_protocol():
 
 
 def test_unknown_judge_names_the_nearest_and_all():
-    with pytest.raises(reward_models.UnknownJudgeError, match=r"'oracel'. Did you mean 'oracle'\?.*jpeg, oracle"):
+    with pytest.raises(reward_models.UnknownJudgeError, match=r"'oracel'. Did you mean 'oracle'\?.*jpeg.*, oracle"):
         reward_models.load("oracel")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -9,24 +10,50 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-SMALL = {"align_a_checkpoint": 'steps, prompts, output = 3, 4, "run"'}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The parameters that make it quick, and what it must show and leave."""
+
+    parameters: str
+    pictures: int
+    words: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+EXPECTED = {
+    "align_a_checkpoint": Expected(
+        'steps, prompts, output = 3, 4, "run"',
+        pictures=3,
+        words=("win rate of the aligned model",),
+        files=("run/pytorch_lora_weights.safetensors",),
+    ),
+    "score_images": Expected(
+        'prompts, output, judges = 5, "pictures", ["tiny-pickscore", "oracle", "jpeg"]',
+        pictures=2,
+        words=("win rates", "P(guidance 4 before guidance 1.5) = 0.", "tiny-pickscore.z() + 0.5*saturation.z()"),
+        files=("pictures/low/00004.png", "pictures/high/metadata.jsonl"),
+    ),
+}
 
 
 def executed(name: str, folder: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    parameters.source = SMALL[name]
+    parameters.source = EXPECTED[name].parameters
     return NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def test_every_notebook_is_tested() -> None:
-    assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} == set(SMALL)
+    assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_it_runs_and_shows_pictures_and_plots(name: str, tmp_path: Path) -> None:
-    notebook = executed(name, tmp_path)
+    notebook, expected = executed(name, tmp_path), EXPECTED[name]
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
-    assert "win rate of the aligned model" in "".join(o.get("text", "") for o in outputs)
-    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= expected.pictures
+    shown = "".join(o.get("text", "") + "".join(o.get("data", {}).get("text/html", "")) for o in outputs)
+    assert all(word in shown for word in expected.words), [word for word in expected.words if word not in shown]
+    assert all((tmp_path / file).is_file() for file in expected.files)

@@ -9,16 +9,15 @@ HELP = "compare a tuned model with its base: same prompts, same seeds, win rates
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign evaluate``."""
-    import reward_models
-    from pipelines.prompts import FORMATS, SETS
+    from pipelines.judge_options import add_judge_options
+    from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_sampling_options, whole
 
-    judges = ", ".join(reward_models.names())
     model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--base", required=True, metavar="MODEL", help=f"the model before: {model}")
     parser.add_argument("--tuned", required=True, metavar="MODEL", help="the model after, named the same way")
-    parser.add_argument("--prompts", required=True, help=f"a {', '.join(FORMATS)} file, or one of {', '.join(SETS)}")
-    parser.add_argument("--judges", default="oracle", help=f"comma-separated; there are {judges} (default oracle)")
+    parser.add_argument("--prompts", required=True, help=f"a {', '.join(FORMATS)} file, or one of {', '.join(NAMES)}")
+    add_judge_options(parser, default="oracle")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the report goes")
     parser.add_argument("--images-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")
     add_sampling_options(parser)
@@ -30,12 +29,13 @@ def run(args: argparse.Namespace) -> int:
 
     from pipelines.evaluation import evaluate
     from pipelines.families import load_pipeline
+    from pipelines.judge_options import judges_from
     from pipelines.progress import Bar
     from pipelines.prompts import read_prompts
     from pipelines.sampling_options import sampling_arguments
 
     prompts = read_prompts(args.prompts, args.column)[: args.n]
-    judges = [name.strip() for name in args.judges.split(",") if name.strip()]
+    judges = judges_from(args)
     with Bar(unit="picture") as bar:
         summary = evaluate(
             args.base,

@@ -9,13 +9,13 @@ HELP = "sample pictures of prompts from a checkpoint at fixed seeds, with a grid
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign generate``."""
-    from pipelines.prompts import FORMATS, SETS
+    from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_sampling_options, whole
 
     model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--model", required=True, help=model)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", help=f"a {', '.join(FORMATS)} file, or one of {', '.join(SETS)}")
+    source.add_argument("--prompts", help=f"a {', '.join(FORMATS)} file, or one of {', '.join(NAMES)}")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--n-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")

@@ -1,4 +1,4 @@
-"""``diffalign world``: the tiny world's pictures, captions, preference pairs and checkpoint."""
+"""``diffalign world``: the tiny world's pictures, captions, preference pairs, checkpoint and judge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-HELP = "draw the tiny world's scenes and captions, make preference pairs, train and check its checkpoint"
+HELP = "draw the tiny world's scenes and captions, make preference pairs, train and check its checkpoint and its judge"
 
 SPLITS = ("train", "validation", "test")
 
@@ -32,6 +32,29 @@ TRAINING_OPTIONS: dict[str, tuple[type, str]] = {
     "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
 }
 """The fields of ``pipelines.tiny.train.WorldTraining``, listed so that ``--help`` need not import torch (a test compares)."""
+
+JUDGE_OPTIONS: dict[str, tuple[type, str]] = {
+    "seed": (int, "seed of scenes, weights, pictures and votes"),
+    "scenes": (int, "different scenes with captions drawn for the first step"),
+    "contrast_steps": (int, "steps on captions"),
+    "contrast_batch": (int, "pictures per step on captions"),
+    "contrast_learning_rate": (float, "peak learning rate on captions"),
+    "styled": (float, "share of captions with style words in the first step"),
+    "near_misses": (int, "captions wrong in one word, for each picture"),
+    "rendered": (int, "captions of which people are shown drawings"),
+    "sampled": (int, "captions of which people are shown pictures of the tiny checkpoint"),
+    "candidates": (int, "pictures of each caption; people are asked about every pair of them"),
+    "broken": (float, "share of the drawings that break a claim of their caption"),
+    "choice_steps": (int, "steps on people's choices"),
+    "choice_batch": (int, "captions per step on people's choices"),
+    "choice_learning_rate": (float, "peak learning rate on people's choices"),
+}
+"""The fields of ``pipelines.tiny.train_pickscore.JudgeTraining``, in the same way."""
+
+
+LEAST = {"seed": 0, "sampled": 0, "candidates": 2}
+"""Least values of the whole numbers among the options above that may not begin at 1."""
+SHARES = {"styled", "broken"}
 
 
 # --------------------------------------------------------------------------------------------------------------- arguments
@@ -65,13 +88,16 @@ def _number(most: float = math.inf) -> Callable[[str], float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The five jobs of ``diffalign world``."""
+    """The seven jobs of ``diffalign world``."""
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
     _add_draw(jobs.add_parser("draw", help="draw scenes with their captions (no model)"))
     _add_captions(jobs.add_parser("captions", help="write different plain captions, one a line (no model)"))
     _add_pairs(jobs.add_parser("pairs", help="sample pairs from a checkpoint and let synthetic people choose"))
     _add_train(jobs.add_parser("train", help="train the miniature Stable Diffusion from nothing"))
     _add_check(jobs.add_parser("check", help="sample held-out captions and let the oracle count; status 1 if below the bar"))
+    _add_train_judge(jobs.add_parser("train-judge", help="train the miniature PickScore from nothing"))
+    words = "count how often the miniature PickScore agrees with the oracle on held-out pairs; status 1 if below the bar"
+    _add_check_judge(jobs.add_parser("check-judge", help=words))
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
@@ -124,12 +150,20 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
+    _add_training(parser, TRAINING_OPTIONS, "checkpoint")
+
+
+def _add_train_judge(parser: argparse.ArgumentParser) -> None:
+    _add_training(parser, JUDGE_OPTIONS, "judge")
+
+
+def _add_training(parser: argparse.ArgumentParser, options: dict[str, tuple[type, str]], what: str) -> None:
+    parser.add_argument("--output", type=Path, required=True, help=f"folder for the {what}")
     parser.add_argument("--overwrite", action="store_true", help="write over what is in the folder")
-    for name, (kind, words) in TRAINING_OPTIONS.items():
+    for name, (kind, words) in options.items():
         flag = "--" + name.replace("_", "-")
-        parse = _whole(0 if name == "seed" else 1) if kind is int else _number()
-        parser.add_argument(flag, type=parse, help=words + " (default: as the shipped checkpoint was made)")
+        parse = _whole(LEAST.get(name, 1)) if kind is int else _number(1.0 if name in SHARES else math.inf)
+        parser.add_argument(flag, type=parse, help=f"{words} (default: as the shipped {what} was made)")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +171,15 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_seed(parser)
     _add_sampling(parser)
     parser.add_argument("--out", type=Path, help="folder for report.json, captions.txt and grid.png")
+
+
+def _add_check_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=_whole(1), default=500, help="held-out pairs of either kind (default 500)")
+    _add_seed(parser)
+    parser.add_argument("--weights", type=Path, help="a folder that train-judge wrote (default: the shipped judge)")
+    words = "pictures of each caption, of which the two furthest apart are judged (default 2)"
+    parser.add_argument("--candidates", type=_whole(2), default=2, help=words)
+    parser.add_argument("--model", default="tiny", help="where the sampled pictures come from (default tiny)")
 
 
 # -------------------------------------------------------------------------------------------------------------------- jobs
@@ -149,6 +192,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the request cannot be met (too many captions, a folder in use, an unwritable path, a wrong model).
     """
     jobs = {"draw": _draw, "captions": _captions, "pairs": _pairs, "train": _train, "check": _check}
+    jobs |= {"train-judge": _train_judge, "check-judge": _check_judge}
     return jobs[args.job](args)
 
 
@@ -217,15 +261,28 @@ def _pairs(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from diffalign.errors import UserError
     from pipelines.tiny.train import WorldTraining, train
+
+    _check_output(args)
+    train(args.output, WorldTraining(**_given(args, *TRAINING_OPTIONS)), say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _train_judge(args: argparse.Namespace) -> int:
+    from pipelines.tiny.train_pickscore import JudgeTraining, train
+
+    _check_output(args)
+    train(args.output, JudgeTraining(**_given(args, *JUDGE_OPTIONS)), say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    from diffalign.errors import UserError
 
     going_on = args.output.with_name(args.output.name + ".work").is_dir()
     occupied = args.output.is_dir() and any(args.output.iterdir())
     if args.output.is_file() or (occupied and not (args.overwrite or going_on)):
         raise UserError(f"--output {args.output} is a file or holds something already; name a new folder, or add --overwrite.")
-    train(args.output, WorldTraining(**_given(args, *TRAINING_OPTIONS)), say=lambda line: print(line, flush=True))
-    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -247,6 +304,27 @@ def _check(args: argparse.Namespace) -> int:
     print(f"taste                                        {report.taste:.3f}")
     print("passed" if report.passed else "BELOW THE BAR")
     return 0 if report.passed else 1
+
+
+def _check_judge(args: argparse.Namespace) -> int:
+    from pipelines.families import load_pipeline
+    from pipelines.progress import Bar
+    from pipelines.tiny.check_pickscore import BAR, agreement, rendered_pairs, sampled_pairs
+    from reward_models import tiny_pickscore
+
+    judge = tiny_pickscore.load(args.weights)
+    with Bar(unit="picture") as bar:
+        progress = bar.counter("sampling", args.candidates * args.n)
+        sampled = sampled_pairs(load_pipeline(args.model), args.n, args.seed, args.candidates, progress)
+    found = {"sampled": agreement(judge.score, sampled), "rendered": agreement(judge.score, rendered_pairs(args.n, args.seed))}
+    print(f"agreement with the oracle, held-out captions, seed {args.seed}, {args.candidates} candidates")
+    for kind, parts in found.items():
+        for part, figure in parts.items():
+            print(f"{kind:9} {part:12} {figure}")
+    rate = found["sampled"]["untied"].rate
+    passed = rate is not None and rate >= BAR
+    print("passed" if passed else f"BELOW THE BAR of {BAR:.0%} on sampled untied pairs")
+    return 0 if passed else 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- helpers

@@ -1,0 +1,59 @@
+"""``diffalign relabel``: preference data judged again, to see where judges disagree with people and to clean or soften labels."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "judge preference data again: scores, margins and conflicts beside the human's labels, cleaned if asked"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffalign relabel``."""
+    from pipelines.judge_options import add_judge_options, add_scoring_options
+
+    parser.description = "The human's labels stay as they are unless --labels says otherwise. The first of --judges decides."
+    parser.add_argument("data", metavar="DATA", help="a file, a folder, or the id of a data set on the Hugging Face hub")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="a .parquet with the pictures inside, or .jsonl/.csv/.tsv with paths"
+    )
+    parser.add_argument("--split", default="train", help="which split, where there are several (default: %(default)s)")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="ROLE=NAME", help="which column plays which role: prompt=text chosen=image_a"
+    )
+    add_judge_options(parser)
+    parser.add_argument("--drop-conflicts", action="store_true", help="leave out pairs on which the first judge disagrees")
+    parser.add_argument(
+        "--min-margin",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="leave out pairs whose scores by the first judge are closer than X",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=("human", "flip", "soft"),
+        default="human",
+        help="human: as they are (default); flip: turned round where the first judge disagrees; soft: the first judge's own "
+        "probability. The human's stay in the column human_label",
+    )
+    add_scoring_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge, write and print the report; 0 when it is written."""
+    from diffalign.data.open import open_pairs
+    from pipelines.commands.data import parse_columns
+    from pipelines.judge_options import judges_from, parse_judges, scoring_arguments
+    from pipelines.progress import Bar
+    from pipelines.relabel import check_request, relabel
+
+    table = open_pairs(args.data, split=args.split, columns=parse_columns(args.columns))
+    wishes = {"labels": args.labels, "overwrite": args.overwrite}
+    check_request(table, list(parse_judges(args.judges)), args.out, data=args.data, **wishes)
+    wishes |= {"drop_conflicts": args.drop_conflicts, "min_margin": args.min_margin}
+    judges = judges_from(args)
+    with Bar(unit="pair") as bar:
+        report = relabel(table, judges, args.out, **wishes, **scoring_arguments(args), progress=bar.advance)
+    print(report.to_text())
+    return 0

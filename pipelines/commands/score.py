@@ -1,0 +1,140 @@
+"""``diffalign score``: judges look at folders of pictures, and a table comes out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HELP = "score folders of pictures by any number of judges, into one table"
+DESCRIPTION = (
+    "Scores folders of pictures into one table, a row per picture and a column per judge. What is scored is kept: a run that was "
+    "cut off goes on when the same command is given again. Several folders are several systems, and are compared at the end. "
+    "On several devices: accelerate launch -m pipelines.cli score ..."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffalign score``."""
+    from pipelines.judge_options import add_judge_options, add_scoring_options
+
+    parser.description = DESCRIPTION
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures; or a data set with pictures and prompts")
+    add_prompt_options(parser)
+    add_judge_options(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the table: .parquet, .csv or .jsonl")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of several folders: win rates with their intervals")
+    parser.add_argument("--report", type=Path, metavar="FILE.md", help="of several folders: the comparison as Markdown")
+    parser.add_argument("--overwrite", action="store_true", help="replace the table, and drop what a run that was cut off left")
+    add_scoring_options(parser)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Where the prompts of pictures are."""
+    from pipelines.prompts import FORMATS, NAMES
+
+    parser.add_argument(
+        "--prompts",
+        metavar="WHERE",
+        help=f"a {', '.join(FORMATS)} file or one of {', '.join(NAMES)}; 'txt' for NAME.txt beside each picture; 'png' for what "
+        f"AUTOMATIC1111 or ComfyUI wrote into it (default: whichever of these there is in the folder)",
+    )
+    parser.add_argument("--column", help="the column of prompts, where the file has several")
+    parser.add_argument("--image-column", help="of a data set: the column of pictures")
+    parser.add_argument("--split", default="train", help="of a data set (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, write the table and print the means; 0 when it is written."""
+    from diffalign.errors import UserError
+    from pipelines import scoring
+    from pipelines.judge_options import judges_from, scoring_arguments
+    from pipelines.progress import Bar
+    from pipelines.score_journal import Journal
+    from reward_models.base import JudgeError
+
+    out = scoring.check_output(args.out, args.overwrite)
+    share, wait, device = processes()
+    args.device = args.device or device
+    journal = Journal(out)
+    if args.overwrite and share[0] == 0:
+        journal.remove()
+    wait()  # or another process's new journal would be removed
+    sheet = sheet_from(args)  # before weights are loaded, which takes its time
+    panel = judges_from(args)
+    if scoring.needs_prompts(panel) and not all(sheet.prompts):
+        sheet = sheet_from(args, required=True)
+    try:
+        with Bar(shown=share[0] == 0, unit="picture") as bar:
+            tell = _told(bar)
+            table = scoring.score_sheet(
+                sheet, panel, journal=journal, share=share, wait=wait, progress=tell, **scoring_arguments(args)
+            )
+    except JudgeError as error:
+        raise UserError(f"{error}.") from error
+    if table is None:
+        return 0
+    scoring.write_table(table, out)
+    journal.remove()
+    print(_told_of(table, args))
+    print(f"\n{len(table)} pictures: {out}")
+    return 0
+
+
+def sheet_from(args: argparse.Namespace, required: bool = False) -> Any:
+    """The pictures and prompts that the options name; ``required``: a picture without prompt is an error."""
+    from pipelines.scoring import sheet_of
+
+    options = {"column": args.column, "image_column": args.image_column, "split": args.split, "required": required}
+    return sheet_of(args.folders, args.prompts, **options)
+
+
+def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:
+    """This process among those that ``accelerate launch`` started: (number, of how many), a barrier, its device."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return (0, 1), lambda: None, None
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    return (state.process_index, state.num_processes), state.wait_for_everyone, str(state.device)
+
+
+def _told(bar: Any) -> Callable[[int, int], None]:
+    return lambda done, of: bar.advance("scoring", done, of)
+
+
+def _told_of(table: pd.DataFrame, args: argparse.Namespace) -> str:
+    """Means of one system, or the comparison of several."""
+    if table["system"].nunique() == 1:
+        return means(table)
+    from pipelines import outputs
+    from pipelines.comparison import compare
+    from pipelines.comparison_plot import as_png
+
+    comparison = compare(table)
+    if args.plot:
+        outputs.write_file(args.plot, as_png(comparison.plot()))
+    if args.report:
+        outputs.write_file(args.report, comparison.to_markdown())
+    return comparison.to_markdown()
+
+
+def means(table: pd.DataFrame) -> str:
+    """A line for each judge: mean with its interval over prompts, lowest, highest, and how many could not be judged."""
+    from diffalign.evaluate import mean_with_interval
+    from pipelines.markdown import table_lines
+
+    rows = []
+    for judge in table.attrs["judges"]:
+        scores = table[judge].astype(float)
+        found = mean_with_interval(scores.to_numpy(), groups=table["prompt_id"].tolist())
+        interval = f"{found.low:.5g} to {found.high:.5g}"
+        rows.append([judge, f"{found.mean:.5g}", interval, f"{scores.min():.5g}", f"{scores.max():.5g}", str(found.excluded)])
+    return "\n".join(table_lines(["judge", "mean", "95 % interval", "lowest", "highest", "not judged"], rows))

@@ -1,0 +1,170 @@
+"""The options by which every command that scores is told its judges, and the judges themselves.
+
+    --judges pickscore,mine=clip --judge-options mine.weights=./model.safetensors pickscore.dtype=bfloat16
+
+A judge goes by its own name or by one that the user gives it, so that two checkpoints of one judge fit into one table. Imports
+nothing heavy before ``judges_from``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    from reward_models._judge import Scorer
+
+_LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
+"""What a judge may be called: it becomes the name of a column and the beginning of an option."""
+_WHOLE = re.compile(r"[+-]?\d+")
+_DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+
+
+def add_judge_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Which judges, and what they are told; ``default`` None makes the user say which."""
+    import reward_models
+
+    usual = f" (default {default})" if default else ""
+    parser.add_argument(
+        "--judges",
+        required=default is None,
+        default=default,
+        metavar="NAME,...",
+        help=f"comma-separated, each NAME or LABEL=NAME; there are {', '.join(reward_models.names())}{usual}",
+    )
+    parser.add_argument(
+        "--judge-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="JUDGE.OPTION=VALUE",
+        help="what a judge is loaded with, as in pickscore.weights=PATH pickscore.dtype=bfloat16",
+    )
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Where scores are remembered: ``args.cache`` is True, a path or False, as ``score`` takes it."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--cache",
+        type=Path,
+        default=True,
+        metavar="FILE",
+        help="where scores and embeddings are remembered (default: a file of your own, shared by all runs; see DIFFALIGN_CACHE)",
+    )
+    either.add_argument("--no-cache", dest="cache", action="store_const", const=False, help="remember nothing, know nothing")
+
+
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """How judges score, for commands that do nothing else on the device."""
+    from pipelines.sampling_options import whole
+
+    add_cache_options(parser)
+    parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N", help="pictures judged together (default 16)")
+    parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
+
+
+def scoring_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``score`` takes, from the parsed options."""
+    return {"batch_size": args.batch_size, "cache": args.cache}
+
+
+def judges_from(args: argparse.Namespace) -> dict[str, Scorer]:
+    """The judges that were asked for; see ``load_judges``."""
+    return load_judges(args.judges, args.judge_options, getattr(args, "device", None))
+
+
+def load_judges(judges: str, options: Sequence[str] = (), device: str | None = None) -> dict[str, Scorer]:
+    """Judges as ``--judges`` and ``--judge-options`` name them, loaded, by the names they go by; ``device`` reaches those that
+    have one.
+
+    Raises:
+        UserError: an unknown judge or option, two of one name, two that must not stand in one table, weights that are not here.
+    """
+    import reward_models
+    from reward_models.base import JudgeError
+
+    asked = parse_judges(judges)
+    told = parse_judge_options(options, asked)
+    try:
+        takes = {name: reward_models.options(name) for name in asked.values()}  # unknown ones are told before any is loaded
+        reward_models.check_together([*asked, *asked.values()])
+        placed = {label: _placed(told[label], device, takes[name]) for label, name in asked.items()}
+        return {label: reward_models.load(name, **placed[label]) for label, name in asked.items()}
+    except JudgeError as error:
+        raise UserError(f"--judges: {error}.") from error
+
+
+def parse_judges(text: str) -> dict[str, str]:
+    """``"pickscore,mine=clip"`` as name that each goes by -> name of the judge.
+
+    Raises:
+        UserError: nothing is asked for, a label that is no plain word, one that is given twice.
+    """
+    asked: dict[str, str] = {}
+    for item in (item.strip() for item in text.split(",")):
+        label, sign, name = (part.strip() for part in item.partition("="))
+        if not item:
+            continue
+        if not _LABEL.fullmatch(label) or (sign and not name):
+            raise UserError(f"--judges: found {item!r}; expected NAME or LABEL=NAME, as in mine=pickscore.")
+        if label in asked:
+            raise UserError(
+                f"--judges: {label!r} is asked for twice; give one of them a name of its own, as in mine={name or label}."
+            )
+        asked[label] = name or label
+    if not asked:
+        raise UserError(f"--judges: found {text!r}; expected at least one, as in pickscore,clip.")
+    return asked
+
+
+def parse_judge_options(items: Sequence[str], judges: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """``["hps-v2.1.weights=PATH", ...]`` as options of each judge; the judge ends at the last dot before the sign.
+
+    Values are whole numbers, decimals, ``true``, ``false``, or else text; quotes keep what is in them as text.
+
+    Raises:
+        UserError: an item of another form, or of a judge that is not asked for.
+    """
+    told: dict[str, dict[str, Any]] = {label: {} for label in judges}
+    for item in items:
+        place, sign, value = item.partition("=")
+        label, dot, option = place.rpartition(".")
+        if not (sign and dot and label and option):
+            raise UserError(f"--judge-options: found {item!r}; expected JUDGE.OPTION=VALUE, as in pickscore.weights=PATH.")
+        if label not in told:
+            raise UserError(f"--judge-options: {item!r} is for the judge {label!r}, but --judges asks for {', '.join(judges)}.")
+        told[label][option] = _value(value)
+    return told
+
+
+def _value(text: str) -> bool | int | float | str:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if _DECIMAL.fullmatch(text) else text
+
+
+def _placed(options: dict[str, Any], device: str | None, takes: Sequence[str]) -> dict[str, Any]:
+    """The options with the device, unless the judge has none or was told its own."""
+    if device is None or "device" not in takes or "device" in options:
+        return options
+    _check_device(device)
+    return {"device": device, **options}
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a word that is none, or one that is not here
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,214 @@
+"""A comparison in words: tables as Markdown, for terminals and files, and as HTML, for notebooks; the same cells in both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from pipelines.report_page import p_value, percent
+
+if TYPE_CHECKING:
+    from pipelines.comparison import Comparison
+
+_CELL = 'style="text-align:left;white-space:nowrap;padding:.2rem .9rem .2rem 0"'
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings, with a title and a remark on how to read it."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    remark: str = ""
+
+    def __post_init__(self) -> None:
+        ragged = [row for row in self.rows if len(row) != len(self.headings)]
+        assert not ragged, f"{self.title}: {len(self.headings)} headings and the row {ragged[0]}"
+
+    def to_markdown(self) -> str:
+        lines = [f"## {in_cell(self.title)}", ""] if self.title else []
+        lines += table_lines(self.headings, self.rows)
+        return "\n".join([*lines, "", self.remark] if self.remark else lines)
+
+    def to_html(self) -> str:
+        title = f"<h3>{escape(self.title)}</h3>" if self.title else ""
+        head = "".join(f"<th {_CELL}>{escape(h)}</th>" for h in self.headings)
+        body = "".join("<tr>" + "".join(f"<td {_CELL}>{escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
+        remark = f"<p><small>{escape(self.remark)}</small></p>" if self.remark else ""
+        wide = f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        return title + wide + remark
+
+
+def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line for the headings, one below them, one for each row; columns are padded to be read as they stand."""
+    cells = [[in_cell(cell) for cell in row] for row in (headings, *rows)]
+    widths = [max(3, *(len(row[k]) for row in cells)) for k in range(len(headings))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return lines
+
+
+def count(n: int, noun: str) -> str:
+    """A number and what it counts, which takes an s."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def in_cell(text: str) -> str:
+    """Text that stays in its cell: neither a bar, a line's end nor a tag may end it."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+# ------------------------------------------------------------------------------------------------- a comparison, table by table
+
+
+def title(c: Comparison) -> str:
+    """Who against whom."""
+    return f"{', '.join(c.systems[1:])} against {c.baseline}"
+
+
+def headline(c: Comparison) -> str:
+    """How much was compared, and how."""
+    known = c.provenance
+    sizes = [f"{s}: {count(known['pairs'][s], 'pair')} of {count(known['prompts'][s], 'prompt')}" for s in c.systems[1:]]
+    return (
+        f"{'; '.join(sizes)}. Intervals are {_level(c)} bootstraps over prompts ({known['n_boot']} replicates, seed "
+        f"{known['seed']}); ± is half their width."
+    )
+
+
+def _level(c: Comparison) -> str:
+    return f"{100 * c.level:g} %"
+
+
+def tables(c: Comparison) -> list[Table]:
+    """All there is to show, the win rates first."""
+    return [_wins_table(c), _scores_table(c), _means_table(c), *_category_tables(c), *_ranking_table(c), *_agreement_tables(c)]
+
+
+def _wins_table(c: Comparison) -> Table:
+    probable = c.win_rates["preference"].notna().any()
+    headings = ["judge", "system", "win rate", f"interval ({_level(c)})", "won / tied / lost", "sign test p"]
+    rows = []
+    for r in c.win_rates.to_dict("records"):
+        cells = [c.label(r["judge"]), r["system"], _rate(r), f"{percent(r['low'])} to {percent(r['high'])}"]
+        cells += [f"{r['wins']} / {r['ties']} / {r['losses']}", _p(r["sign_test_p"])]
+        rows.append(cells + ([_preferred(r)] if probable else []))
+    remark = "A tie counts as half a win. The sign test counts each prompt once; its p values are not corrected for the rows."
+    if probable:
+        headings.append("judge's own preference")
+        remark += (
+            " Last column: the mean probability with which a judge's own model prefers the system's picture, where it states one."
+        )
+    return Table("Win rates", headings, rows, remark)
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    """In points of a hundred, the half-width beside it."""
+    return percent(math.nan) if math.isnan(row["win_rate"]) else f"{percent(row['win_rate'])} ± {100 * row['half_width']:.1f}"
+
+
+def _preferred(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["preference"]):
+        return ""
+    return f"{percent(row['preference'])} ± {50 * (row['preference_high'] - row['preference_low']):.1f}"
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else p_value(p)
+
+
+def _scores_table(c: Comparison) -> Table:
+    rows = [
+        [
+            c.label(r["judge"]),
+            r["system"],
+            _estimate(r["difference"], r["difference_low"], r["difference_high"]),
+            "" if math.isnan(r["effect_size"]) else f"{r['effect_size']:.2f}",
+            _p(r["wilcoxon_p"]),
+        ]
+        for r in c.win_rates.to_dict("records")
+    ]
+    headings = ("judge", "system", f"system - {c.baseline} ({_level(c)})", "d_z", "Wilcoxon p")
+    remark = "d_z: mean difference over its standard deviation; Wilcoxon's test is that of signed ranks; both over prompts."
+    return Table("Paired differences of scores", headings, rows, remark)
+
+
+def _means_table(c: Comparison) -> Table:
+    at = {(r["system"], r["judge"]): _estimate(r["mean"], r["low"], r["high"]) for r in c.means.to_dict("records")}
+    rows = [[system, *(at[system, judge] for judge in c.judges)] for system in c.systems]
+    return Table("Mean scores", ("system", *(c.label(judge) for judge in c.judges)), rows)
+
+
+def _estimate(mean: float, low: float, high: float) -> str:
+    """A number and its interval, with two digits of what is uncertain."""
+    if math.isnan(mean):
+        return "not judged"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{mean:g}"
+    half = 0.5 * (high - low) or abs(mean) / 1000
+    decimals = min(12, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 0
+    return f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
+
+
+def _category_tables(c: Comparison) -> list[Table]:
+    """One per system, a column for each judge: twelve categories by six judges have to fit a page."""
+    tables = []
+    for system in c.systems[1:]:
+        some = c.by_category[c.by_category["system"] == system]
+        if some.empty:
+            continue
+        at = {(r["category"], r["judge"]): r for r in some.to_dict("records")}
+        rows = []
+        for category in some["category"].unique():
+            across = [at[category, judge] for judge in c.judges]
+            p = [f", p {_p(r['p_holm'])}" if _p(r["p_holm"]) else "" for r in across]
+            prompts = max(r["prompts"] for r in across)
+            rows.append([category, str(prompts), *(_rate(r) + told for r, told in zip(across, p))])
+        remark = (
+            "p: sign test, corrected for the number of categories by Holm's method, each judge for itself. "
+            "The macro average gives every category the same weight."
+        )
+        headings = ("category", "prompts", *(c.label(judge) for judge in c.judges))
+        tables.append(Table(f"Win rates of {system} by {c.provenance['by']}", headings, rows, remark))
+    return tables
+
+
+def _ranking_table(c: Comparison) -> list[Table]:
+    rows = [
+        [
+            c.label(r["judge"]),
+            str(r["rank"]),
+            r["system"],
+            f"{r['strength']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+            f"{r['elo']:.0f}",
+            f"{r['rank_low']} to {r['rank_high']}",
+            percent(r["first"]),
+        ]
+        for r in c.ranking.to_dict("records")
+    ]
+    interval = f"({_level(c)})"
+    headings = ("judge", "rank", "system", f"strength {interval}", "Elo", f"ranks {interval}", "ranked first")
+    remark = (
+        "Bradley-Terry strengths from the pairs of all systems, in log-odds with mean 0; one tie is added between every two. "
+        "Ranks and intervals: prompts drawn anew."
+    )
+    return [Table("Ranking", headings, rows, remark)] if rows else []
+
+
+def _agreement_tables(c: Comparison) -> list[Table]:
+    if len(c.judges) < 2:
+        return []
+    remarks = {
+        "differences": "Over pairs: do two judges see the same pictures gain?",
+        "scores": "Over all pictures of all prompts: judges that merely find the same prompts easy agree here too.",
+    }
+    tables = []
+    for over, remark in remarks.items():
+        frame = c.correlations.loc[over]
+        cells = [[a, *("" if math.isnan(x) else f"{x:.2f}" for x in frame.loc[a])] for a in c.judges]
+        tables.append(Table(f"Agreement of judges: Spearman's correlation of {over}", ("judge", *c.judges), cells, remark))
+    return tables

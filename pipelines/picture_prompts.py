@@ -1,0 +1,573 @@
+"""Which prompt a picture was made from: by a file that lists them, a text beside each picture, or what is written inside it.
+
+    for picture in pictures_with_prompts("folder"):
+        print(picture.path, picture.prompt)
+
+A wrong pairing gives believable scores that mean nothing, so nothing is paired by a guess: pictures without a prompt, numbers
+that do not match and rows that contradict each other are errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import UserError
+from pipelines.prompts import PROMPT_COLUMNS, Prompt, read_prompts, read_text
+
+BESIDE, INSIDE = "txt", "png"
+"""What to call the sources that are no file: a text beside each picture, the metadata inside each picture."""
+LISTS = (
+    "metadata.jsonl",
+    "metadata.csv",
+    "prompts.jsonl",
+    "prompts.json",
+    "prompts.csv",
+    "prompts.tsv",
+    "prompts.txt",
+)
+"""Files that are looked for among the pictures, the first first. ``diffalign generate`` writes ``metadata.jsonl``."""
+NAME_COLUMNS = ("file_name", "filename", "file", "image", "path", "picture")
+NUMBER_COLUMNS = ("index", "idx")
+"""Name a picture only where every picture's name is a number; elsewhere such a column counts the rows."""
+IMAGE_COLUMNS = ("image", "img", "picture", "file_name", "filename", "file", "path", "jpg", "jpeg", "png", "webp")
+GRID, RECORD = "grid.png", "generation.json"
+"""``diffalign generate`` lays a contact sheet beside its pictures, and this record with it."""
+NAMED = 5
+"""Pictures that a message names; it counts all."""
+
+
+@dataclass(frozen=True)
+class PromptedPicture:
+    """A picture and its prompt; ``seed`` and ``metadata`` are whatever else is known of how it was made."""
+
+    path: Path
+    prompt: str
+    category: str | None = None
+    seed: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+Found = dict[Path, PromptedPicture]
+
+
+def pictures_with_prompts(
+    folder: str | Path, prompts: str | Path | None = None, column: str | None = None, *, required: bool = True
+) -> list[PromptedPicture]:
+    """The pictures of a folder (not of its subfolders), sorted by name, each with its prompt.
+
+    Args:
+        prompts: a file or list as ``pipelines.prompts.read_prompts`` takes them; ``"txt"`` for ``NAME.txt`` beside each picture;
+            ``"png"`` for what AUTOMATIC1111 or ComfyUI wrote into it (PNG text, or EXIF in other formats). None looks for a
+            file of ``LISTS`` in the folder, then for texts beside the pictures, then inside the pictures: the first of these
+            that there is for any picture is taken for all.
+        column: where the file has its prompts; see ``read_prompts``.
+        required: False allows pictures without a prompt, which is then ``""``: some judges need none.
+
+    Rows of a file name their picture in one of ``NAME_COLUMNS`` (by path, name, stem, or number where the stem is one). In a
+    file without such a column, and in a list that has a name, they belong to the pictures in order, the numbers in file names
+    being counted as numbers; K times as many pictures as prompts are K pictures in a row for each prompt.
+
+    Raises:
+        UserError: no pictures, pictures without a prompt, or prompts that do not fit the pictures.
+    """
+    place = Path(folder).expanduser()
+    pictures = _pictures(place)
+    if prompts is None:
+        found, source = _whatever_there_is(place, pictures, column, required)
+    elif prompts in (BESIDE, INSIDE):
+        found, source = _SOURCES[prompts](pictures), _DESCRIPTIONS[prompts]
+    else:
+        found, source = _listed(place, pictures, prompts, column)
+    missing = [picture.name for picture in pictures if picture not in found]
+    if missing and required:
+        raise UserError(f"{len(missing)} of {len(pictures)} pictures in {place} have no prompt {source}: {_some(missing)}.")
+    return [found.get(picture) or PromptedPicture(picture, "") for picture in pictures]
+
+
+def prompts_and_pictures_of_dataset(
+    where: str | Path,
+    split: str = "train",
+    image_column: str | None = None,
+    prompt_column: str | None = None,
+    *,
+    required: bool = True,
+) -> tuple[list[Path | bytes | None], list[str]]:
+    """The pictures of a data set, still encoded, and the prompt of each: lists of one length, as judges take them.
+
+    ``where`` is a folder written by ``save_to_disk``, parquet or arrow (a file, or a folder of shards), a ``.jsonl``, ``.csv``
+    or ``.tsv`` file with paths, a folder of pictures with ``metadata.jsonl`` or ``metadata.csv`` (``imagefolder``), or an id on
+    the Hugging Face hub. Columns that are not named are the first of ``IMAGE_COLUMNS`` and of ``PROMPT_COLUMNS`` there are. A
+    row without a picture is None, which judges score NaN. ``required`` False allows rows without a prompt.
+
+    Raises:
+        UserError: nothing that can be read, no such split or column, or rows without a prompt.
+    """
+    path = Path(where).expanduser()
+    rows = _rows_of(str(path) if path.exists() else str(where), split)
+    image = _column_of(rows, image_column, IMAGE_COLUMNS, "pictures")
+    if not required and prompt_column is None and not _among(rows.columns, PROMPT_COLUMNS):
+        prompts: list[Any] = [None] * len(rows)
+    else:
+        prompts = list(rows.column(_column_of(rows, prompt_column, PROMPT_COLUMNS, "prompts")))
+    texts = [text.strip() if isinstance(text, str) else "" for text in prompts]
+    missing = [rows.origin(i) for i, text in enumerate(texts) if not text]
+    if missing and required:
+        raise UserError(f"{len(missing)} of {len(rows)} rows of {rows.description} have no prompt: {_some(missing)}.")
+    return [_picture_in(rows, i, image) for i in range(len(rows))], texts
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _pictures(folder: Path) -> list[Path]:
+    from reward_models._pictures import list_folder
+    from reward_models.base import JudgeError
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is {'a file, not a folder' if folder.exists() else 'no folder'} of pictures.")
+    try:
+        found = list_folder(folder)
+    except JudgeError as error:
+        raise UserError(f"{error}.") from error
+    return [p for p in found if p.name != GRID] if (folder / RECORD).is_file() else found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+def _whatever_there_is(folder: Path, pictures: Sequence[Path], column: str | None, required: bool) -> tuple[Found, str]:
+    """The first source there is, and how to call it."""
+    if file := next((folder / name for name in LISTS if (folder / name).is_file()), None):
+        try:
+            return _listed(folder, pictures, file, column)
+        except UserError as error:
+            if required:
+                raise
+            warnings.warn(f"The pictures in {folder} are taken without prompts. {error}", stacklevel=3)
+            return {}, ""
+    for name, source in _SOURCES.items():
+        found = source(pictures)
+        if any(picture.prompt for picture in found.values()):
+            return found, _DESCRIPTIONS[name]
+    if required:
+        raise UserError(
+            f"The pictures in {folder} come without prompts. They can stand in a file in the folder ({', '.join(LISTS)}) or "
+            f"elsewhere (--prompts FILE), in NAME.txt beside each picture (--prompts {BESIDE}), or in the pictures as "
+            f"AUTOMATIC1111 and ComfyUI write them (--prompts {INSIDE})."
+        )
+    return {}, ""
+
+
+def _beside(pictures: Sequence[Path]) -> Found:
+    files = {picture: picture.with_suffix(".txt") for picture in pictures}
+    texts = {picture: read_text(file).strip() for picture, file in files.items() if file.is_file()}
+    return {picture: PromptedPicture(picture, text) for picture, text in texts.items() if text}
+
+
+def _inside(pictures: Sequence[Path]) -> Found:
+    """What is written in the pictures. One that cannot be opened has the empty prompt: it gets no score, whatever it shows."""
+    found: Found = {}
+    for picture in pictures:
+        texts = _texts_in(picture)
+        made = _Made("") if texts is None else _made(texts)
+        if texts is None or made.prompt:
+            found[picture] = PromptedPicture(picture, made.prompt, None, made.seed, made.metadata)
+    return found
+
+
+_SOURCES: dict[str, Callable[[Sequence[Path]], Found]] = {BESIDE: _beside, INSIDE: _inside}
+_DESCRIPTIONS = {BESIDE: "in a NAME.txt beside them", INSIDE: "written in them (by AUTOMATIC1111 or ComfyUI)"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- lists
+
+
+def _listed(folder: Path, pictures: Sequence[Path], where: str | Path, column: str | None) -> tuple[Found, str]:
+    prompts = read_prompts(where, column)
+    named = _naming_column(pictures, prompts)
+    if named is None:
+        return _in_order(folder, pictures, prompts, where), ""
+    rows = _Rows([(prompt.metadata.get(named), prompt) for prompt in prompts])
+    found = {picture: prompt for picture in pictures if (prompt := rows.of(picture))}
+    others = "" if found else ", which names other files; without it the rows would be taken in order"
+    source = f"in {where} (by its column {named!r}{others})"
+    return {picture: _prompted(picture, prompt, named) for picture, prompt in found.items()}, source
+
+
+def _naming_column(pictures: Sequence[Path], prompts: Sequence[Prompt]) -> str | None:
+    """The column by which rows name their pictures, if there is one."""
+    columns = dict.fromkeys(c for prompt in prompts for c, value in prompt.metadata.items() if _as_name(value))
+    numbered = all(picture.stem.isdecimal() for picture in pictures)
+    return _among(columns, (*NAME_COLUMNS, *(NUMBER_COLUMNS if numbered else ())))
+
+
+def _among(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    lower = {str(c).lower(): c for c in columns}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _as_name(value: Any) -> str:
+    """A cell as the name of a picture; empty if it is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _prompted(picture: Path, prompt: Prompt, named: str | None = None) -> PromptedPicture:
+    seed = _whole(next((value for c, value in prompt.metadata.items() if c.lower() == "seed"), None))
+    rest = {c: value for c, value in prompt.metadata.items() if c != named and c.lower() != "seed"}
+    return PromptedPicture(picture, prompt.text, prompt.category, seed, rest)
+
+
+def _whole(value: Any) -> int | None:
+    text = _as_name(value)
+    return int(text) if text.isdecimal() else None
+
+
+class _Rows:
+    """Rows by the picture they name: by the end of its path, else by its stem, else by its number."""
+
+    def __init__(self, rows: Iterable[tuple[Any, Prompt]]) -> None:
+        from reward_models._pictures import ENDINGS
+
+        self._names: dict[str, list[tuple[tuple[str, ...], Prompt]]] = {}
+        self._stems: dict[str, list[tuple[tuple[str, ...], Prompt]]] = {}
+        self._numbers: dict[int, list[tuple[tuple[str, ...], Prompt]]] = {}
+        for value, prompt in rows:
+            parts = tuple(part for part in _as_name(value).replace("\\", "/").split("/") if part not in ("", "."))
+            if not parts:
+                continue
+            stem, dot, ending = parts[-1].rpartition(".")
+            stem = stem if dot + ending.lower() in ENDINGS else parts[-1]
+            self._names.setdefault(parts[-1], []).append((parts, prompt))
+            self._stems.setdefault(stem, []).append((parts, prompt))
+            if stem.isdecimal():
+                self._numbers.setdefault(int(stem), []).append((parts, prompt))
+
+    def of(self, picture: Path) -> Prompt | None:
+        """The prompt of ``picture``, None if no row names it.
+
+        Raises:
+            UserError: rows that name it equally well have different prompts.
+        """
+        number = int(picture.stem) if picture.stem.isdecimal() else -1
+        rows = self._names.get(picture.name) or self._stems.get(picture.stem) or self._numbers.get(number) or []
+        if not rows:
+            return None
+        # of base/00000.png and tuned/00000.png, the one that ends as the picture's own path does
+        folders = picture.absolute().parent.parts
+        fits = [_common_end(parts[:-1], folders) for parts, _ in rows]
+        best = [prompt for (_, prompt), fit in zip(rows, fits, strict=True) if fit == max(fits)]
+        if other := next((prompt for prompt in best if prompt.text != best[0].text), None):
+            raise UserError(
+                f"Two rows name the picture {picture.name} and have different prompts: {best[0].origin} ({best[0].text!r}) and "
+                f"{other.origin} ({other.text!r})."
+            )
+        return best[0]
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _in_order(folder: Path, pictures: Sequence[Path], prompts: Sequence[Prompt], where: str | Path) -> Found:
+    each, left = divmod(len(pictures), len(prompts))
+    if left or not each:
+        raise UserError(
+            f"{folder} has {len(pictures)} pictures and {where} has {len(prompts)} prompts. As its rows do not name their "
+            f"pictures (in a column {', '.join(NAME_COLUMNS[:3])} or the like), there should be as many pictures as prompts, or "
+            "twice as many, or three times: as many for each prompt, in a row."
+        )
+    # 2.png before 10.png: by letters alone, prompts in order would go to other pictures
+    ordered = sorted(pictures, key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d+)", p.name))])
+    return {picture: _prompted(picture, prompts[i // each]) for i, picture in enumerate(ordered)}
+
+
+# ----------------------------------------------------------------------------------------------------- inside a picture
+
+EXIF_IFD, USER_COMMENT, COMMENT_CODES = 0x8769, 0x9286, {b"UNICODE\0": "utf-16", b"ASCII\0\0\0": "utf-8", b"\0" * 8: "utf-8"}
+SETTINGS = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Version")
+"""Names by which the line of settings is told from a prompt that happens to have colons."""
+_PAIR = re.compile(r'([A-Za-z][\w /\-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a picture says of how it was made."""
+
+    prompt: str
+    seed: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is written in a picture: by key (PNG), in EXIF's comment or the file's, and in EXIF's main directory (ComfyUI)."""
+
+    chunks: Mapping[str, str]
+    comments: Sequence[str]
+    tags: Sequence[str]
+
+
+def _texts_in(picture: Path) -> _Texts | None:
+    """None for a picture that cannot be opened. Reads the head of the file only."""
+    from PIL import Image
+
+    # Decoders raise a dozen exception types on damaged files (OSError, SyntaxError, struct.error, EOFError, ...).
+    try:
+        with Image.open(picture) as image:
+            info = dict(image.info)
+            try:
+                # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where nobody writes them
+                exif = image.getexif() if image.format != "PNG" or "exif" in info else Image.Exif()
+                comment, tags = exif.get_ifd(EXIF_IFD).get(USER_COMMENT), list(exif.values())
+            except Exception:
+                comment, tags = None, []  # a picture with damaged EXIF data is still a picture
+    except Exception:
+        return None
+    chunks = {str(key): text for key, text in info.items() if isinstance(text, str)}
+    comments = [_decoded(text) for text in (comment, info.get("comment")) if isinstance(text, str | bytes)]
+    return _Texts(chunks, comments, [text for text in tags if isinstance(text, str)])
+
+
+def _decoded(comment: str | bytes) -> str:
+    """EXIF's UserComment: eight bytes name the code; UTF-16 in either order of bytes, of which writers choose either."""
+    if isinstance(comment, str):
+        return comment
+    code, text = COMMENT_CODES.get(comment[:8], ""), comment[8:]
+    if code == "utf-16":
+        # the settings are ASCII, so that one byte in two is zero, at even places where the high byte comes first
+        code = "utf-16-be" if text[0::2].count(0) >= text[1::2].count(0) else "utf-16-le"
+    decoded = (text if code else comment).decode(code or "utf-8", errors="replace")
+    return decoded.strip("\ufeff\0 ")
+
+
+def _made(texts: _Texts) -> _Made:
+    """From the first of the places that has a prompt. AUTOMATIC1111's text comes before ComfyUI's graph: nodes that save both
+    write the prompt as it was in the end, with wildcards filled in."""
+    return next((made for made in _candidates(texts) if made is not None and made.prompt), _Made(""))
+
+
+def _candidates(texts: _Texts) -> Iterator[_Made | None]:
+    if parameters := texts.chunks.get("parameters"):
+        yield _from_parameters(parameters)
+    for comment in texts.comments:  # cameras and screenshots write comments too
+        made = _from_parameters(comment)
+        yield made if made.metadata else None
+    for text in [texts.chunks.get("prompt", ""), *(t.partition(":")[2] for t in texts.tags if t.lower().startswith("prompt:"))]:
+        graph = _json_object(text)
+        yield _Made(text.strip()) if graph is None else _from_graph(graph)
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _from_parameters(text: str) -> _Made:
+    """AUTOMATIC1111's text: the prompt (any number of lines), ``Negative prompt: ...`` if there is one, a line of settings.
+
+    Other programs write JSON under the same key; of that, ``prompt`` is taken, at the top or one level below.
+    """
+    if (values := _json_object(text)) is not None:
+        inner = next((v for v in (values, *values.values()) if isinstance(v, dict) and isinstance(v.get("prompt"), str)), {})
+        return _Made(
+            inner.get("prompt", "").strip(), _whole(inner.get("seed")), {k: v for k, v in inner.items() if k != "prompt"}
+        )
+    lines = text.replace("\r\n", "\n").split("\n")
+    # extensions append lines of their own below the settings
+    last = next((i for i in reversed(range(len(lines))) if _is_settings(lines[i])), len(lines))
+    settings = {name: _unquoted(value) for name, value in _PAIR.findall(lines[last])} if last < len(lines) else {}
+    cut = next((i for i in range(last) if lines[i].lstrip().startswith("Negative prompt:")), last)
+    negative = "\n".join(lines[cut:last]).lstrip().removeprefix("Negative prompt:").strip()
+    metadata = ({"negative_prompt": negative} if negative else {}) | settings
+    return _Made("\n".join(lines[:cut]).strip(), _whole(settings.get("Seed")), metadata)
+
+
+def _is_settings(line: str) -> bool:
+    known = {name for name, _ in _PAIR.findall(line)} & set(SETTINGS)
+    return len(known) >= (2 if line.lstrip().startswith("Steps:") else 3)
+
+
+def _unquoted(value: str) -> str:
+    """A value that contains a comma or a colon is written as a JSON string."""
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value.strip()
+    except ValueError:
+        return value.strip()
+
+
+# -------------------------------------------------------------------------------------------------------- ComfyUI's graph
+
+TEXT_INPUTS = (
+    *("populated_text", "text", "text_g", "text_l", "t5xxl", "clip_g", "clip_l", "prompt"),
+    *("positive_prompt", "text_positive", "positive", "string", "value"),
+)
+"""Inputs that hold a prompt, or lead to one: of text encoders, of nodes that style or keep a text, of conditioning in passing."""
+OTHER_INPUTS = (
+    *("negative", "clip", "model", "vae", "image", "pixels", "mask", "control_net"),
+    *("samples", "latent", "latent_image", "noise"),
+)
+"""Inputs that lead away from the prompt."""
+SEED_INPUTS = ("seed", "noise_seed", "value", "int", "number")
+
+Link = tuple[str, int]
+
+
+def _from_graph(graph: Mapping[str, Any]) -> _Made | None:
+    """The positive prompt of the sampler next to the saved picture. Nodes are ``{id: {class_type, inputs}}``; an input is a value
+    or a link ``[id, slot]`` to the node it comes from."""
+    nodes = {str(k): n for k, n in graph.items() if isinstance(n, dict) and isinstance(n.get("inputs"), dict)}
+    order = _from_the_end(nodes)
+    starts = [(name, link) for name in order if (link := _conditioning(nodes, nodes[name]))]
+    # detailers and upscalers take a prompt as well, but it need not be that of the picture
+    first = next((s for s in starts if re.search("sampler|guider", _kind(nodes[s[0]]))), starts[0] if starts else None)
+    if first is None:
+        return None
+    try:
+        prompt = ", ".join(_texts_behind(nodes, first[1], {}))
+    except RecursionError:
+        return None
+    return _Made(prompt, _seed(nodes, [first[0], *order]))
+
+
+def _kind(node: Mapping[str, Any]) -> str:
+    return str(node.get("class_type", "")).lower()
+
+
+def _link(nodes: Mapping[str, Any], value: Any) -> Link | None:
+    is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[1], int) and str(value[0]) in nodes
+    return (str(value[0]), value[1]) if is_link else None
+
+
+def _conditioning(nodes: Mapping[str, Any], node: Mapping[str, Any]) -> Link | None:
+    """Where a sampler's prompt comes from; a guider without a negative side calls it ``conditioning``."""
+    inputs = node["inputs"]
+    if link := _link(nodes, inputs.get("positive")):
+        return link
+    return _link(nodes, inputs.get("conditioning")) if "guider" in _kind(node) else None
+
+
+def _from_the_end(nodes: Mapping[str, Any]) -> list[str]:
+    """The nodes in order of their distance from what was saved; those that lead nowhere else come after."""
+    used = {link[0] for node in nodes.values() for value in node["inputs"].values() if (link := _link(nodes, value))}
+    ends = [name for name in nodes if name not in used]
+    queue = [*sorted(ends, key=lambda name: "save" not in _kind(nodes[name])), *nodes]
+    order: dict[str, None] = {}
+    # one end after the other, so that a preview of something else does not come between
+    for end in queue:
+        level = [end]
+        while level := [name for name in dict.fromkeys(level) if name not in order]:
+            order.update(dict.fromkeys(level))
+            level = [link[0] for n in level for v in nodes[n]["inputs"].values() if (link := _link(nodes, v))]
+    return list(order)
+
+
+def _texts_behind(nodes: Mapping[str, Any], link: Link, known: dict[str, list[str]]) -> list[str]:
+    """The texts that a link leads to, each once, in order. ``known`` holds what has been followed before, and stops circles."""
+    name = link[0]
+    if name in known:
+        return known[name]
+    known[name] = []
+    inputs = nodes[name]["inputs"]
+
+    def behind(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value.strip()] if value.strip() else []
+        further = _link(nodes, value)
+        return _texts_behind(nodes, further, known) if further else []
+
+    if {"string_a", "string_b"} <= inputs.keys():  # ComfyUI's own node that joins two texts
+        halves = [" ".join(behind(inputs[key])) for key in ("string_a", "string_b")]
+        texts = [str(inputs.get("delimiter", "")).join(halves)]
+    else:
+        lower = {key.lower(): key for key in inputs}
+        texts = [text for key in TEXT_INPUTS if key in lower for text in behind(inputs[lower[key]])]
+        if not texts:
+            texts = [text for key in inputs if "conditioning" in key.lower() for text in behind(inputs[key])]
+        if not texts:
+            others = (behind(v) for key, v in inputs.items() if key.lower() not in OTHER_INPUTS and not isinstance(v, str))
+            texts = next((found for found in others if found), [])
+    known[name] = list(dict.fromkeys(texts))
+    return known[name]
+
+
+def _seed(nodes: Mapping[str, Any], order: Iterable[str]) -> int | None:
+    for name in order:
+        inputs = nodes[name]["inputs"]
+        value = next((inputs[key] for key in SEED_INPUTS[:2] if key in inputs), None)
+        if link := _link(nodes, value):
+            far = nodes[link[0]]["inputs"]
+            value = next((far[key] for key in SEED_INPUTS if key in far), None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def _rows_of(place: str, split: str) -> Any:
+    """Rows in one of the forms that ``diffalign.data`` reads, or a folder of pictures as ``datasets`` reads it."""
+    from diffalign.data.readers import arrow, hub, listing, parquet, saved
+
+    known = (saved, parquet, arrow, listing, hub)
+    if reader := next((reader for reader in known if reader.claims(place)), None):
+        return reader.open_rows(place, split)
+    if Path(place).is_dir():
+        return _image_folder(place, split)
+    forms = "; ".join(["a folder written by save_to_disk", "parquet", "arrow", "a .jsonl, .csv or .tsv file", "imagefolder"])
+    what = "is in none of the known forms" if Path(place).exists() else f"is no file or folder (seen from {Path.cwd()})"
+    raise UserError(f"{place} {what}. A data set of pictures can be: {forms}; {hub.FORM}.")
+
+
+def _image_folder(place: str, split: str) -> Any:
+    import datasets
+
+    from diffalign.data.readers._dataset import DatasetRows
+
+    try:
+        found = datasets.load_dataset("imagefolder", data_dir=place, drop_labels=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{place} cannot be read as a folder of pictures (imagefolder): {error}") from error
+    if split not in found:
+        raise UserError(f"{place} has no split {split!r}; it has: {', '.join(found)}.")
+    return DatasetRows(found[split], f"{place}[{split}]", Path(place))
+
+
+def _column_of(rows: Any, asked: str | None, names: Sequence[str], what: str) -> str:
+    has = ", ".join(rows.columns) or "none"
+    if asked is not None and asked not in rows.columns:
+        raise UserError(f"{rows.description} has no column {asked!r}; it has: {has}.")
+    found = asked or _among(rows.columns, names)
+    if found is None:
+        raise UserError(f"{rows.description} has no column of {what} ({', '.join(names)}); it has: {has}. Name one of them.")
+    return found
+
+
+def _picture_in(rows: Any, i: int, column: str) -> Path | bytes | None:
+    from diffalign.data.pairs import RowProblem, image_from
+
+    try:
+        source = image_from(rows.row(i, (column,))[column], rows.base)
+    except (RowProblem, ValueError):
+        return None
+    return source.path if source.data is None else source.data

@@ -1,0 +1,410 @@
+"""``diffalign score`` and ``rank``: tables, prompts, cut-off runs, several processes, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import reward_models
+from diffalign.errors import UserError
+from pipelines import cli, scoring
+from pipelines.score_journal import Journal
+from pipelines.scoring import read_table, score_table
+from pipelines.tiny import scenes
+from reward_models import jpeg
+
+JUDGES = "tiny-pickscore,jpeg"
+
+
+def draw(folder: Path, n: int, seed: int = 0) -> list[str]:
+    """Scenes of the tiny world and their captions, listed in ``metadata.jsonl``."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    captions = []
+    for i in range(n):
+        scene, caption = scenes.draw_captioned(rng)
+        scenes.render(scene).save(folder / f"{i:04d}.png")
+        captions.append(caption)
+    rows = [json.dumps({"file_name": f"{i:04d}.png", "text": c, "category": "ab"[i % 2]}) for i, c in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return captions
+
+
+def run(*words: str | Path) -> int:
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("scored") / "mine"
+    draw(place, 12)
+    return place
+
+
+# ------------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("ending", scoring.FORMATS)
+def test_a_table_in_every_format(ending: str, folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / f"scores{ending}"
+    assert run("score", folder, "--judges", JUDGES, "--out", out) == 0
+    table = read_table(out)
+    captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert table["prompt"].tolist() == captions
+    assert table["picture"].tolist() == [str(folder / f"{i:04d}.png") for i in range(12)]
+    assert table["category"].tolist() == ["a", "b"] * 6 and set(table["system"]) == {"mine"}
+    expected = reward_models.load("tiny-pickscore").score(folder, captions)
+    assert table["tiny-pickscore"].to_numpy() == pytest.approx(expected.numpy(), abs=1e-4)
+    assert table.attrs["judges"]["tiny-pickscore"]["sharpness"] == 1.0
+    told = json.loads((tmp_path / "scores.provenance.json").read_text())
+    assert (
+        told["provenance"]["tiny-pickscore"]["weights"].startswith("sha256:") and told["versions"]["torch"] == torch.__version__
+    )
+    printed = capsys.readouterr().out
+    assert "| tiny-pickscore |" in printed.replace("tiny-pickscore  ", "tiny-pickscore ") and "12 pictures" in printed
+    assert list(tmp_path.iterdir()) and not Journal(out).parts
+
+
+def test_several_folders_are_compared(folder: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    captions = draw(other, 12)
+    for i in range(12):
+        Image.new("RGB", (64, 64), "grey").save(other / f"{i:04d}.png")
+    words = ["--plot", tmp_path / "w.png", "--report", tmp_path / "r.md"]
+    assert run("score", folder, other, "--judges", JUDGES, "--out", tmp_path / "t.csv", *words) == 0
+    table = read_table(tmp_path / "t.csv")
+    assert table["system"].tolist() == ["mine"] * 12 + ["other"] * 12
+    assert table["prompt_id"].tolist()[:12] == table["prompt_id"].tolist()[12:]
+    assert len(set(captions)) == table["prompt_id"].nunique()
+    assert "other against mine" in capsys.readouterr().out and "| jpeg" in (tmp_path / "r.md").read_text()
+    assert Image.open(tmp_path / "w.png").width > 300
+
+
+def test_pictures_in_the_hand_need_a_list_of_prompts(folder: Path) -> None:
+    pictures = [Image.open(p) for p in sorted(folder.glob("*.png"))]
+    captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    table = score_table({"a": pictures, "b": torch.zeros(12, 3, 64, 64)}, captions, ["tiny-pickscore"], categories=["x"] * 12)
+    assert table["picture"].tolist() == list(range(12)) * 2 and set(table["category"]) == {"x"}
+    from_folder = score_table([folder], None, ["tiny-pickscore"])
+    assert table["tiny-pickscore"][:12].tolist() == from_folder["tiny-pickscore"].tolist()
+    with pytest.raises(UserError, match="12 pictures and 3 prompts; each picture needs one"):
+        score_table({"a": pictures}, captions[:3], ["jpeg"])
+    with pytest.raises(UserError, match="A judge reads prompts, and there are none for 12 pictures"):
+        score_table({"a": pictures}, None, ["oracle"])
+    with pytest.raises(UserError, match="12 pictures and 2 categories"):
+        score_table({"a": pictures}, captions, ["jpeg"], categories=["x", "y"])
+    with pytest.raises(UserError, match="'a'.*need a list of prompts|need a list of prompts; got 'parti'"):
+        score_table({"a": pictures}, "parti", ["jpeg"])
+
+
+def test_judges_without_prompts_pair_pictures_by_their_place(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (8, 8), (level,) * 3) for level in range(3)]
+    table = score_table({"a": pictures, "b": pictures}, None, ["jpeg"])
+    assert table["prompt_id"].tolist() == [0, 1, 2, 0, 1, 2] and table["sample"].tolist() == [0] * 6
+
+
+def test_pictures_of_one_prompt_are_numbered(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (8, 8), (level,) * 3) for level in range(4)]
+    table = score_table({"a": pictures}, ["x", "y", "x", "y"], ["jpeg"])
+    assert table["prompt_id"].tolist() == [0, 1, 0, 1] and table["sample"].tolist() == [0, 0, 1, 1]
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = scoring.named_systems([tmp_path / "one" / "images", tmp_path / "two" / "images"])
+    assert list(names) == ["one/images", "two/images"]
+    with pytest.raises(UserError, match="is given twice"):
+        scoring.named_systems([tmp_path, tmp_path])
+    with pytest.raises(UserError, match="Systems in a list are folders"):
+        scoring.named_systems([Image.new("RGB", (8, 8))])
+
+
+# ------------------------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_beside_and_inside_the_pictures(folder: Path, tmp_path: Path) -> None:
+    captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    beside, inside = tmp_path / "beside", tmp_path / "inside"
+    for place in (beside, inside):
+        place.mkdir()
+    for i, caption in enumerate(captions):
+        image = Image.open(folder / f"{i:04d}.png")
+        image.save(beside / f"{i:04d}.png")
+        (beside / f"{i:04d}.txt").write_text(caption + "\n")
+        text = PngImagePlugin.PngInfo()
+        text.add_text(
+            "parameters", f"{caption}\nNegative prompt: blurry, clutter\nSteps: 20, Sampler: Euler a, Seed: {i}, Size: 64x64"
+        )
+        image.save(inside / f"{i:04d}.png", pnginfo=text)
+    (tmp_path / "list.tsv").write_text("prompt\n" + "\n".join(captions) + "\n")
+    expected = score_table([folder], None, ["tiny-pickscore"])["tiny-pickscore"].tolist()
+    for words in (
+        [beside],
+        [beside, "--prompts", "txt"],
+        [inside],
+        [inside, "--prompts", "png"],
+        [folder, "--prompts", tmp_path / "list.tsv"],
+    ):
+        assert run("score", *words, "--judges", "tiny-pickscore", "--out", tmp_path / "s.csv", "--overwrite") == 0
+        assert read_table(tmp_path / "s.csv")["tiny-pickscore"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert run("score", inside, "--judges", "jpeg", "--out", tmp_path / "s.csv", "--overwrite") == 0
+    assert read_table(tmp_path / "s.csv")["seed"].tolist() == list(range(12))
+
+
+def test_a_data_set_of_pictures_and_prompts(folder: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    paths = [str(p) for p in sorted(folder.glob("*.png"))]
+    rows = Dataset.from_dict({"jpg": paths, "said": captions}).cast_column("jpg", ImageFeature())
+    rows.to_parquet(tmp_path / "set.parquet")
+    words = ["--image-column", "jpg", "--column", "said", "--judges", "tiny-pickscore", "--out", tmp_path / "s.csv"]
+    assert run("score", tmp_path / "set.parquet", *words) == 0
+    expected = score_table([folder], None, ["tiny-pickscore"])["tiny-pickscore"].tolist()
+    assert read_table(tmp_path / "s.csv")["tiny-pickscore"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- cut off, shared
+
+
+def thousand(place: Path) -> Path:
+    """1,000 pictures, 20 of them broken in four ways."""
+    captions = draw(place / "pictures", 100)
+    rows = []
+    for i in range(1000):
+        path = place / "pictures" / f"{i:04d}.png"
+        if i >= 100:
+            path.write_bytes((place / "pictures" / f"{i % 100:04d}.png").read_bytes())
+        rows.append(json.dumps({"file_name": path.name, "text": captions[i % 100]}))
+    (place / "pictures" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    for k, i in enumerate(range(25, 1000, 50)):
+        path = place / "pictures" / f"{i:04d}.png"
+        whole = path.read_bytes()
+        path.write_bytes((b"", b"this is no picture", whole[: len(whole) // 2], whole[:40])[k % 4])
+    return place / "pictures"
+
+
+def command(pictures: Path, out: Path, *more: str) -> list[str]:
+    words = [
+        "-m",
+        "pipelines.cli",
+        "score",
+        str(pictures),
+        "--judges",
+        JUDGES,
+        "--out",
+        str(out),
+        "--no-cache",
+        "--device",
+        "cpu",
+    ]
+    return [sys.executable, *words, *more]
+
+
+def done(out: Path) -> int:
+    """Batches in the journals."""
+    return sum(max(0, part.read_bytes().count(b"\n") - 1) for part in Journal(out).parts)
+
+
+def test_a_thousand_pictures_killed_half_way_give_the_same_table(tmp_path: Path) -> None:
+    pictures = thousand(tmp_path)
+    whole = subprocess.run(command(pictures, tmp_path / "whole.parquet"), capture_output=True, text=True, check=True)
+    assert "20 of 1000 pictures cannot be read and score NaN" in whole.stderr and "0025.png" in whole.stderr
+    out = tmp_path / "killed.parquet"
+    process = subprocess.Popen(command(pictures, out), stderr=subprocess.DEVNULL)
+    while done(out) < 31:  # of 63 batches
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = done(out)
+    assert 31 <= before < 63 and not out.exists()
+    again = subprocess.run(command(pictures, out), capture_output=True, text=True, check=True)
+    assert "20 of 1000 pictures cannot be read and score NaN" in again.stderr
+    one, two = read_table(tmp_path / "whole.parquet"), read_table(out)
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert one["tiny-pickscore"].isna().sum() == 20 and one.attrs["unreadable"] == 20
+    assert not Journal(out).parts
+
+
+def test_what_was_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen, real = tmp_path / "s.csv", [], jpeg.kilobytes
+
+    def watched(image):
+        seen.append(image)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        return real(image)
+
+    monkeypatch.setattr(jpeg, "kilobytes", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run("score", folder, "--judges", "jpeg", "--out", out, "--batch-size", "4", "--no-cache")
+    assert done(out) == 2
+    seen[:] = [None] * 9
+    assert run("score", folder, "--judges", "jpeg", "--out", out, "--batch-size", "4", "--no-cache") == 0
+    assert len(seen) == 9 + 4
+    assert read_table(out)["jpeg"].tolist() == pytest.approx(reward_models.load("jpeg").score(folder).tolist(), abs=1e-6)
+
+
+def test_a_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "t.csv")
+    journal.begin("p", 0)
+    journal.add(0, [[1.5, float("nan")]], {1: "no picture"})
+    journal.add(1, [[2.5, 3.5]], {})
+    (part,) = journal.parts
+    part.write_bytes(part.read_bytes()[:-5])
+    again = Journal(tmp_path / "t.csv")
+    known = again.begin("p", 0)
+    assert list(known) == [0] and known[0][0][0][0] == 1.5 and np.isnan(known[0][0][0][1]) and known[0][1] == {1: "no picture"}
+    again.add(1, [[2.5, 3.5]], {})
+    assert list(again.read()) == [0, 1]
+
+
+def test_a_journal_of_something_else_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "s.csv"
+    journal = Journal(out)
+    journal.begin("another purpose", 0)
+    journal.add(0, [[1.0] * 12], {})
+    assert run("score", folder, "--judges", "jpeg", "--out", out) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        "s.csv.part-0.jsonl is what is left of a scoring of other pictures, prompts or judges" in told and "--overwrite" in told
+    )
+    assert run("score", folder, "--judges", "jpeg", "--out", out, "--overwrite") == 0
+    assert read_table(out)["jpeg"].max() < 0
+
+
+def test_two_processes_share_the_pictures_and_one_table_comes_out(folder: Path, tmp_path: Path) -> None:
+    words = ["-m", "pipelines.cli", "score", str(folder), "--judges", JUDGES, "--no-cache", "--batch-size", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    both = [*torchrun, *words, "--out", str(tmp_path / "two.parquet")]
+    done_by_two = subprocess.run(both, capture_output=True, text=True, env=env, timeout=300)
+    assert done_by_two.returncode == 0, done_by_two.stderr[-2000:]
+    assert done_by_two.stdout.count("12 pictures") == 1
+    assert run(*words[2:], "--out", tmp_path / "one.parquet") == 0
+    one, two = read_table(tmp_path / "one.parquet"), read_table(tmp_path / "two.parquet")
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert not Journal(tmp_path / "two.parquet").parts
+
+
+def test_every_batch_has_one_process(folder: Path, tmp_path: Path) -> None:
+    panel = {"jpeg": reward_models.load("jpeg")}
+    sheet = scoring.sheet_of([folder])
+    taken = []
+    for rank in (1, 2, 0):  # the first makes the table, so it goes last here; the others' barriers are passed at once
+        journal = Journal(tmp_path / "t.csv")
+        journal.begin(scoring._purpose(sheet, list(panel.values()), 2), rank)
+        table = scoring.score_sheet(sheet, panel, journal=_Blind(journal), share=(rank, 3), batch_size=2) if rank else None
+        taken.append(table)
+    journal = Journal(tmp_path / "t.csv")
+    table = scoring.score_sheet(sheet, panel, journal=_Blind(journal), share=(0, 3), batch_size=2)
+    assert taken == [None] * 3
+    assert table["jpeg"].tolist() == reward_models.load("jpeg").score(folder).tolist()
+
+
+class _Blind:
+    """A journal that begins before any other process has written, as the barrier sees to."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def begin(self, purpose: str, rank: int) -> dict:
+        self._journal.begin(purpose, rank)
+        return {}
+
+    def __getattr__(self, name: str):
+        return getattr(self._journal, name)
+
+
+# --------------------------------------------------------------------------------------------------------------------- rank
+
+
+def test_rank_prints_the_best_first(folder: Path, tmp_path: Path, capsys) -> None:
+    words = ["--judges", "jpeg", "--best", "3", "--out", tmp_path / "r.csv", "--sheet", tmp_path / "r.png"]
+    assert run("rank", folder, *words) == 0
+    scores = reward_models.load("jpeg").score(folder)
+    order = scores.argsort(descending=True)[:3].tolist()
+    ranked = read_table(tmp_path / "r.csv")
+    assert ranked["picture"].tolist() == [str(folder / f"{i:04d}.png") for i in order]
+    assert ranked["rank"].tolist() == [1, 2, 3]
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".png" in line and line.startswith("|")]
+    assert [f"{i:04d}.png" in line for i, line in zip(order, lines, strict=True)] == [True] * 3
+    assert Image.open(tmp_path / "r.png").width > 500
+
+
+def test_rank_for_one_prompt_and_per_prompt(folder: Path, tmp_path: Path) -> None:
+    words = ["--judges", "tiny-pickscore,jpeg", "--out", tmp_path / "r.parquet", "--overwrite"]
+    assert run("rank", folder, "--prompt", "a red circle", *words) == 0
+    whole = read_table(tmp_path / "r.parquet")
+    assert whole["rank"].tolist() == sorted(whole["rank"]) and len(whole) == 12
+    places = whole["tiny-pickscore"].rank(ascending=False) + whole["jpeg"].rank(ascending=False)
+    assert places.tolist() == sorted(places)
+    rows = [json.dumps({"file_name": f"{i:04d}.png", "text": "a blue star" if i < 7 else "a red circle"}) for i in range(12)]
+    (tmp_path / "two.jsonl").write_text("\n".join(rows))
+    assert run("rank", folder, "--prompts", tmp_path / "two.jsonl", "--per-prompt", "--best", "2", *words) == 0
+    best = read_table(tmp_path / "r.parquet")
+    assert best["prompt"].tolist() == ["a blue star"] * 2 + ["a red circle"] * 2 and best["rank"].tolist() == [1, 2, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--judges", "pikscore"], "there is no judge called 'pikscore'. Did you mean 'pickscore'"),
+        (["--judges", "hps-v2,hps-v2.1"], "hps-v2 and hps-v2.1 are not comparable and do not go into one table"),
+        (
+            ["--judges", "jpeg", "--out", "scores.txt"],
+            "A table of scores ends in one of .parquet, .csv, .jsonl; got 'scores.txt'",
+        ),
+        (["--judges", "jpeg", "--judge-options", "jpeg.quality=3"], "'jpeg' has no option 'quality'"),
+        (["--judges", "oracle", "--prompts", "WITHOUT"], "12 of 12 pictures in"),
+        (["--judges", "prompt=jpeg"], "A judge cannot be called 'prompt': the table has a column of that name"),
+        (
+            ["--judges", "clip", "--judge-options", "clip.weights=nowhere.safetensors"],
+            "should be in nowhere.safetensors; there is no such",
+        ),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_in_a_paragraph(words, expected, folder, tmp_path, capsys) -> None:
+    words = [str(tmp_path / "none.jsonl") if word == "WITHOUT" else word for word in words]
+    (tmp_path / "none.jsonl").write_text('{"file_name": "other.png", "text": "a red circle"}\n')
+    words = words if "--out" in words else [*words, "--out", str(tmp_path / "s.csv")]
+    assert run("score", folder, *words) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_missing_weights_name_the_file_the_command_and_the_option(folder: Path, tmp_path: Path, capsys) -> None:
+    assert run("score", folder, "--judges", "pickscore", "--out", tmp_path / "s.csv") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "model.safetensors of yuvalkirstain/PickScore_v1" in told
+    assert "`hf download yuvalkirstain/PickScore_v1 model.safetensors`" in told
+    assert "--judge-options pickscore.weights=PATH" in told
+
+
+def test_a_table_that_is_there_is_not_replaced_unasked(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "s.csv").write_text("mine")
+    assert run("score", folder, "--judges", "jpeg", "--out", tmp_path / "s.csv") == 2
+    assert "is there already. Name another, or add --overwrite" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "s.csv").read_text() == "mine"
+
+
+def test_reading_what_is_no_table_of_scores(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is no table of scores: it has no column 'system', 'picture'"):
+        read_table(tmp_path / "x.csv")
+    with pytest.raises(UserError, match="There is no table of scores"):
+        read_table(tmp_path / "y.csv")

@@ -1,0 +1,440 @@
+"""Many pictures, several judges, one pass: what is shared, what is kept, what is told."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+import reward_models
+from reward_models import _clip, _heads, aesthetic
+from reward_models._cache import Cache
+from reward_models._judge import PointwiseJudge
+from reward_models._pictures import Pictures, UnreadablePictureWarning
+from reward_models.base import JudgeError, RewardInfo
+
+
+def many(n: int, seed: int = 5) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)) for i in range(n)]
+
+
+def prompts(n: int) -> list[str]:
+    return [f"picture number {i // 2}" for i in range(n)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "pictures"
+    path.mkdir()
+    for i, picture in enumerate(many(10)):
+        picture.save(path / f"{i:02d}.png")
+    return path
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> dict[str, Path]:
+    """Heads of the aesthetic predictors on the tiny CLIP, in the released layouts."""
+    torch.manual_seed(3)
+    linear = torch.nn.Linear(24, 1)
+    torch.save(linear.state_dict(), tmp_path / "v1.pth")
+    deep = _heads.build((24, 20, 16, 12, 8, 1))
+    names = {f"{i}.{kind}": f"layers.{n}.{kind}" for i, n in enumerate(_heads.NUMBERS) for kind in ("weight", "bias")}
+    torch.save({names[k]: v for k, v in deep.state_dict().items()}, tmp_path / "v2.pth")
+    return {"aesthetic-v1": tmp_path / "v1.pth", "aesthetic-v2": tmp_path / "v2.pth"}
+
+
+@pytest.fixture
+def three(clip_file: Path, heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[PointwiseJudge]:
+    """CLIP and the two predictors on it."""
+    monkeypatch.setattr(aesthetic, "WIDTHS", (24, 20, 16, 12, 8, 1))
+    on_it = [reward_models.load(name, weights=clip_file, head=head) for name, head in heads.items()]
+    return [reward_models.load("clip", weights=clip_file), *on_it]
+
+
+class Counting:
+    """Counts the calls of a function and the items they were given."""
+
+    def __init__(self, real) -> None:
+        self.real, self.calls, self.items = real, 0, 0
+
+    def __call__(self, items):
+        self.calls, self.items = self.calls + 1, self.items + len(items)
+        return self.real(items)
+
+
+@pytest.fixture
+def counted(three: list[PointwiseJudge], monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting(three[0].encoder.embed)
+    monkeypatch.setattr(three[0].encoder, "embed", counting)
+    return counting
+
+
+# ----------------------------------------------------------------------------------------------------------------- sharing
+
+
+def test_judges_on_one_backbone_hold_one_copy_and_share_its_forward_pass(three, counted, folder) -> None:
+    assert three[0].encoder is three[1].encoder is three[2].encoder
+    alone = [judge.score(folder, prompts(10)) for judge in three]
+    counted.items = 0
+    together = reward_models.score(three, folder, prompts(10), batch_size=4)
+    assert counted.items == 10
+    for judge, expected in zip(three, alone, strict=True):
+        torch.testing.assert_close(together[judge.info.name], expected, rtol=0, atol=1e-5)
+
+
+def test_the_copy_goes_when_nobody_holds_it(clip_file: Path) -> None:
+    first = reward_models.load("clip", weights=clip_file)
+    again = reward_models.load("clip", weights=clip_file)
+    other = reward_models.load("clip", weights=clip_file, dtype="bfloat16")
+    assert again.encoder is first.encoder is not other.encoder
+    held = len(_clip._LOADED)
+    del first, again, other
+    assert len(_clip._LOADED) < held
+
+
+def test_a_picture_is_opened_once_whoever_looks_at_it(three, folder, monkeypatch) -> None:
+    opened, real = Counter(), Pictures.__getitem__
+
+    def watched(self, i):
+        opened[i] += 1
+        assert threading.current_thread() is not threading.main_thread()
+        return real(self, i)
+
+    monkeypatch.setattr(Pictures, "__getitem__", watched)
+    reward_models.score([*three, "jpeg"], folder, prompts(10))
+    assert opened == Counter(range(10))
+
+
+def test_each_different_prompt_is_encoded_once(three, folder, monkeypatch) -> None:
+    counting = Counting(three[0].encoder.embed_text)
+    monkeypatch.setattr(three[0].encoder, "embed_text", counting)
+    three[0].score(folder, prompts(10), batch_size=3)
+    assert counting.items == 5
+
+
+def test_scores_do_not_depend_on_the_batch(three, folder) -> None:
+    whole = reward_models.score(three, folder, prompts(10), batch_size=16)
+    small = reward_models.score(three, folder, prompts(10), batch_size=3)
+    for name in whole:
+        torch.testing.assert_close(small[name], whole[name], rtol=0, atol=1e-6 if name == "clip" else 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_a_second_scoring_asks_no_network_and_opens_no_picture(three, counted, folder, tmp_path, monkeypatch) -> None:
+    first = reward_models.score(three, folder, prompts(10), cache=tmp_path / "c.sqlite")
+    counted.items = 0
+    monkeypatch.setattr(Pictures, "__getitem__", lambda self, i: pytest.fail("a picture was opened"))
+    second = reward_models.score(three, folder, prompts(10), cache=tmp_path / "c.sqlite")
+    assert counted.items == 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_cache_goes_by_content_not_by_name(three, counted, folder, tmp_path) -> None:
+    first = three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+    counted.items = 0
+    (folder / "00.png").rename(folder / "zz.png")
+    moved = three[0].score(folder, [*prompts(10)[1:], prompts(10)[0]], cache=tmp_path / "c.sqlite")
+    assert counted.items == 0
+    assert torch.equal(moved, first.roll(-1))
+    many(1, seed=9)[0].save(folder / "01.png")
+    three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+    assert counted.items == 1
+
+
+def test_new_prompts_and_new_judges_use_the_embeddings_that_are_kept(three, counted, folder, tmp_path) -> None:
+    three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+    counted.items = 0
+    other = three[0].score(folder, "something else", cache=tmp_path / "c.sqlite")
+    liked = three[1].score(folder, cache=tmp_path / "c.sqlite")
+    assert counted.items == 0
+    torch.testing.assert_close(other, three[0].score(folder, "something else"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(liked, three[1].score(folder), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "preprocess", "model"])
+def test_another_judge_finds_nothing_of_this_one(change, three, clip_file, folder, tmp_path) -> None:
+    three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+    options = {"weights": clip_file}
+    if change == "weights":
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(clip_file)
+        state["visual.proj"] = -state["visual.proj"]
+        options["weights"] = tmp_path / "other.safetensors"
+        save_file(state, options["weights"])
+    elif change == "model":
+        options = {"model": "open_clip:convnext_test", "weights": None}
+        pytest.importorskip("open_clip")
+        other = three[1]
+        assert other.fingerprint != three[0].fingerprint
+        return
+    else:
+        options[change] = {"dtype": "bfloat16", "preprocess": "fast"}[change]
+    other = reward_models.load("clip", **options)
+    assert other.fingerprint != three[0].fingerprint
+    cached = other.score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+    assert torch.equal(cached, other.score(folder, prompts(10)))
+    assert not torch.equal(cached, three[0].score(folder, prompts(10)))
+
+
+def test_unreadable_pictures_are_not_remembered(three, folder, tmp_path) -> None:
+    whole = (folder / "03.png").read_bytes()
+    (folder / "03.png").write_bytes(whole[:100])
+    for _ in range(2):
+        with pytest.warns(UnreadablePictureWarning, match=r"1 of 10 pictures cannot be read and score NaN: .*03\.png"):
+            scores = three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+        assert scores.isnan().tolist() == [i == 3 for i in range(10)]
+    (folder / "03.png").write_bytes(whole)
+    assert not three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite").isnan().any()
+
+
+def test_one_cache_serves_several_writers(tmp_path: Path) -> None:
+    keys = [f"key {i}" for i in range(1200)]
+
+    def write(part: int) -> None:
+        with Cache(tmp_path / "c.sqlite") as cache:
+            for key in keys[part::4]:
+                cache.keep_scores({key: float(key.split()[1])})
+
+    writers = [threading.Thread(target=write, args=(part,)) for part in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    with Cache(tmp_path / "c.sqlite") as cache:
+        assert cache.scores(keys) == {key: float(key.split()[1]) for key in keys}
+
+
+def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.sqlite").write_text("this is no data base, and long enough to be looked at as one" * 20)
+    with pytest.raises(JudgeError, match=r"c\.sqlite cannot be used as a cache of scores"):
+        Cache(tmp_path / "c.sqlite")
+
+
+# ---------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_columns_of_data_sets_and_frames_are_pictures(folder: Path) -> None:
+    judge, paths = reward_models.load("jpeg"), sorted(folder.iterdir())
+    expected = judge.score(folder)
+    decoded = Dataset.from_dict({"image": [str(p) for p in paths]}).cast_column("image", ImageFeature())
+    raw = decoded.cast_column("image", ImageFeature(decode=False))
+    embedded = Dataset.from_list([{"image": {"bytes": p.read_bytes(), "path": None}} for p in paths])
+    plain = Dataset.from_dict({"path": [str(p) for p in paths]}, features=Features({"path": Value("string")}))
+    frame = pd.DataFrame({"path": [str(p) for p in paths], "bytes": [p.read_bytes() for p in paths]})
+    columns = [
+        decoded["image"],
+        raw["image"],
+        embedded["image"],
+        plain["path"],
+        frame["path"],
+        frame["bytes"],
+        frame["path"].values,
+    ]
+    for column in columns:
+        assert torch.equal(judge.score(column), expected)
+
+
+def test_prompts_may_be_a_column(three, folder) -> None:
+    expected = three[0].score(folder, prompts(10))
+    table = Dataset.from_dict({"prompt": prompts(10)})
+    assert torch.equal(three[0].score(folder, table["prompt"]), expected)
+    assert torch.equal(three[0].score(folder, pd.Series(prompts(10))), expected)
+
+
+def test_what_is_no_picture_is_refused_before_anything_is_scored() -> None:
+    judge = reward_models.load("jpeg")
+    with pytest.raises(JudgeError, match="a picture is a PIL image, a path, an array or a tensor; got int"):
+        judge.score([many(1)[0], 3])
+    with pytest.raises(JudgeError, match="or a list of them; got generator"):
+        judge.score(p for p in many(2))
+
+
+def test_broken_pictures_are_counted_and_some_are_named(folder: Path) -> None:
+    for i in range(7):
+        (folder / f"{i:02d}.png").write_bytes(b"nothing")
+    with pytest.warns(
+        UnreadablePictureWarning, match=r"7 of 10 pictures cannot be read and score NaN: .*00\.png.*04\.png.*; \.\.\.$"
+    ):
+        scores = reward_models.load("jpeg").score(folder)
+    assert scores.isnan().sum() == 7
+
+
+def test_no_warning_where_all_is_well(three, folder) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward_models.score(three, folder, prompts(10))
+
+
+# ---------------------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_is_told_by_pictures(three, folder) -> None:
+    told = []
+    three[0].score(folder, prompts(10), batch_size=4, progress=lambda done, of: told.append((done, of)))
+    assert told == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_a_bar_shows_the_time_that_is_left(three, folder, capsys) -> None:
+    three[0].score(folder, prompts(10), batch_size=2, progress=True)
+    assert "10/10" in capsys.readouterr().err
+    three[0].score(folder, prompts(10), batch_size=2)  # nobody looks
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- judges' use
+
+
+class Brightness(PointwiseJudge):
+    """A judge of somebody's own: the mean level; ``lower`` turns its sense."""
+
+    def __init__(self, lower: bool = False) -> None:
+        self.info = RewardInfo("brightness", needs_prompt=False, higher_is_better=not lower)
+        self.sharpness = 0.1
+
+    def score_prepared(self, prepared, prompts):
+        return torch.tensor([float(np.asarray(p.convert("L")).mean()) for p in prepared])
+
+
+def flat(*levels: int) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), (level,) * 3) for level in levels]
+
+
+def test_rank_puts_the_best_first_and_ties_share_a_rank() -> None:
+    ranking = Brightness().rank([*flat(10, 30, 20, 30), None], "a grey square")
+    assert ranking.order == [1, 3, 2, 0, 4]
+    assert ranking.ranks == [4, 1, 3, 1, None]
+    assert ranking.best is not None and ranking.best.getpixel((0, 0)) == (30, 30, 30)
+    chances = [place.probability for place in ranking][:4]
+    assert sum(chances) == pytest.approx(1.0)
+    assert chances[0] / chances[2] == pytest.approx(np.exp(0.1 * 10))
+    assert Brightness(lower=True).rank(flat(10, 30, 20)).order == [0, 2, 1]
+
+
+def test_a_ranking_shows_thumbnails_in_a_notebook_and_lines_in_a_shell(folder: Path) -> None:
+    (folder / "05.png").write_bytes(b"nothing")
+    with pytest.warns(UnreadablePictureWarning):
+        ranking = reward_models.load("jpeg").rank(folder)
+    page = ranking._repr_html_()
+    assert page.count("data:image/png;base64,") == 9 and "unreadable" in page
+    lines = repr(ranking).splitlines()
+    assert len(lines) == 11 and lines[1].split()[0] == "1" and lines[-1].endswith("05.png")
+
+
+def test_prefer_is_the_sigmoid_of_the_difference() -> None:
+    chance = Brightness().prefer(flat(10, 30), flat(20, 30))
+    assert chance.tolist() == pytest.approx([1 / (1 + np.exp(1.0)), 0.5])
+    with pytest.raises(JudgeError, match="pair by pair; got 1 and 2"):
+        Brightness().prefer(flat(1), flat(1, 2))
+    with pytest.raises(JudgeError, match="'jpeg' was not trained on preferences"):
+        reward_models.load("jpeg").prefer(flat(1), flat(2))
+
+
+def test_a_reward_function_for_on_line_training_in_both_layouts() -> None:
+    ddpo = Brightness(lower=True).as_callable()
+    scores, extra = ddpo(torch.full((2, 3, 8, 8), 10 / 255), ["a", "b"], [{}, {}])
+    assert isinstance(scores, np.ndarray) and scores.dtype == np.float32 and scores.tolist() == [-10.0, -10.0] and extra == {}
+    trl = Brightness().as_callable("trl")
+    assert trl(["a", "b", "c"], [*flat(3, 4), None], step=1) == [3.0, 4.0, None]
+    with pytest.raises(JudgeError, match="'ddpo' or 'trl'; got 'grpo'"):
+        Brightness().as_callable("grpo")
+
+
+def test_combinations_by_hand() -> None:
+    jpeg, light = reward_models.load("jpeg"), Brightness()
+    pictures = many(6)
+    a, b = jpeg.score(pictures), light.score(pictures)
+    torch.testing.assert_close((2.0 * light - jpeg.scaled(0.5)).score(pictures), 2.0 * b - 0.5 * a)
+    torch.testing.assert_close((light + 3 * Brightness(lower=True)).score(pictures), b - 3 * b)
+    frozen = light.z([10.0, 20.0, 30.0])
+    torch.testing.assert_close(frozen.score(pictures), (b - 20.0) / 10.0)
+    torch.testing.assert_close((0.5 * frozen).score(pictures), 0.5 * (b - 20.0) / 10.0)
+    group = light.z().score([*pictures, None])
+    assert group[:-1].mean().item() == pytest.approx(0.0, abs=1e-5) and group[:-1].std().item() == pytest.approx(1.0, abs=1e-5)
+    assert group[-1].isnan()
+    with pytest.raises(JudgeError, match="'brightness' cannot be standardised by 2 of them that do not differ"):
+        light.z().score(flat(5, 5))
+
+
+def test_a_combination_is_a_judge_like_any_other(three, counted, folder) -> None:
+    reward = 0.5 * three[0].z() + three[1].scaled(0.1)
+    assert reward.info.needs_prompt and reward.info.name == "0.5*clip.z() + 0.1*aesthetic-v1"
+    scores = reward_models.score({"mine": reward, "clip": three[0]}, folder, prompts(10))
+    assert counted.items == 10
+    assert reward.rank(folder, "a cat").order == reward.score(folder, "a cat").argsort(descending=True).tolist()
+    clip = scores["clip"]
+    expected = 0.5 * (clip - clip.mean()) / clip.std() + 0.1 * three[1].score(folder)
+    torch.testing.assert_close(scores["mine"], expected, rtol=0, atol=1e-5)
+    pixels = torch.rand(3, 3, 40, 40, requires_grad=True)
+    reward.loss(pixels, "a cat").backward()
+    assert (pixels.grad != 0).any()
+
+
+def test_the_matrix_of_any_judge(three, folder) -> None:
+    assert three[0].matrix(folder, ["a", "b"]).shape == (10, 2)
+    torch.testing.assert_close(three[0].matrix(folder, ["a", "b"])[:, 1], three[0].score(folder, "b"), rtol=0, atol=1e-6)
+    assert torch.equal(reward_models.load("jpeg").matrix(folder, ["a", "b"])[:, 0], reward_models.load("jpeg").score(folder))
+
+
+def test_a_judge_without_gradient_says_so() -> None:
+    with pytest.raises(JudgeError, match="'jpeg' is not differentiable"):
+        reward_models.load("jpeg").loss(torch.rand(1, 3, 8, 8))
+
+
+def test_provenance_names_what_decides_the_numbers(three, clip_file) -> None:
+    import hashlib
+
+    told = three[0].provenance()
+    assert told["weights"] == "sha256:" + hashlib.sha256(clip_file.read_bytes()).hexdigest()
+    assert told["dtype"] == "float32" and told["tokenizer"] == "open_clip" and "ShortestSide" in told["preprocess"]
+    assert set(told["versions"]) == {"torch", "torchvision", "transformers", "pillow"}
+    assert str(clip_file) not in str(told)
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_versions_of_hps_do_not_go_into_one_table() -> None:
+    with pytest.raises(JudgeError, match="hps-v2 and hps-v2.1 are not comparable and do not go into one table"):
+        reward_models.check_together(["clip", "hps-v2.1", "hps-v2"])
+    reward_models.check_together(["clip", "aesthetic-v1", "aesthetic-v2", "hps-v2"])
+
+
+def test_a_judge_is_asked_once_and_at_least_one() -> None:
+    with pytest.raises(JudgeError, match="'jpeg' is asked for more than once"):
+        reward_models.score(["jpeg", "jpeg"], many(1))
+    with pytest.raises(JudgeError, match="at least one judge"):
+        reward_models.score([], many(1))
+
+
+def test_a_wrong_option_names_the_nearest() -> None:
+    with pytest.raises(JudgeError, match=r"'jpeg' has no option 'per_megapixl'\. Did you mean 'per_megapixel'\?"):
+        reward_models.load("jpeg", per_megapixl=True)
+    with pytest.raises(JudgeError, match=r"'oracle' has no option 'device'\. It has: none"):
+        reward_models.load("oracle", device="cpu")
+    assert "weights" in reward_models.options("hps-v2.1") and "name" not in reward_models.options("hps-v2.1")
+
+
+def test_wrong_choices_are_named(clip_file: Path) -> None:
+    with pytest.raises(JudgeError, match="dtype is one of float32, bfloat16, float16; got 'fp8'"):
+        reward_models.load("clip", weights=clip_file, dtype="fp8")
+    with pytest.raises(JudgeError, match="preprocess is one of exact, fast; got 'quick'"):
+        reward_models.load("clip", weights=clip_file, preprocess="quick")
+
+
+def test_lengths_that_differ_are_never_zipped() -> None:
+    judge = reward_models.load("oracle")
+    with pytest.raises(JudgeError, match="'oracle' got 3 pictures and 2 prompts; each picture needs one"):
+        judge.score(many(3), ["a red circle"] * 2)
