@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipelines.comparison_numbers import MACRO
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -24,8 +26,6 @@ _LINE, _ROW, _FRAME = 0.17, 0.13, 0.75  # inches: of a point, between rows, arou
 def draw(c: Comparison) -> Figure:
     """Rows are judges above and categories below, one panel of categories for each judge; colours are systems."""
     from matplotlib.figure import Figure
-
-    from pipelines.comparison import MACRO
 
     others = c.systems[1:]
     categories = [*dict.fromkeys(c.by_category["category"])]

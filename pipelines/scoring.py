@@ -2,9 +2,9 @@
 
     table = score_table({"base": "pictures/base", "tuned": "pictures/tuned"}, "prompts.jsonl", ["pickscore", "clip"])
 
-One row per picture, with the columns ``KEYS`` of ``pipelines.comparison`` and one column per judge; ``compare(table)`` goes on
-from there. All pictures go through the judges in one pass (``reward_models._scoring``). With a ``Journal`` the pass can be cut
-off at any time and goes on where it was, in whole batches, so that the table is the same to the bit.
+One row per picture, with the columns ``KEYS`` of ``pipelines.comparison_table`` and one column per judge; ``compare(table)``
+goes on from there. All pictures go through the judges in one pass (``reward_models._scoring``). With a ``Journal`` the pass can
+be cut off at any time and goes on where it was, in whole batches, so that the table is the same to the bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import reward_models
 from diffalign.errors import UserError
 from pipelines import outputs
-from pipelines.comparison import KEYS
+from pipelines.comparison_table import KEYS
 from pipelines.picture_prompts import pictures_with_prompts, prompts_and_pictures_of_dataset
 from pipelines.score_journal import Journal
 from reward_models._pictures import Pictures, list_folder
@@ -331,6 +331,8 @@ def _frame(sheet: Sheet, panel: Mapping[str, Scorer], scores: Mapping[str, np.nd
         "judges": {name: _facts(judge) for name, judge in panel.items()},
         "provenance": {name: judge.provenance() for name, judge in panel.items()},
         "unreadable": unreadable,
+        "prompts": len(set(sheet.prompts)),
+        "prompts_cut": {name: judge.n_cut(sorted(set(sheet.prompts))) for name, judge in panel.items()},
     }
     return table
 

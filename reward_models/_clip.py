@@ -24,7 +24,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 77
-Tokenise = Callable[[Sequence[str]], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Tokenise:
+    """Prompts to the numbers of their tokens [N, length], without the tokenizer's own marks that somebody typed."""
+
+    encode: Callable[[list[str]], Tensor]
+    count: Callable[[str], int]
+    """Tokens of a prompt, start and end included, before it is cut."""
+    length: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self.encode([plain(text) for text in texts])
+
+    def n_cut(self, texts: Sequence[str]) -> int:
+        """How many are longer than ``length`` and are not read to their end."""
+        return sum(self.count(plain(text)) > self.length for text in texts)
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,7 @@ def open_clip_tokens() -> Tokenise:
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer(context_length=TOKENS)
-    return lambda texts: tokenizer([plain(t) for t in texts])
+    return Tokenise(tokenizer, lambda text: len(tokenizer.encode(text)) + 2, TOKENS)
 
 
 def transformers_tokens(folder: str | Path, judge: str, length: int = TOKENS) -> Tokenise:
@@ -165,7 +181,7 @@ def transformers_tokens(folder: str | Path, judge: str, length: int = TOKENS) ->
 
     tokenizer = read_tokenizer(CLIPTokenizer, folder, judge)
     how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    return lambda texts: tokenizer([plain(t) for t in texts], **how).input_ids
+    return Tokenise(lambda texts: tokenizer(texts, **how).input_ids, lambda text: len(tokenizer(text).input_ids), length)
 
 
 # ------------------------------------------------------------------------------------------------------------------ towers
@@ -175,7 +191,11 @@ class Towers:
     """Pictures and words to unit vectors in one space."""
 
     def __init__(
-        self, model: Any, tokenise: Tokenise, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        model: Any,
+        tokenise: Callable[[Sequence[str]], Tensor],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._tokenise, self._device = tokenise, device
@@ -184,6 +204,10 @@ class Towers:
     def scale(self) -> float:
         """exp of the learnt temperature: about 100."""
         return float(self._model.logit_scale.detach().float().exp())
+
+    def n_cut(self, prompts: Sequence[str]) -> int | None:
+        """How many prompts are too long to be read to their end; None where the tokenizer does not tell."""
+        return self._tokenise.n_cut(prompts) if isinstance(self._tokenise, Tokenise) else None
 
     def images(self, pixels: Tensor) -> Tensor:
         """Preprocessed [N, 3, H, W] to float32 [N, D] of length one; gradients pass."""

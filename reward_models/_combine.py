@@ -81,6 +81,10 @@ class Combined(Scorer):
     def is_pointwise(self) -> bool:
         return not any(term.by_group for term in self._terms)
 
+    def n_cut(self, prompts: Sequence[str]) -> int | None:
+        counts = [term.judge.n_cut(prompts) for term in self._terms]
+        return None if None in counts else max(counts)
+
     def combine(self, scores: Sequence[Tensor]) -> Tensor:
         return sum(_sign(term) * term.value(of_judge) for term, of_judge in zip(self._terms, scores, strict=True))
 

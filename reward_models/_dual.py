@@ -58,6 +58,9 @@ class DualEncoder(EmbeddingJudge):
         """[N, M]: every picture against every prompt; each is embedded once."""
         return self._factor * self.embed_images(images, batch_size=batch_size, cache=cache) @ self.embed_text(prompts).T
 
+    def n_cut(self, prompts: Sequence[str]) -> int | None:
+        return self.encoder.towers.n_cut(prompts)
+
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """[M, D] of length one, float32, on the CPU."""
         return self.encoder.embed_text(list(prompts))

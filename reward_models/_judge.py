@@ -79,6 +79,10 @@ class Scorer(ABC):
         """Whether a picture's score is the same whatever pictures are judged beside it."""
         return True
 
+    def n_cut(self, prompts: Sequence[str]) -> int | None:
+        """How many prompts are too long to be read to their end; 0 for a judge that reads none, None if it is not known."""
+        return None if self.info.needs_prompt else 0
+
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """All that decides its numbers: hashes of the weights, preprocessing, tokenizer, precision, versions of libraries."""

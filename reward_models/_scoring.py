@@ -339,6 +339,7 @@ class _Shown:
             self._bar.update(pictures)
 
     def __enter__(self) -> _Shown:
+        self.add(0)  # something to look at while the first batch is under way
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -137,6 +137,9 @@ class ImageReward(PointwiseJudge):
 
         return self._judge(torch.stack(list(prepared)), prompts).cpu()
 
+    def n_cut(self, prompts: Sequence[str]) -> int:
+        return sum(len(ids) > TOKENS for ids in self._tokenizer(list(prompts)).input_ids) if prompts else 0
+
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
         return self._judge(self.preparation.how.grad(pixels), texts_for(self, len(pixels), prompts))
 

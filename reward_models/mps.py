@@ -215,6 +215,9 @@ class MPS(PointwiseJudge):
 
         return self._judge(torch.stack(list(prepared)), prompts).cpu()
 
+    def n_cut(self, prompts: Sequence[str]) -> int:
+        return self._tokenise.n_cut(prompts)
+
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
         return self._judge(self.preparation.how.grad(pixels), texts_for(self, len(pixels), prompts))
 

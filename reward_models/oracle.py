@@ -402,6 +402,9 @@ class Oracle(PointwiseJudge):
         self.check_prompts(prompts)
         return torch.tensor([judge(*one).utility for one in zip(prepared, prompts, strict=True)], dtype=torch.float32)
 
+    def n_cut(self, prompts: Sequence[str]) -> int:
+        return 0
+
     def details(self, images: Any, prompts: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """``faithfulness``, ``taste``, ``objects_found`` and ``relation_kept``, each [N] in [0, 1].
 

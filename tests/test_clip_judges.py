@@ -134,6 +134,14 @@ def test_a_tokenizer_that_knows_no_word_is_refused(tmp_path: Path) -> None:
             _clip.transformers_tokens(nowhere, "pickscore")
 
 
+def test_prompts_that_are_too_long_are_counted(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    for tokenise in (_clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path, "pickscore")):
+        whole, cut = "cat " * 75, "cat " * 76  # with the two marks 77 and 78 tokens
+        assert tokenise.n_cut([whole, cut, "a cat"]) == 1
+        assert tokenise([whole]).shape == (1, 77) and torch.equal(tokenise([whole]), tokenise([cut]))
+
+
 def test_a_typed_end_mark_does_not_end_the_prompt(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     for tokenise in (_clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path, "pickscore")):

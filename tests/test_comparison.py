@@ -18,7 +18,10 @@ from scipy.special import expit
 
 from diffalign import evaluate
 from diffalign.errors import UserError
-from pipelines.comparison import KEYS, MACRO, Comparison, bradley_terry, compare, holm
+from diffalign.multiple_comparisons import bradley_terry, holm
+from pipelines.comparison import Comparison, compare
+from pipelines.comparison_numbers import MACRO
+from pipelines.comparison_table import KEYS
 
 NAN = float("nan")
 QUICK = {"n_boot": 200}

@@ -183,3 +183,8 @@ def test_the_gradient_reaches_the_picture(folder: Path) -> None:
     pixels = torch.rand(3, 3, 70, 80, requires_grad=True)
     judge.differentiable_score(pixels, PROMPTS).sum().backward()
     assert (pixels.grad != 0).float().mean() > 0.5
+
+
+def test_prompts_beyond_35_tokens_are_counted(folder: Path) -> None:
+    judge = reward_models.load("imagereward", weights=folder, tokenizer=folder)
+    assert judge.n_cut(PROMPTS) == 1 and judge.n_cut(["red " * 33, "red " * 34]) == 1 and judge.n_cut([]) == 0

@@ -33,7 +33,7 @@ def test_registry_lists_the_judges_without_importing_them():
 
 
 def test_every_listed_judge_without_weights_keeps_the_protocol():
-    for name in ("jpeg", "oracle"):
+    for name in ("jpeg", "jpeg-incompressibility", "oracle"):
         judge = reward_models.load(name)
         assert isinstance(judge, Judge)
         assert judge.info.name == name
@@ -60,6 +60,12 @@ def test_jpeg_score_is_minus_the_size_of_the_file():
     judge = reward_models.load("jpeg")
     assert judge.score([noisy()]).item() == pytest.approx(-len(buffer.getvalue()) / 1000)
     assert jpeg.kilobytes(flat()) < jpeg.kilobytes(noisy()) / 5
+
+
+def test_incompressibility_is_the_other_way_round():
+    pictures = [flat(), noisy()]
+    there, back = (reward_models.load(name).score(pictures) for name in ("jpeg", "jpeg-incompressibility"))
+    assert torch.equal(there, -back) and back[1] > back[0] > 0
 
 
 def test_jpeg_scores_come_in_the_order_of_the_pictures():

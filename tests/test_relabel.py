@@ -23,7 +23,7 @@ from diffalign.data.pairs import RowProblem
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.evaluate import win_rate
-from pipelines import cli, relabel
+from pipelines import cli, relabel, relabel_files, relabel_report, relabel_verdict
 from pipelines.commands import relabel as command
 from pipelines.tiny.model import pairs_path
 from reward_models import oracle
@@ -114,7 +114,9 @@ def test_the_report_counts_what_the_file_shows(judged: tuple[relabel.Relabelled,
     for agreement in report.agreements:
         name = agreement.judge
         margins = [row[f"{name}_margin"] for row in decided]
-        wanted = win_rate([0.0] * len(decided), margins, groups=[row["caption"] for row in decided], n_boot=relabel.REPLICATES)
+        wanted = win_rate(
+            [0.0] * len(decided), margins, groups=[row["caption"] for row in decided], n_boot=relabel_report.REPLICATES
+        )
         assert agreement.rate == wanted
         assert agreement.judged == N
         assert wanted.losses == sum(row[f"{name}_conflict"] for row in decided)
@@ -129,15 +131,15 @@ def test_the_report_counts_what_the_file_shows(judged: tuple[relabel.Relabelled,
 
 
 def test_quarters_are_cut_by_the_size_of_the_margin() -> None:
-    assert relabel._quarters(np.array([-1.0, 2.0, -3.0, 4.0, 5.0, 6.0, -7.0, 8.0])) == (
+    assert relabel_report._quarters(np.array([-1.0, 2.0, -3.0, 4.0, 5.0, 6.0, -7.0, 8.0])) == (
         (1.0, 2.0, 2, 1),
         (3.0, 4.0, 2, 1),
         (5.0, 6.0, 2, 0),
         (7.0, 8.0, 2, 1),
     )
-    assert relabel._quarters(np.array([1.0, -1.0, 1.0])) == ((1.0, 1.0, 3, 1),)
-    assert relabel._quarters(np.array([1.0, -1.0, 1.0, 1.0, -5.0])) == ((1.0, 1.0, 4, 1), (5.0, 5.0, 1, 1))
-    assert relabel._quarters(np.array([-2.0])) == ((2.0, 2.0, 1, 1),)
+    assert relabel_report._quarters(np.array([1.0, -1.0, 1.0])) == ((1.0, 1.0, 3, 1),)
+    assert relabel_report._quarters(np.array([1.0, -1.0, 1.0, 1.0, -5.0])) == ((1.0, 1.0, 4, 1), (5.0, 5.0, 1, 1))
+    assert relabel_report._quarters(np.array([-2.0])) == ((2.0, 2.0, 1, 1),)
 
 
 def test_where_lower_is_better_the_lower_agrees(tiny: Path, tmp_path: Path) -> None:
@@ -423,7 +425,7 @@ def test_a_missing_file_is_told_and_its_pair_stays(tmp_path: Path) -> None:
 
 
 def test_groups_of_rows_are_written_when_they_are_large(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relabel, "_ROW_GROUP", 40_000)
+    monkeypatch.setattr(relabel_files, "_ROW_GROUP", 40_000)
     rejudged(tiny, tmp_path / "out.parquet", "jpeg", batch_size=1)
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups > 1
     assert_same_pairs(open_pairs(tiny), open_pairs(tmp_path / "out.parquet"))
@@ -543,7 +545,7 @@ def test_the_command_offers_the_labels_there_are() -> None:
 
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    assert tuple(next(a for a in parser._actions if a.dest == "labels").choices) == relabel.LABELS
+    assert tuple(next(a for a in parser._actions if a.dest == "labels").choices) == relabel_verdict.LABELS
 
 
 @pytest.mark.parametrize(

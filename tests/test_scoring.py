@@ -163,26 +163,15 @@ def test_new_prompts_and_new_judges_use_the_embeddings_that_are_kept(three, coun
     torch.testing.assert_close(liked, three[1].score(folder), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["weights", "dtype", "preprocess", "model"])
+@pytest.mark.parametrize("change", ["weights", "dtype", "preprocess"])
 def test_another_judge_finds_nothing_of_this_one(change, three, clip_file, folder, tmp_path) -> None:
-    three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
-    options = {"weights": clip_file}
-    if change == "weights":
-        from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save_file
 
-        state = load_file(clip_file)
-        state["visual.proj"] = -state["visual.proj"]
-        options["weights"] = tmp_path / "other.safetensors"
-        save_file(state, options["weights"])
-    elif change == "model":
-        options = {"model": "open_clip:convnext_test", "weights": None}
-        pytest.importorskip("open_clip")
-        other = three[1]
-        assert other.fingerprint != three[0].fingerprint
-        return
-    else:
-        options[change] = {"dtype": "bfloat16", "preprocess": "fast"}[change]
-    other = reward_models.load("clip", **options)
+    three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite")
+    state = load_file(clip_file)
+    save_file({**state, "visual.proj": -state["visual.proj"]}, tmp_path / "other.safetensors")
+    changed = {"weights": tmp_path / "other.safetensors", "dtype": "bfloat16", "preprocess": "fast"}
+    other = reward_models.load("clip", **{"weights": clip_file, change: changed[change]})
     assert other.fingerprint != three[0].fingerprint
     cached = other.score(folder, prompts(10), cache=tmp_path / "c.sqlite")
     assert torch.equal(cached, other.score(folder, prompts(10)))
@@ -215,6 +204,12 @@ def test_one_cache_serves_several_writers(tmp_path: Path) -> None:
         writer.join()
     with Cache(tmp_path / "c.sqlite") as cache:
         assert cache.scores(keys) == {key: float(key.split()[1]) for key in keys}
+
+
+def test_what_is_not_a_number_is_not_kept(tmp_path: Path) -> None:
+    with Cache(tmp_path / "c.sqlite") as cache:
+        cache.keep_scores({"a": 1.0, "b": float("nan")})
+        assert cache.scores(["a", "b"]) == {"a": 1.0}
 
 
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -284,7 +279,7 @@ def test_no_warning_where_all_is_well(three, folder) -> None:
 def test_progress_is_told_by_pictures(three, folder) -> None:
     told = []
     three[0].score(folder, prompts(10), batch_size=4, progress=lambda done, of: told.append((done, of)))
-    assert told == [(4, 10), (8, 10), (10, 10)]
+    assert told == [(0, 10), (4, 10), (8, 10), (10, 10)]
 
 
 def test_a_bar_shows_the_time_that_is_left(three, folder, capsys) -> None:

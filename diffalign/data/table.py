@@ -6,10 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffalign.data.pairs import ImageSource, PreferencePair, RowProblem, image_from, number_from
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Rows(Protocol):
@@ -27,6 +31,10 @@ class Rows(Protocol):
 
     def column(self, name: str) -> Sequence[Any]:
         """One light column in full; None where a row cannot be read."""
+        ...
+
+    def schema(self) -> pa.Schema | None:
+        """Arrow's types of the columns, where the storage states them."""
         ...
 
     def origin(self, index: int) -> str:
@@ -56,17 +64,29 @@ class Layout(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoredPair:
+    """A pair and the row that it was read from, for those who write the data again."""
+
+    pair: PreferencePair
+    cells: Mapping[str, Any]  # of all columns
+    images: tuple[ImageSource, ImageSource]  # in the order of ``PairTable.image_columns``, whichever is preferred
+    probability: float  # that the first of them is preferred
+
+
 class PairTable:
     """Pairs by index, read when asked for.
 
     ``table[i]`` raises ``RowProblem`` for a row that cannot be used; pictures are decoded only by ``ImageSource.open``.
+    ``rows`` is what they are read from: all of its rows and columns, also those that are not used.
     ``left_out`` counts the rows that were left out when the data set was opened, by reason.
     """
 
     def __init__(
         self, rows: Rows, layout: Layout, names: Mapping[str, str], kept: Sequence[int], ties: str, left_out: Mapping[str, int]
     ) -> None:
-        self._rows, self._layout, self._names, self._kept = rows, layout, dict(names), kept
+        self.rows = rows
+        self._layout, self._names, self._kept = layout, dict(names), kept
         self.ties = ties
         self.left_out = dict(left_out)
         self._fingerprint: str | None = None
@@ -76,30 +96,56 @@ class PairTable:
 
     def __getitem__(self, index: int) -> PreferencePair:
         where = self._kept[self._checked(index)]
-        origin = self._rows.origin(where)
-        found = self._rows.row(where, tuple(self._names.values()))
-        cells = {role: found.get(name) for role, name in self._names.items()}
-        return self._pair(cells, origin)
+        found = self.rows.row(where, tuple(self._names.values()))
+        return self._pair(self._by_role(found), self.rows.origin(where))
 
     def __iter__(self) -> Iterator[PreferencePair]:
         return (self[i] for i in range(len(self)))
 
+    def stored(self, index: int) -> StoredPair:
+        """Pair ``index`` as it is stored. Raises ``RowProblem`` where ``table[index]`` does."""
+        where = self._kept[self._checked(index)]
+        cells = self.rows.row(where, self.rows.columns)
+        by_role = self._by_role(cells)
+        pair = self._pair(by_role, self.rows.origin(where))
+        probability = self._layout.probability(by_role)
+        images = (pair.winner, pair.loser) if probability >= 0.5 else (pair.loser, pair.winner)
+        return StoredPair(pair, cells, images, probability)
+
+    @property
+    def image_columns(self) -> tuple[str, str]:
+        """The columns that hold the first and the second picture."""
+        first, second = (self._names[role] for role in self._layout.IMAGES)
+        return first, second
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the first and the second picture are called in this kind of data: 0 and 1, or chosen and rejected."""
+        first, second = (role.rpartition("_")[2] for role in self._layout.IMAGES)
+        return first, second
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns for the probability of the first picture, which need not be there, and of the second, if that is there."""
+        first = self._layout.LABELS[0]
+        columns = (self._names.get(first, first), self._names.get("label_1"))
+        return tuple(column for column in columns if column is not None)
+
     def origin(self, index: int) -> str:
         """File and row of pair ``index``, without reading it."""
-        return self._rows.origin(self._kept[self._checked(index)])
+        return self.rows.origin(self._kept[self._checked(index)])
 
     @property
     def description(self) -> str:
         """One line: where the data are, in which form, and how many rows."""
         left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
-        return f"{self._rows.description}: {self._layout.FORM}, {len(self)} pairs{left}"
+        return f"{self.rows.description}: {self._layout.FORM}, {len(self)} pairs{left}"
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the files' identity (names, and content or size and time) and of how they are read."""
         if self._fingerprint is None:
-            images = [self._names[role] for role in self._layout.IMAGES]
-            parts = [self._rows.identity(images), self._names, self.ties, len(self)]
+            parts = [self.rows.identity(self.image_columns), self._names, self.ties, len(self)]
             self._fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self._fingerprint
 
@@ -107,6 +153,9 @@ class PairTable:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         return index % len(self)
+
+    def _by_role(self, cells: Mapping[str, Any]) -> dict[str, Any]:
+        return {role: cells.get(name) for role, name in self._names.items()}
 
     def _pair(self, cells: Mapping[str, Any], origin: str) -> PreferencePair:
         try:
@@ -124,7 +173,7 @@ class PairTable:
 
     def _image(self, cell: Any, side: str, origin: str) -> ImageSource:
         try:
-            return image_from(cell, self._rows.base)
+            return image_from(cell, self.rows.base)
         except ValueError as error:
             raise RowProblem(origin, side, str(error)) from error
 

@@ -81,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     scoring.write_table(table, out)
     journal.remove()
     print(_told_of(table, args))
+    for name, cut in table.attrs["prompts_cut"].items():
+        if cut:
+            print(f"{name} does not read {cut} of {table.attrs['prompts']} prompts to their end: they are too long for it.")
     print(f"\n{len(table)} pictures: {out}")
     return 0
 

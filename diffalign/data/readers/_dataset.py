@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.data.readers._files import identity_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class DatasetRows:
@@ -28,6 +31,9 @@ class DatasetRows:
 
     def column(self, name: str) -> Sequence[Any]:
         return self._dataset.select_columns([name])[:][name].to_pylist()
+
+    def schema(self) -> pa.Schema | None:
+        return self._dataset.features.arrow_schema
 
     def origin(self, index: int) -> str:
         return f"{self.description}:row {index}"

@@ -6,11 +6,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.data.readers import parquet, saved
 from diffalign.data.readers._files import identity_of, same_columns, shards
 from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORM = "an arrow file or a folder of arrow shards"
 
@@ -47,6 +50,11 @@ class ArrowRows:
 
     def column(self, name: str) -> Sequence[Any]:
         return [value for table in self._tables for value in table[name].to_pylist()]
+
+    def schema(self) -> pa.Schema | None:
+        import pyarrow as pa
+
+        return pa.unify_schemas([table.schema for table in self._tables], promote_options="permissive")
 
     def origin(self, index: int) -> str:
         k, j = self._locate(index)

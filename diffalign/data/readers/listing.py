@@ -7,13 +7,16 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffalign.data.pairs import RowProblem
 from diffalign.data.readers._files import identity_of
 from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORM = "a .jsonl, .csv or .tsv file with columns prompt, chosen, rejected (pictures as paths relative to the file)"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -71,6 +74,9 @@ class ListingRows:
             where = self._header.index(name)
             return [None if self._problem(record) else record[where] for record in records]
         return [None if self._problem(record) else record.get(name) for record in records]
+
+    def schema(self) -> pa.Schema | None:
+        return None
 
     def origin(self, index: int) -> str:
         return f"{self._path.name}:line {self._lines[index]}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
 from diffalign.data.readers._files import LOSER, WINNER, identity_of, picture, read_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORM = "a folder with one sub-folder per pair, each with prompt.txt, win.* and lose.* (or winner/loser, chosen/rejected)"
 
@@ -53,6 +56,9 @@ class PairFolderRows:
 
     def column(self, name: str) -> Sequence[Any]:
         return [None] * len(self)
+
+    def schema(self) -> pa.Schema | None:
+        return None
 
     def origin(self, index: int) -> str:
         return f"{self._root.name}/{self._names[index]}"

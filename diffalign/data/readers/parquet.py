@@ -6,10 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.data.readers._files import identity_of, same_columns, shards
 from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORM = "a parquet file or a folder of parquet shards (Pick-a-Pic, or columns prompt, chosen, rejected)"
 ROWS_AT_ONCE = 16
@@ -48,6 +51,11 @@ class ParquetRows:
 
     def column(self, name: str) -> Sequence[Any]:
         return [value for file in self._files for value in _open(file).read(columns=[name])[name].to_pylist()]
+
+    def schema(self) -> pa.Schema | None:
+        import pyarrow as pa
+
+        return pa.unify_schemas([_open(file).schema_arrow for file in self._files], promote_options="permissive")
 
     def origin(self, index: int) -> str:
         k, j = self._locate(index)

@@ -1,0 +1,178 @@
+"""What follows from the scores of a pair: whether it stays, what its label becomes, and the cells that are added to its row.
+
+Columns that are added for a judge J, where F and S stand for the data's first and second picture (0 and 1 in Pick-a-Pic,
+``chosen`` and ``rejected`` elsewhere):
+
+    J_F, J_S        the scores; empty where the picture cannot be read
+    J_margin        how far the human's winner is ahead, negative where J prefers the other; empty for the human's ties
+    J_conflict      whether J prefers the other
+    J_probability   of the first picture to be preferred, as ``label`` says it; of judges that were trained on preferences
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from diffalign.data.table import PairTable, StoredPair
+from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    from reward_models._judge import Scorer
+
+LABELS = ("human", "flip", "soft")
+"""What the label becomes: it stays; turned round where the first judge disagrees; the first judge's probability."""
+HUMAN = "human_label"
+"""The column in which the human's label stays where another takes its place."""
+
+
+@dataclass
+class JudgedPair:
+    """A row, the files of its two pictures and what judges gave them, in the order of the data."""
+
+    stored: StoredPair
+    content: list[bytes | None]  # None where there is no such file
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)  # by judge; NaN where there is none
+
+    @property
+    def prompt(self) -> str:
+        return self.stored.pair.prompt
+
+    @property
+    def human(self) -> float:
+        """The probability that the first picture is preferred."""
+        return self.stored.probability
+
+    @property
+    def tie(self) -> bool:
+        return self.human == 0.5
+
+    def by_preference(self, judge: str) -> tuple[float, float]:
+        """Scores of the human's winner and loser; of a tie, of the first and the second."""
+        first, second = self.scores[judge]
+        return (first, second) if self.human >= 0.5 else (second, first)
+
+
+def score_columns(table: PairTable, judge: str) -> tuple[str, str]:
+    """Where the scores of the first and the second picture go."""
+    first, second = (f"{judge}_{side}" for side in table.sides)
+    return first, second
+
+
+def check_columns(table: PairTable, judges: Iterable[str], labels: str) -> None:
+    """Raises ``UserError`` where a column that would be added is there already."""
+    present, where = table.rows.columns, table.rows.description
+    if labels != "human" and HUMAN in present:
+        raise UserError(f"{where} has a column {HUMAN} already: its labels are not the human's any more. Relabel the original.")
+    for judge in judges:
+        for column in (*score_columns(table, judge), *(f"{judge}_{what}" for what in ("margin", "conflict", "probability"))):
+            if column in present:
+                raise UserError(
+                    f"{where} has a column {column} already. Call the judge something else, as in --judges again={judge}."
+                )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was asked for, and what it makes of a pair; the first judge decides.
+
+    Raises ``UserError`` for wishes that make no sense together.
+    """
+
+    table: PairTable
+    judges: Mapping[str, Scorer]
+    labels: str
+    drop_conflicts: bool
+    min_margin: float
+
+    def __post_init__(self) -> None:
+        if not self.judges:
+            raise UserError("To judge data again needs at least one judge; got none.")
+        first, judge = next(iter(self.judges.items()))
+        if self.labels not in LABELS:
+            raise UserError(f"labels is one of {', '.join(LABELS)}; got {self.labels!r}.")
+        if self.labels == "flip" and self.drop_conflicts:
+            raise UserError(
+                "Labels that conflict are either turned round (--labels flip) or dropped (--drop-conflicts); got both."
+            )
+        if not (math.isfinite(self.min_margin) and self.min_margin >= 0):
+            raise UserError(f"The smallest margin is a number, at least 0; got {self.min_margin}.")
+        if self.labels == "soft" and judge.sharpness is None:
+            raise UserError(
+                f"--labels soft: the labels are probabilities, and the judge {first!r} was not trained on preferences; its "
+                f"scores have an order only. Use --labels flip, or name a judge such as pickscore or hps-v2.1 first."
+            )
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.judges))
+
+    def margin(self, judge: str, pair: JudgedPair) -> float:
+        """How far the human's winner is ahead; of a tie, the first picture. NaN where a score is."""
+        winner, loser = pair.by_preference(judge)
+        ahead = 0.0 if winner == loser else winner - loser  # equal infinities are no difference
+        return ahead if self.judges[judge].info.higher_is_better else -ahead
+
+    def probability(self, judge: str, pair: JudgedPair) -> float:
+        """Of the first picture to be preferred; NaN where a score is."""
+        import torch
+
+        first, second = torch.tensor(pair.scores[judge], dtype=torch.float64)
+        return float(self.judges[judge].preference(first, second))
+
+    def reason_to_drop(self, pair: JudgedPair) -> str | None:
+        margin = self.margin(self.first, pair)
+        if self.drop_conflicts and not pair.tie and margin < 0:
+            return "conflicts"
+        if self.min_margin and math.isnan(margin):
+            return "not judged"
+        return "too close" if abs(margin) < self.min_margin else None
+
+    def label(self, pair: JudgedPair) -> float:
+        """What takes the place of the human's label, which stays where the first judge has nothing to say."""
+        if self.labels == "soft":
+            chance = self.probability(self.first, pair)
+            return pair.human if math.isnan(chance) else chance
+        turned = self.labels == "flip" and self.margin(self.first, pair) < 0
+        return 1.0 - pair.human if turned else pair.human
+
+    def scored(self, pair: JudgedPair) -> dict[str, Any]:
+        """The cells that judges add."""
+        cells: dict[str, Any] = {}
+        for name, judge in self.judges.items():
+            margin = None if pair.tie else _known(self.margin(name, pair))
+            cells |= zip(score_columns(self.table, name), map(_known, pair.scores[name]), strict=True)
+            cells |= {f"{name}_margin": margin, f"{name}_conflict": None if margin is None else margin < 0}
+            if judge.sharpness is not None:
+                cells[f"{name}_probability"] = _known(self.probability(name, pair))
+        return cells
+
+    def labelled(self, human: float, label: float) -> dict[str, float]:
+        """The cells that change with the label, as far as labels may change at all."""
+        if self.labels == "human":
+            return {}
+        return {HUMAN: human, **dict(zip(self.table.label_columns, (label, 1.0 - label)))}
+
+    def columns(self) -> dict[str, str]:
+        """The columns that are added or replaced, and what they hold: "score", "flag" or "probability"."""
+        added = {}
+        for name, judge in self.judges.items():
+            first, second = score_columns(self.table, name)
+            added |= {first: "score", second: "score", f"{name}_margin": "score", f"{name}_conflict": "flag"}
+            added |= {f"{name}_probability": "probability"} if judge.sharpness is not None else {}
+        if self.labels != "human":
+            added |= dict.fromkeys((HUMAN, *self.table.label_columns), "probability")
+        return added
+
+    def provenance(self) -> dict[str, Any]:
+        """What the numbers come from, for whoever finds the file in a year."""
+        wishes = {"labels": self.labels, "drop_conflicts": self.drop_conflicts, "min_margin": self.min_margin}
+        judges = {name: judge.provenance() for name, judge in self.judges.items()}
+        return {"relabelled": self.table.fingerprint, **wishes, "judges": judges}
+
+
+def _known(value: float) -> float | None:
+    """As many digits as single precision has; None for NaN."""
+    return None if math.isnan(value) else float(f"{value:.9g}")
