@@ -2,7 +2,7 @@
 
 Batch after batch: threads open and prepare the next batch while the networks are busy with this one; every picture is opened
 once whoever looks at it, prepared once for judges with equal preprocessing, embedded once for judges with one encoder, and not
-at all where a cache knows the answer.
+at all where a cache knows the answer. A batch's numbers depend on the batch alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 CacheLike: TypeAlias = Cache | str | Path | bool | None
 ProgressLike: TypeAlias = bool | Callable[[int, int], None] | None
 THREADS = min(4, os.cpu_count() or 1)
-_TEXTS_KEPT = 20_000
 
 
 def score_all(
@@ -126,7 +125,6 @@ class _Work:
         self._judges, self._pictures, self._prompts = judges, pictures, texts
         self._cache, self._threads = cache, threads
         self._networks = Halving(batch_size)
-        self._texts: dict[tuple[int, str], Tensor] = {}
 
     def begin(self, numbers: list[int]) -> _Batch:
         """Ask the cache, and have the threads open and prepare what it does not know."""
@@ -204,16 +202,16 @@ class _Work:
         return judge.score_embeddings(torch.stack(list(vectors)), texts)
 
     def _embedded_texts(self, encoder: Encoder, prompts: Sequence[str]) -> Tensor:
-        """[n, D]; each different prompt is encoded once."""
+        """[n, D]; each different prompt of the batch is encoded once.
+
+        Not once for all batches: a text is rounded a little differently in other company, and a run that was cut off would no
+        longer give the same numbers. A cache keeps texts for all.
+        """
         import torch
 
-        if len(self._texts) > _TEXTS_KEPT:
-            self._texts.clear()
-        mine = {text: self._texts.get((id(encoder), text)) for text in dict.fromkeys(prompts)}
-        missing = [text for text, vector in mine.items() if vector is None]
-        for text, vector in zip(missing, self._encode_texts(encoder, missing), strict=True):
-            mine[text] = self._texts[id(encoder), text] = vector
-        return torch.stack([mine[text] for text in prompts])
+        different = list(dict.fromkeys(prompts))
+        vectors = dict(zip(different, self._encode_texts(encoder, different), strict=True))
+        return torch.stack([vectors[text] for text in prompts])
 
     def _encode_texts(self, encoder: Encoder, texts: Sequence[str]) -> list[Tensor]:
         import torch
@@ -349,4 +347,5 @@ class _Shown:
 
 def _somebody_looks() -> bool:
     """Whether there is a terminal or a notebook to show a bar in."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr.isatty() or shell is not None

@@ -115,10 +115,13 @@ def test_a_picture_is_opened_once_whoever_looks_at_it(three, folder, monkeypatch
     assert opened == Counter(range(10))
 
 
-def test_each_different_prompt_is_encoded_once(three, folder, monkeypatch) -> None:
+def test_each_different_prompt_of_a_batch_is_encoded_once_and_with_a_cache_of_all(three, folder, monkeypatch, tmp_path) -> None:
     counting = Counting(three[0].encoder.embed_text)
     monkeypatch.setattr(three[0].encoder, "embed_text", counting)
     three[0].score(folder, prompts(10), batch_size=3)
+    assert counting.items == 2 + 2 + 2 + 1
+    counting.items = 0
+    three[0].score(folder, prompts(10), batch_size=3, cache=tmp_path / "c.sqlite")
     assert counting.items == 5
 
 

@@ -80,7 +80,9 @@ def ranked_table(table: pd.DataFrame, judges: list[str], per_prompt: bool = Fals
     ranked = table.assign(rank=mean.groupby(groups).rank(method="min").astype("Int64"))
     ranked = ranked.sort_values(["prompt_id", "rank"] if per_prompt else ["rank"], kind="stable", na_position="last")
     ranked.attrs = table.attrs
-    return ranked if best is None else ranked[ranked["rank"] <= best]
+    if best is None:
+        return ranked
+    return ranked[ranked["rank"].notna()].groupby(groups.loc[ranked.index]).head(best)
 
 
 def _text(ranked: pd.DataFrame, judges: list[str]) -> str:

@@ -48,6 +48,7 @@ JUDGE_OPTIONS: dict[str, tuple[type, str]] = {
     "choice_steps": (int, "steps on people's choices"),
     "choice_batch": (int, "captions per step on people's choices"),
     "choice_learning_rate": (float, "peak learning rate on people's choices"),
+    "captions_kept": (float, "weight of the loss on captions during the steps on people's choices"),
 }
 """The fields of ``pipelines.tiny.train_pickscore.JudgeTraining``, in the same way."""
 
