@@ -3,15 +3,21 @@
 A denoising error stands in for a negative log-likelihood (Diffusion-DPO, arXiv 2311.12908, eq. 13-14): the smaller the
 error of the predicted noise, the likelier the sample. The error is a *mean* over the latent's dimensions, the convention
 of the released code, under which beta = 2000...5000; divide beta by C*H*W for the paper's sum.
+
+A transition of a sampled trajectory has a likelihood proper, the Gaussian density of the step (D3PO, arXiv 2311.13231, eq. 13;
+DDPO, arXiv 2305.13301). Here too the default is the released code's mean over dimensions; ``over="sum"`` is the papers'.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffalign.protocols import Predictor
-from diffalign.types import LogLikelihood, LogRatio, NoisyPair
+from diffalign.schedule import NoiseSchedule, Over
+from diffalign.types import Conditioning, LogLikelihood, LogRatio, NoisyPair
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -37,6 +43,35 @@ def pair_errors(predictor: Predictor, pair: NoisyPair) -> tuple[Tensor, Tensor]:
 def denoising(winner_error: Tensor, loser_error: Tensor) -> LogLikelihood:
     """Log-likelihoods from the denoising errors [B] of the two sides."""
     return LogLikelihood(winner=-winner_error, loser=-loser_error)
+
+
+@dataclass(frozen=True)
+class TransitionPair:
+    """The same step of two trajectories for one prompt: where each was, and where it went."""
+
+    winner: Tensor  # [B, C, H, W] x_t on the preferred trajectory
+    loser: Tensor  # [B, C, H, W] x_t on the other one
+    winner_next: Tensor  # [B, C, H, W] stored x at t_previous
+    loser_next: Tensor  # [B, C, H, W]
+    t: Tensor  # [B] int64
+    t_previous: Tensor  # [B] int64; -1 is the clean end
+    conditioning: Conditioning
+
+
+def transition(
+    predictor: Predictor, schedule: NoiseSchedule, pair: TransitionPair, eta: float = 1.0, over: Over = "mean"
+) -> LogLikelihood:
+    """Log-densities of both steps, from one call of the network. nan where a step has no noise (``schedule.has_noise``).
+
+    ``predictor`` must predict as the sampler's did: wrap it in ``solvers.Guided`` if the trajectories were guided. Then one
+    call of the network holds both sides with and without the prompt, 4 B rows.
+    """
+    conditioning = {name: torch.cat([value, value]) for name, value in pair.conditioning.items()}
+    x_t, x_next = torch.cat([pair.winner, pair.loser]), torch.cat([pair.winner_next, pair.loser_next])
+    t, t_previous = torch.cat([pair.t, pair.t]), torch.cat([pair.t_previous, pair.t_previous])
+    prediction = predictor(x_t, t, conditioning)
+    winner, loser = schedule.log_density(x_next, x_t, prediction, t, t_previous, eta, over).chunk(2)
+    return LogLikelihood(winner=winner, loser=loser)
 
 
 def log_ratio(policy: LogLikelihood, reference: LogLikelihood) -> LogRatio:

@@ -1,0 +1,119 @@
+"""Diffusion-DRO's replay buffer: the newest trajectories of the policy, with the expert that each is compared with.
+
+Chen et al. 2025 (arXiv 2510.18353), algorithm 1: a micro-step takes as many trajectories as it has samples and of each one
+step (x_t, t, and the noise the policy predicted there); the expert's clean latent is noised to the same t. Trajectories share
+prompt and t with their expert, not noise.
+
+Departures of the released code (basiclab/DiffusionDRO, misc/buffer.py) from what is done here:
+
+* saving gathers every tensor into the same variable, so only the last one is written: a resumed run cannot read its buffer;
+  here the state is complete, and a resumed run draws what the uninterrupted one would have drawn;
+* it draws from the global generator; here the generator is an argument. Same generator, same draw as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.sources.rollout import Trajectory
+from diffalign.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Single steps from the buffer. B = steps drawn."""
+
+    x_t: Tensor  # [B, C, H, W], on the policy's trajectory
+    t: Tensor  # [B] int64
+    prediction: Tensor  # [B, C, H, W], what the policy said at (x_t, t) when it made the trajectory
+    x_0: Tensor  # [B, C, H, W], clean latent of the expert
+    conditioning: Conditioning  # the prompt of both
+    index: Tensor  # [B] int64, the expert's row
+
+
+class ReplayBuffer:
+    """The newest ``size`` trajectories, on the CPU."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"a buffer holds at least one trajectory; got size {size}")
+        self._size = size
+        self._held: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._held["t"]) if self._held else 0
+
+    def push(self, made: Trajectory, x_0: Tensor, conditioning: Conditioning) -> None:
+        """Keep trajectories [B, S] with their experts' latents [B, C, H, W] and conditioning [B, ...]; forget the oldest.
+
+        Raises:
+            ValueError: lengths or shapes do not fit each other or what is held.
+        """
+        new = {"x": made.x[:, :-1], "t": made.t, "prediction": made.prediction, "x_0": x_0, "index": made.index}
+        new |= {f"conditioning.{name}": value for name, value in conditioning.items()}
+        if wrong := {name: len(value) for name, value in new.items() if len(value) != len(made)}:
+            raise ValueError(f"{len(made)} trajectories are pushed, but {_listed(wrong)}")
+        new = {name: value.detach().cpu() for name, value in new.items()}
+        if self._held and (wrong := _unlike(self._held, new)):
+            raise ValueError(f"the buffer holds other things than are pushed: {wrong}")
+        self._held = {
+            name: (torch.cat([self._held[name], value]) if self._held else value)[-self._size :].clone()
+            for name, value in new.items()
+        }
+
+    def sample(self, n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Replayed:
+        """``n`` trajectories, none twice as long as there are enough, and of each one step, uniformly.
+
+        Raises:
+            ValueError: nothing has been pushed.
+        """
+        if not self._held:
+            raise ValueError("the buffer is empty: push trajectories first")
+        held, steps = self._held["t"].shape
+        enough = n <= held
+        rows = torch.randperm(held, generator=generator)[:n] if enough else torch.randint(held, (n,), generator=generator)
+        at = torch.randint(steps, (n,), generator=generator)
+
+        def step(name: str) -> Tensor:
+            return self._held[name][rows, at].to(device)
+
+        prompts = [name for name in self._held if name.startswith("conditioning.")]
+        return Replayed(
+            x_t=step("x"),
+            t=step("t"),
+            prediction=step("prediction"),
+            x_0=self._held["x_0"][rows].to(device),
+            conditioning={name.removeprefix("conditioning."): self._held[name][rows].to(device) for name in prompts},
+            index=self._held["index"][rows],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain values."""
+        return {"size": self._size, "held": dict(self._held)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the saved buffer.
+
+        Raises:
+            ValueError: it was saved with another size.
+        """
+        if state["size"] != self._size:
+            raise ValueError(f"the saved buffer holds up to {state['size']} trajectories, this one up to {self._size}")
+        self._held = dict(state["held"])
+
+
+def _unlike(held: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> str:
+    """What differs between the tensors held and those that come, in words; empty if nothing does."""
+    if held.keys() != new.keys():
+        return f"{', '.join(sorted(held))} against {', '.join(sorted(new))}"
+    shapes = {name: (list(held[name].shape[1:]), list(value.shape[1:])) for name, value in new.items()}
+    return _listed({name: f"{ours} against {theirs}" for name, (ours, theirs) in shapes.items() if ours != theirs})
+
+
+def _listed(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {number}" for name, number in numbers.items())
