@@ -4,7 +4,7 @@
 
 It is to PickScore (Kirstain et al. 2023, arXiv 2305.01569) what the tiny checkpoint is to Stable Diffusion: a genuine one of the
 kind, small enough to come with the package, for trying things out and for tests. A CLIP as OpenAI's RN50 is one (Radford et al.
-2021, arXiv 2103.00020: a convolutional tower with attention pooling), 1.6 million parameters, for pictures of 64 pixels and the
+2021, arXiv 2103.00020: a convolutional tower with attention pooling), 1.7 million parameters, for pictures of 64 pixels and the
 words of the tiny world. ``pipelines/tiny/train_pickscore.py`` made its weights, which fall under this project's licence.
 """
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 NAME = "tiny-pickscore"
 FILE = "model.safetensors"
 FOLDER = Path(__file__).parent / "weights" / "tiny_pickscore"
-SIZE = 64
+SIZE = 96
+"""Pictures of 64 pixels are enlarged: the tower reduces by 32, and a grid of 2 x 2 would not tell where things are."""
 TOKENS, VOCABULARY = 40, 644
-WIDTH = 64
-"""Of the common space."""
+WIDTH = 256
+"""Of the common space: wide enough for the place of every kind of object, or left and right cannot be told."""
 
 
 def build() -> Any:
@@ -65,7 +66,7 @@ def load(weights: str | Path | None = None, *, device: str | None = None, dtype:
         needs_prompt=True,
         range=(-towers.scale, towers.scale),
         differentiable=True,
-        description="which picture the tiny world's people would choose: a CLIP of 1.6 million parameters trained on their votes",
+        description="which picture the tiny world's people would choose: a CLIP of 1.7 million parameters trained on their votes",
     )
     made_of = {"weights": file, "tokenizer": "transformers", "dtype": dtype}
     return DualEncoder(info, ClipEncoder(towers, ShortestSide(size=SIZE), made_of), factor=towers.scale, sharpness=1.0)

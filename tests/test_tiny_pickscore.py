@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,14 @@ from PIL import Image
 import reward_models
 from pipelines import cli
 from pipelines.tiny import check_pickscore, scenes, train_pickscore
-from reward_models import tiny_pickscore
+from reward_models import oracle, tiny_pickscore
 from reward_models.base import JudgeError
 
 HELD_OUT = Path(__file__).parent / "data" / "held_out_pairs.parquet"
 """``diffalign world pairs --split test --n 160 --seed 77 --candidates 4``: made as the shipped pairs; no training saw them."""
+
+
+_RELATION = re.compile("|".join(train_pickscore._OPPOSITE))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,6 @@ def test_it_is_small_and_says_how_it_was_made() -> None:
     assert record["config"]["seed"] == 0 and record["votes"] > 10_000 and "/" not in record["command"]
 
 
-@pytest.mark.xfail(strict=True, reason="not yet: 77.5 % of 160 (style alone 88 %); it does not tell left from right")
 def test_it_agrees_with_the_oracle_on_held_out_pairs(judge) -> None:
     rows = pq.read_table(HELD_OUT).to_pylist()
     assert all(scenes.split_of(row["caption"]) == "test" for row in rows)
@@ -51,7 +54,6 @@ def test_it_agrees_with_the_oracle_on_held_out_pairs(judge) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="not yet; see the test above")
 def test_it_agrees_with_the_oracle_on_pairs_sampled_anew(capsys) -> None:
     assert cli.main(["world", "check-judge", "--n", "300", "--candidates", "4", "--seed", "5"]) == 0
     print(capsys.readouterr().out)
@@ -62,9 +64,31 @@ def test_it_reads_the_caption(judge) -> None:
     rng = np.random.default_rng(0)
     wrong = [train_pickscore.changed(caption, rng) for caption in captions]
     right = judge.score(pictures, captions) > judge.score(pictures, wrong)
-    assert right.float().mean() > 0.75
+    assert right.float().mean() > 0.8
     others = judge.score(pictures, captions[1:] + captions[:1])
     assert (judge.score(pictures, captions) > others).float().mean() > 0.9
+
+
+def test_it_tells_left_from_right_and_above_from_below(judge) -> None:
+    """What the first designs never learnt: the same two objects, the other way round."""
+    pictures, captions = drawn(120)
+    related = [i for i, caption in enumerate(captions) if oracle.read_caption(caption).relation]
+    pictures, captions = [pictures[i] for i in related], [captions[i] for i in related]
+    turned = [_RELATION.sub(lambda m: train_pickscore._OPPOSITE[m[0]], caption) for caption in captions]
+    assert len(related) > 30 and all(a != b for a, b in zip(captions, turned, strict=True))
+    assert (judge.score(pictures, captions) > judge.score(pictures, turned)).float().mean() > 0.9
+
+
+def test_what_was_drawn_and_what_is_said_agree() -> None:
+    """The two truths that one head learns to read, from the scene and from its caption."""
+    rng = np.random.default_rng(2)
+    both = [scenes.draw_captioned(rng, "train") for _ in range(60)]
+    shown = train_pickscore.drawn_truth([scene for scene, _ in both])
+    told = train_pickscore.said_truth([caption for _, caption in both])
+    assert torch.equal(shown.kinds, told.kinds) and shown.kinds.sum(dim=1).tolist() == [len(s.objects) for s, _ in both]
+    stated = told.known.bool()
+    assert stated.any() and (shown.places[stated].sign() == told.places[stated]).all()
+    assert ((shown.places.abs() < 3) & (told.places.abs() <= 1)).all() and shown.known.sum() == 2 * shown.kinds.sum()
 
 
 def test_it_is_a_pickscore_in_all_but_size(judge) -> None:
@@ -151,7 +175,7 @@ def test_the_loss_is_pick_a_pics(monkeypatch: pytest.MonkeyPatch) -> None:
     training.clip.eval()
     with torch.no_grad():
         unit = torch.nn.functional.normalize(training.pictures(arrays), dim=1)
-        texts = training.texts(captions[:2]).repeat_interleave(2, dim=0)
+        texts = torch.nn.functional.normalize(training.texts(captions[:2]), dim=1).repeat_interleave(2, dim=0)
         s = (training.scale * (unit * texts).sum(dim=1)).double().tolist()
         loss = training.choice_loss(asked).item()
     first = -np.log(np.exp(s[0]) / (np.exp(s[0]) + np.exp(s[1])))

@@ -1,12 +1,13 @@
 """How the shipped miniature PickScore was made: ``diffalign world train-judge --output DIR``.
 
-A genuine CLIP of 1.6 million parameters (``reward_models.tiny_pickscore``), in the two steps of the real one (Kirstain et al.
+A genuine CLIP of 1.7 million parameters (``reward_models.tiny_pickscore``), in the two steps of the real one (Kirstain et al.
 2023, arXiv 2305.01569):
 
 1. It learns what captions mean, by CLIP's contrastive loss (Radford et al. 2021, arXiv 2103.00020) on freshly drawn scenes.
    Each batch also holds captions that are wrong in one word, for in the tiny world any two captions are far apart otherwise.
    Where CLIP has 400 million pictures for that, this one has minutes; so a linear head, thrown away afterwards, also has to
-   tell what was drawn: which shapes in which colours, and in what style.
+   tell what was drawn: which shapes in which colours, where they are, and in what style. The same head reads the captions, so
+   that both towers come to say "this one is left" in the same way; by contrast alone left and right were never learnt.
 2. It learns what people prefer, by Pick-a-Pic's loss on the votes of the synthetic people: the cross-entropy between
    (label_0, label_1), a tie being (0.5, 0.5), and the softmax of the two pictures' scores for their caption.
 
@@ -54,9 +55,11 @@ from reward_models._preprocess import ShortestSide
 
 Say = Callable[[str], None]
 
-PREPROCESS = ShortestSide(size=scenes.SIZE)
+PREPROCESS = ShortestSide(size=tiny_pickscore.SIZE)
 KINDS = [(colour, shape) for colour in oracle.COLOURS for shape in oracle.SHAPES]
 TRAITS = tuple(oracle.TASTE_WEIGHTS)
+FAR = 16.0
+"""Pixels from the middle of two objects to either, about."""
 STYLED = 0.1
 """Share of the captions with style words that people are asked about, as in the shipped pairs."""
 HIGHEST_SCALE = 100.0
@@ -75,7 +78,7 @@ class JudgeTraining:
     styled: float = 0.5
     near_misses: int = 3
     rendered: int = 4_000
-    sampled: int = 800
+    sampled: int = 1_200
     candidates: int = 4
     broken: float = 0.3
     choice_steps: int = 1_000
@@ -259,16 +262,16 @@ class JudgeInTraining:
         torch.manual_seed(config.seed)
         self.config, self.tokenizer = config, model.build_tokenizer()
         self.clip = tiny_pickscore.build().train()
-        self.head = nn.Linear(tiny_pickscore.WIDTH, len(KINDS) + len(TRAITS))
+        self.head = nn.Linear(tiny_pickscore.WIDTH, 3 * len(KINDS) + len(TRAITS))
 
     def pictures(self, pictures: np.ndarray) -> Tensor:
         """[P, D] for uint8 [P, 64, 64, 3]."""
         return self.clip.encode_image(PREPROCESS.fast(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
 
     def texts(self, captions: Sequence[str]) -> Tensor:
-        """[len(captions), D] of length one."""
+        """[len(captions), D], not of length one."""
         how = {"padding": "max_length", "max_length": tiny_pickscore.TOKENS, "truncation": True, "return_tensors": "pt"}
-        return self.clip.encode_text(self.tokenizer(list(captions), **how).input_ids, normalize=True)
+        return self.clip.encode_text(self.tokenizer(list(captions), **how).input_ids)
 
     @property
     def scale(self) -> Tensor:
@@ -282,26 +285,40 @@ class JudgeInTraining:
         self.clip.load_state_dict(state["clip"])
         self.head.load_state_dict(state["head"])
 
-    def reading_loss(self, features: Tensor, truth: Tensor) -> Tensor:
-        """How far the head is from what was drawn, [P, kinds + traits] in [0, 1]; each trait weighs as the kinds do together."""
-        read = self.head(features)
-        kinds = F.binary_cross_entropy_with_logits(read[:, : len(KINDS)], truth[:, : len(KINDS)])
-        return len(TRAITS) * kinds + (read[:, len(KINDS) :] - truth[:, len(KINDS) :]).square().sum(dim=1).mean()
+    def reading_loss(self, features: Tensor, drawn: Drawn) -> Tensor:
+        """How far the head is from what was drawn; each trait weighs as the kinds do together."""
+        return (
+            self._objects_loss(features, drawn) + (self.head(features)[:, 3 * len(KINDS) :] - drawn.traits).square().sum(1).mean()
+        )
 
-    def contrast_loss(self, features: Tensor, captions: Sequence[str], wrong: Sequence[str]) -> Tensor:
-        """CLIP's loss on B pictures and captions; each picture must also tell its caption from its own ``wrong`` ones (B * k)."""
-        seen, said = _clip.unit(features), self.texts([*captions, *wrong])
+    def telling_loss(self, features: Tensor, said: Drawn) -> Tensor:
+        """How far the same head is from what the captions say, if it is given captions instead of pictures."""
+        return self._objects_loss(features, said)
+
+    def _objects_loss(self, features: Tensor, truth: Drawn) -> Tensor:
+        read, n = self.head(features), len(KINDS)
+        kinds = F.binary_cross_entropy_with_logits(read[:, :n], truth.kinds)
+        places = (read[:, n : 3 * n] - truth.places).square() * truth.known
+        return len(TRAITS) * kinds + places.sum(dim=1).mean()
+
+    def contrast_loss(self, features: Tensor, captions: Sequence[str], wrong: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """CLIP's loss on B pictures and captions, and the features [B + B * k, D] of all captions, the right ones first.
+
+        Each picture must also tell its caption from its own ``wrong`` ones (B * k).
+        """
+        told = self.texts([*captions, *wrong])
+        seen, said = _clip.unit(features), _clip.unit(told)
         true, false = said[: len(seen)], said[len(seen) :].view(len(seen), -1, said.shape[1])  # [B, D], [B, k, D]
         across, own = seen @ true.T, torch.einsum("bd,bkd->bk", seen, false)
         place = torch.arange(len(seen))
         of_pictures = F.cross_entropy(self.scale * torch.cat([across, own], dim=1), place)
-        return (of_pictures + F.cross_entropy(self.scale * across.T, place)) / 2
+        return (of_pictures + F.cross_entropy(self.scale * across.T, place)) / 2, told
 
     def choice_loss(self, asked: Sequence[Choices]) -> Tensor:
         """Pick-a-Pic's loss, each caption's pairs weighing as much together as another's."""
         sizes = [len(c.pictures) for c in asked]
         seen = _clip.unit(self.pictures(np.concatenate([c.pictures for c in asked])))
-        said = self.texts([c.caption for c in asked])
+        said = _clip.unit(self.texts([c.caption for c in asked]))
         score = self.scale * (seen * said.repeat_interleave(torch.tensor(sizes), dim=0)).sum(dim=1)  # [P]
         losses = []
         for c, of in zip(asked, score.split(sizes), strict=True):
@@ -337,7 +354,7 @@ def caption_losses(judge: JudgeInTraining, batch: int, say: Say) -> Callable[[],
     draw = np.random.default_rng(config.seed)
     drawn = [one for _ in range(config.scenes // 2) for one in draw_twins(draw, config.styled)]
     pictures, captions = np.stack([np.asarray(scenes.render(scene)) for scene, _ in drawn]), [caption for _, caption in drawn]
-    truth = torch.tensor([_truth(scene) for scene, _ in drawn])
+    truth = drawn_truth([scene for scene, _ in drawn])
     say(f"{len(captions)} scenes drawn")
 
     def next_loss() -> Tensor:
@@ -346,7 +363,9 @@ def caption_losses(judge: JudgeInTraining, batch: int, say: Say) -> Callable[[],
         said = [captions[i] for i in chosen]
         wrong = [near_miss(c, rng) for c in said for _ in range(config.near_misses)]
         features = judge.pictures(pictures[chosen])
-        return judge.contrast_loss(features, said, wrong) + judge.reading_loss(features, truth[chosen])
+        contrast, of_texts = judge.contrast_loss(features, said, wrong)
+        read, told = judge.reading_loss(features, truth.of(chosen)), judge.telling_loss(of_texts, said_truth([*said, *wrong]))
+        return contrast + read + told
 
     return next_loss
 
@@ -373,10 +392,46 @@ def choose(judge: JudgeInTraining, sources: Sequence[Sequence[Choices]], say: Sa
     judge.fit(config.choice_steps, config.choice_learning_rate, next_loss, lambda line: say(f"choices {line}"))
 
 
-def _truth(scene: scenes.Scene) -> list[float]:
-    """What was drawn: 1 for every kind of object that there is, and the traits of the style."""
-    there = {(o.colour, o.shape) for o in scene.objects}
-    return [float(kind in there) for kind in KINDS] + [getattr(scene.style, trait) for trait in TRAITS]
+@dataclass(frozen=True)
+class Drawn:
+    """What pictures or captions hold, for the head. K = kinds."""
+
+    kinds: Tensor  # [P, K] 1 for every kind of object that there is
+    places: Tensor  # [P, 2 K] how far right (first K) and below (last K) of the objects' middle each is; about -1 to 1
+    known: Tensor  # [P, 2 K] 1 where a place is there to be known
+    traits: Tensor  # [P, traits] in [0, 1]
+
+    def of(self, which: np.ndarray) -> Drawn:
+        """Those of some pictures."""
+        return Drawn(self.kinds[which], self.places[which], self.known[which], self.traits[which])
+
+
+def drawn_truth(shown: Sequence[scenes.Scene]) -> Drawn:
+    """From the scenes themselves."""
+    there, places = np.zeros((len(shown), len(KINDS))), np.zeros((len(shown), 2, len(KINDS)))
+    for i, scene in enumerate(shown):
+        middle = np.mean([o.centre for o in scene.objects], axis=0)
+        for o in scene.objects:
+            there[i, kind := KINDS.index((o.colour, o.shape))] = 1.0
+            places[i, :, kind] = (np.array(o.centre) - middle) / FAR
+    known = np.repeat(there[:, None], 2, axis=1)
+    traits = [[getattr(scene.style, trait) for trait in TRAITS] for scene in shown]
+    return Drawn(*(torch.tensor(np.reshape(a, (len(shown), -1)), dtype=torch.float32) for a in (there, places, known, traits)))
+
+
+def said_truth(captions: Sequence[str]) -> Drawn:
+    """From what captions claim: the relation tells one of the two places. They say nothing of the style's numbers."""
+    there, places, known = np.zeros((len(captions), len(KINDS))), *np.zeros((2, len(captions), 2, len(KINDS)))
+    for i, caption in enumerate(captions):
+        claims = oracle.read_caption(caption)
+        of = [KINDS.index((o.colour, o.shape)) for o in claims.objects]
+        there[i, of] = 1.0
+        if claims.relation is not None:
+            axis = int(claims.relation in ("above", "below"))
+            known[i, axis, of] = 1.0
+            places[i, axis, of] = (-1.0, 1.0) if claims.relation in ("left of", "above") else (1.0, -1.0)
+    none = np.zeros((len(captions), len(TRAITS)))
+    return Drawn(*(torch.tensor(np.reshape(a, (len(captions), -1)), dtype=torch.float32) for a in (there, places, known, none)))
 
 
 # ------------------------------------------------------------------------------------------------------------------ output
