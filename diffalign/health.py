@@ -17,6 +17,8 @@ from diffalign.types import LogRatio
 
 BINS = 10
 """Timestep bins of equal width over [0, T)."""
+BINNED = ("accuracy", "margin", "winner_drift", "loser_drift")
+"""Metrics that trackers are told per bin."""
 
 
 @torch.no_grad()
@@ -40,6 +42,18 @@ def denoising_health(
         "reference_winner_error": reference[0],
         "reference_loser_error": reference[1],
         "gradient_factor": torch.sigmoid(-margin),
+    }
+
+
+@torch.no_grad()
+def policy_health(policy: tuple[Tensor, Tensor], scale: float) -> dict[str, Tensor]:
+    """What is left of ``denoising_health`` where no reference was asked: the policy's own margin, accuracy and errors."""
+    margin = scale * (policy[1] - policy[0])
+    return {
+        "margin": margin,
+        "accuracy": 0.5 * (1.0 + margin.sign()),
+        "winner_error": policy[0].detach(),
+        "loser_error": policy[1].detach(),
     }
 
 

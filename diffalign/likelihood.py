@@ -10,14 +10,12 @@ DDPO, arXiv 2305.13301). Here too the default is the released code's mean over d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from diffalign.protocols import Predictor
 from diffalign.schedule import NoiseSchedule, Over
-from diffalign.types import Conditioning, LogLikelihood, LogRatio, NoisyPair
+from diffalign.types import LogLikelihood, LogRatio, NoisyPair, TransitionPair
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -43,19 +41,6 @@ def pair_errors(predictor: Predictor, pair: NoisyPair) -> tuple[Tensor, Tensor]:
 def denoising(winner_error: Tensor, loser_error: Tensor) -> LogLikelihood:
     """Log-likelihoods from the denoising errors [B] of the two sides."""
     return LogLikelihood(winner=-winner_error, loser=-loser_error)
-
-
-@dataclass(frozen=True)
-class TransitionPair:
-    """The same step of two trajectories for one prompt: where each was, and where it went."""
-
-    winner: Tensor  # [B, C, H, W] x_t on the preferred trajectory
-    loser: Tensor  # [B, C, H, W] x_t on the other one
-    winner_next: Tensor  # [B, C, H, W] stored x at t_previous
-    loser_next: Tensor  # [B, C, H, W]
-    t: Tensor  # [B] int64
-    t_previous: Tensor  # [B] int64; -1 is the clean end
-    conditioning: Conditioning
 
 
 def transition(

@@ -101,6 +101,14 @@ class Ema:
         finally:
             self._copy(kept)
 
+    @contextmanager
+    def carried(self) -> Iterator[None]:
+        """By how much the parameters are moved within this context, by so much the average moves as well."""
+        before = [p.detach().clone() for p in self._parameters]
+        yield
+        moved = torch._foreach_sub([p.detach() for p in self._parameters], before)
+        torch._foreach_add_(self._average, moved)
+
     @torch.no_grad()
     def _copy(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):

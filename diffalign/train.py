@@ -1,7 +1,7 @@
 """The loop: one for every objective and every family.
 
     for each optimizer step:
-        for each micro-batch: loss = objective(batch, policy, reference); backward
+        for each micro-batch of the source: the objective's losses; backward
         clip, step, average; now and then: validate, log, checkpoint
 
 It runs on Accelerate (one process, or many by torchrun / accelerate launch). Nothing in it knows a method or a model.
@@ -19,27 +19,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign import health
 from diffalign.checkpoint import Checkpoints, Stateful
-from diffalign.data.loader import PairLoader
 from diffalign.errors import NonFiniteLossError, UserError
+from diffalign.learner import Batch, Learner
+from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_optimizer, build_schedule
-from diffalign.protocols import Denoiser, Predictor
+from diffalign.protocols import Denoiser
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome, PairBatch
+from diffalign.weights import TrainedWeights
 
-
-class Objective(Protocol):
-    """Losses of a batch of pairs; ``objectives/`` has one per paper."""
-
-    def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome: ...
+LoopReference = Literal["start", "round"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,22 @@ class LoopSettings:
     checkpoint_every: int = option(100, "optimizer steps between checkpoints; 0 writes one only at the end", ge=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", ge=1)
     ema_decay: float = option(0.0, "decay of an average of the weights, which is then what gets exported; 0 for none", ge=0, lt=1)
+    round_every: int = option(0, "optimizer steps of a round of the loop; 0 for one round, the whole run", ge=0)
+    round_reference: LoopReference = option("start", "compare with the policy at the beginning of the run, or of the round")
+    extrapolation: float = option(0.0, "share of a round's way that the weights go on when it is over; 0 for none", ge=0)
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.round_reference not in get_args(LoopReference):
+            raise ValueError(f"round_reference is one of {', '.join(get_args(LoopReference))}; got {self.round_reference!r}")
+        if not self.round_every and (self.round_reference == "round" or self.extrapolation):
+            raise ValueError("round_reference and extrapolation are about rounds of the loop: set round_every to their length")
+
+    @property
+    def rounds(self) -> dict[str, Any]:
+        """What happens between rounds, for the run's identity; empty if nothing does."""
+        named = {"every": self.round_every, "reference": self.round_reference, "extrapolation": self.extrapolation}
+        return named if self.round_reference == "round" or self.extrapolation else {}
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,13 @@ class Position:
         self.step = state["step"]
 
 
+@runtime_checkable
+class Shared(Protocol):
+    """Something of which every process has a part: all of them must call ``collect`` before one of them saves it."""
+
+    def collect(self) -> None: ...
+
+
 class RandomState:
     """The global generators of every process. Only LoRA dropout draws from them; pairs, t and noise do not."""
 
@@ -87,11 +105,7 @@ class RandomState:
         self._ranks: list[dict[str, Any]] = []
 
     def collect(self) -> None:
-        """Gather the states; every process must call it before one of them saves."""
-        self._ranks = [_random_state()]
-        if self._accelerator.num_processes > 1:
-            mine, self._ranks = self._ranks[0], [{}] * self._accelerator.num_processes
-            torch.distributed.all_gather_object(self._ranks, mine)
+        self._ranks = Together(self._accelerator).all(_random_state())
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": self._ranks}
@@ -122,22 +136,25 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
-class PolicyWeights:
-    """The trained weights: of the adapter, or of the whole network."""
+class Together:
+    """The processes of a run, by Accelerate (``diffalign.learner.Processes``)."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._named.items()}
+    def mean(self, values: Tensor) -> Tensor:
+        return self._accelerator.reduce(values.detach().mean(), "mean")
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if state.keys() != self._named.keys():
-            odd = sorted(state.keys() ^ self._named.keys())[:3]
-            raise UserError(f"The checkpoint holds other weights than this run trains (for example {', '.join(odd)}).")
-        for name, parameter in self._named.items():
-            parameter.copy_(state[name])  # in place: the optimizer holds these very tensors
+    def gather(self, values: Tensor) -> Tensor:
+        return self._accelerator.gather(values.detach())
+
+    def all(self, thing: Any) -> list[Any]:
+        out = [thing]
+        if self.world > 1:
+            out = [None] * self.world
+            torch.distributed.all_gather_object(out, thing)
+        return out
 
 
 class Interruption:
@@ -165,16 +182,14 @@ class Interruption:
 class Trainer:
     """Everything a run is made of, and the loop over it.
 
-    ``identity`` names what the run must not change under itself (reference, data, objective): it is written into every
-    checkpoint and compared on resume.
+    ``weights`` are what is trained, if the caller has taken hold of them already. ``identity`` names what the run must not change
+    under itself (reference, data, objective): it is written into every checkpoint and compared on resume.
     """
 
     def __init__(
         self,
-        objective: Objective,
+        learner: Learner,
         policy: Denoiser,
-        reference: Predictor,
-        loader: PairLoader,
         validation: Sequence[PairBatch],
         accelerator: Accelerator,
         output: Path,
@@ -182,10 +197,12 @@ class Trainer:
         optimiser: OptimiserSettings,
         identity: Mapping[str, Any],
         report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
+        weights: TrainedWeights | None = None,
     ) -> None:
-        self._objective, self._policy, self._reference = objective, policy, reference
-        self._loader, self._validation, self._report = loader, validation, report
-        self._accelerator, self._loop, self._identity = accelerator, loop, dict(identity)
+        self._learner, self._policy = learner, policy
+        self._validation, self._report = validation if learner.validate else [], report
+        self._accelerator, self._loop = accelerator, loop
+        self._identity = {**identity, **({"rounds": loop.rounds} if loop.rounds else {})}
         self._max_grad_norm = optimiser.max_grad_norm
         self._parameters = list(policy.trainable_parameters())
         self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, optimiser))
@@ -194,13 +211,17 @@ class Trainer:
         self._ema = Ema(self._parameters, loop.ema_decay) if loop.ema_decay else None
         self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
         self._metrics_file = output / "metrics.jsonl"
+        weights = weights or TrainedWeights(accelerator.unwrap_model(policy.network))
+        self._rounds = _rounds_of(loop, learner, weights, self._ema)
         self._things: dict[str, Stateful] = {
-            "weights": PolicyWeights(accelerator.unwrap_model(policy.network)),
+            "weights": weights,
             "optimizer": self._optimizer.optimizer,
             "schedule": self._schedule,
             "position": self._position,
             "random": self._random,
             **({"ema": self._ema} if self._ema else {}),
+            **({"rounds": self._rounds} if self._rounds else {}),
+            **learner.things,
         }
 
     @property
@@ -216,7 +237,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step (main process only; the others wait)."""
-        self._random.collect()
+        for thing in self._things.values():
+            if isinstance(thing, Shared):
+                thing.collect()
         if self._accelerator.is_main_process:
             self._checkpoints.save(self.step, self._things, {"identity": self._identity})
         self._accelerator.wait_for_everyone()
@@ -257,13 +280,17 @@ class Trainer:
             NonFiniteLossError: a loss or gradient is not finite. The update is not made; the last checkpoint stays.
         """
         start, began = time.perf_counter(), self.step
+        if self._rounds:
+            self._rounds.begin()
         with Interruption() as interruption:
             if self.step == 0:
                 self.validate()
-            for micro_batches in self._loader.steps(self.step, self._loop.steps):
+            for micro_batches in self._learner.source.steps(self.step, self._loop.steps):
                 tick = time.perf_counter()
                 numbers = self._optimizer_step(micro_batches)
                 self._position.step += 1
+                if self._rounds:
+                    self._rounds.stepped(self.step, last=self.step == self._loop.steps)
                 numbers["seconds"] = time.perf_counter() - tick
                 self._after_step(numbers)
                 if self._agreed(interruption.requested):
@@ -292,16 +319,16 @@ class Trainer:
             return mine
         return bool(self._accelerator.reduce(torch.tensor(float(mine), device=self._accelerator.device), "sum") > 0)
 
-    def _optimizer_step(self, micro_batches: Sequence[PairBatch]) -> dict[str, float]:
-        """One update from ``accumulation`` micro-batches; the loss is the mean over all their pairs."""
-        outcomes, weights = [], []
+    def _optimizer_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """One update from some micro-batches; the loss is the mean over all their samples."""
+        outcomes, weights, samples = [], [], sum(len(batch) for batch in micro_batches)
         rate = self._optimizer.param_groups[0]["lr"]
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self._accelerator.device)
             is_last = number == len(micro_batches)
             with nullcontext() if is_last else self._accelerator.no_sync(self._policy.network):
-                outcome = self._objective(batch, self._policy, self._reference)
-                loss = (batch.weight * outcome.loss).mean() / len(micro_batches)
+                outcome = self._learner.losses(batch)
+                loss = (batch.weight * outcome.loss).sum() / samples
                 self._accelerator.backward(loss)
             outcomes.append(outcome)
             weights.append(batch.weight)
@@ -329,7 +356,7 @@ class Trainer:
         if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["gradient_norm"]) or self._accelerator.scaler is not None):
             return
         t = torch.cat([o.t for o in outcomes]).tolist()
-        margins = [round(m, 4) for o in outcomes for m in o.metrics["margin"].tolist()]
+        margins = [round(m, 4) for o in outcomes for m in o.metrics.get("margin", o.loss).tolist()]
         last = self._checkpoints.latest()
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise NonFiniteLossError(
@@ -355,7 +382,7 @@ class Trainer:
     def _validation_columns(self) -> tuple[Tensor, dict[str, Tensor]]:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         mine = list(self._validation)[rank::world]
-        outcomes = [self._objective(b.to(self._accelerator.device), self._policy, self._reference) for b in mine]
+        outcomes = [self._learner.validate(b.to(self._accelerator.device)) for b in mine]
         names = [] if not outcomes else ["loss", *outcomes[0].metrics]
         rows = {n: [float(v) for o in outcomes for v in (o.loss if n == "loss" else o.metrics[n]).tolist()] for n in names}
         rows["t"] = [int(v) for o in outcomes for v in o.t.tolist()]
@@ -370,8 +397,20 @@ class Trainer:
         flat = {f"{kind}/{name}": value for name, value in numbers.items()}
         for b in more.get("bins", []):
             span = f"t{b['t_from']:04d}-{b['t_to']:04d}"
-            flat |= {f"{kind}-{name}/{span}": b[name] for name in ("accuracy", "margin", "winner_drift", "loser_drift")}
+            flat |= {f"{kind}-{name}/{span}": b[name] for name in health.BINNED if name in b}
         self._accelerator.log(flat, step=self.step)
+
+
+def _rounds_of(loop: LoopSettings, learner: Learner, weights: TrainedWeights, ema: Ema | None) -> LoopRounds | None:
+    """What happens between rounds, if anything does. Raises UserError where no reference can be renewed."""
+    if loop.round_reference == "round" and learner.reference is None:
+        raise UserError(
+            "round_reference is round, but this objective has no reference that the loop could renew: it compares with nobody, "
+            "or has rounds of its own. Set round_reference to start."
+        )
+    if not loop.rounds:
+        return None
+    return LoopRounds(weights, loop.round_every, loop.extrapolation, learner.reference, ema)
 
 
 def _gather(rows: dict[str, list], accelerator: Accelerator) -> dict[str, list]:

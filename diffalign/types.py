@@ -31,12 +31,13 @@ class PairBatch:
     label: Tensor  # [B] probability that the winner is preferred; 1/2 is a tie
     weight: Tensor  # [B] factor on the pair's loss
     index: Tensor  # [B] int64, row of the data set
+    scores: Tensor | None = None  # [B, 2] float32, a judge's score of winner and loser; NaN where a pair has none
 
     def __len__(self) -> int:
         return len(self.t)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
-        """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels or weights."""
+        """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels, weights or scores."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype if dtype and x.is_floating_point() else None, non_blocking=True)
@@ -50,11 +51,13 @@ class PairBatch:
             label=self.label.to(device),
             weight=self.weight.to(device),
             index=self.index,
+            scores=None if self.scores is None else self.scores.to(device),
         )
 
     def slice(self, start: int, stop: int) -> PairBatch:
         """Pairs ``start`` to ``stop`` of the batch."""
-        cut = {f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name != "conditioning"}
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        cut = {name: value[start:stop] for name, value in tensors.items()}
         return replace(self, conditioning={k: v[start:stop] for k, v in self.conditioning.items()}, **cut)
 
 
@@ -67,6 +70,19 @@ class NoisyPair:
     winner_target: Tensor  # [B, C, H, W] in the network's own parametrisation
     loser_target: Tensor  # [B, C, H, W]
     t: Tensor  # [B] int64
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True)
+class TransitionPair:
+    """The same step of two trajectories for one prompt: where each was, and where it went."""
+
+    winner: Tensor  # [B, C, H, W] x_t on the preferred trajectory
+    loser: Tensor  # [B, C, H, W] x_t on the other one
+    winner_next: Tensor  # [B, C, H, W] stored x at t_previous
+    loser_next: Tensor  # [B, C, H, W]
+    t: Tensor  # [B] int64
+    t_previous: Tensor  # [B] int64; -1 is the clean end
     conditioning: Conditioning
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from diffalign.errors import UserError
+from diffalign.objectives._about import FROZEN_START, PROMPTS, About
 from diffalign.settings import check_options, option
 
 
@@ -41,11 +42,15 @@ class DataSettings:
     ties: Literal["keep", "drop"] = option("drop", "keep ties with label 1/2, or drop them")
     split: str = option("train", "split of the data set")
     columns: dict[str, str] = option(None, "other column names, as ours=theirs")  # type: ignore[assignment]
+    scores: str | None = option(None, "the judge whose scores the pairs carry, as `diffalign relabel` called it")
     max_unreadable: float = option(0.01, "share of unreadable rows that is skipped before the run is refused", ge=0, le=1)
     prompt_dropout: float = option(0.2, "share of the prompts replaced by the empty one", ge=0, le=1)
     latents: Literal["sample", "mode"] = option("sample", "draw from the autoencoder's posterior, or take its mean")
     validation_pairs: int = option(64, "pairs kept out of training for validation", ge=0)
     validation_draws: int = option(4, "fixed (t, noise) draws per validation pair", ge=1)
+    curriculum: Literal["none", "margin"] = option("none", "margin: pairs that the judge tells apart most clearly come first")
+    curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
+    curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
     cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
     encode_batch: int = option(8, "pictures encoded at a time", ge=1)
 
@@ -59,6 +64,18 @@ class BatchSettings:
 
     batch_size: int = option(1, "pairs per process and micro-step", ge=1)
     accumulation: int = option(1, "micro-steps per optimizer step", ge=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """Judges in training: of what the policy samples (on-line objectives), or of the data's pairs (SmPO, MADPO, ADPO)."""
+
+    reward: tuple[str, ...] = option((), "judges by name, or LABEL=NAME; one for the data's pairs")
+    reward_options: tuple[str, ...] = option((), "what they are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
+    rollout_batch: int = option(16, "pictures sampled, decoded and judged at a time in training", ge=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -99,16 +116,20 @@ class TrainSettings:
     """A whole run. ``objective`` holds the settings of the objective named on the command line."""
 
     model: str
-    pairs: str
     output: Path
     objective: Any
     lora: LoraSettings
     data: DataSettings
+    reward: RewardSettings
     batch: BatchSettings
     optimiser: Any  # diffalign.optimisation.OptimiserSettings
     loop: Any  # diffalign.train.LoopSettings
     compute: ComputeSettings
     evaluation: EvaluationSettings
+    pairs: str | None = None
+    train_prompts: str | None = None
+    feedback: Path | None = None
+    start_lora: Path | None = None
     single_file_config: str | None = None
     adapter: Literal["lora", "full"] = "lora"
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
@@ -121,7 +142,10 @@ class TrainSettings:
 TOP_LEVEL = {
     "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
     "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
-    "pairs": "preference data: a file, a folder, a hub id, or tiny",
+    "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
+    "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
+    "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
+    "start_lora": "a LoRA that diffalign trained, to go on from; the frozen start stays the base model",
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",
     "prediction_type": "what the network predicts; auto reads it from the model",
@@ -138,6 +162,7 @@ def sections(objective: type) -> dict[str, type]:
         "objective": objective,
         "lora": LoraSettings,
         "data": DataSettings,
+        "reward": RewardSettings,
         "batch": BatchSettings,
         "optimiser": OptimiserSettings,
         "loop": LoopSettings,
@@ -245,16 +270,74 @@ def resolve(tree: Mapping[str, Any], objective: type, unknown_flags: list[str] =
 
     known_flags = [_flag(p) for p in _paths(objective)] + [_flag(p.split(".")[-1]) for p in _paths(objective)]
     mistakes = [f"{flag}: unknown option{_nearest(flag, known_flags)}" for flag in unknown_flags if flag.startswith("-")]
+    tree = _with_feedback(tree, objective)
     try:
         checked = _schema(objective).model_validate(tree)
     except ValidationError as error:
         mistakes = [_explain(e, objective) for e in error.errors()] + mistakes
-    if mistakes:
+    mistakes += _missing(tree, objective.about)
+    if tree.get("feedback") and not getattr(objective, "learns_from_people", False):
+        mistakes.append("feedback: this objective does not learn from choices among rollouts; d3po does")
+    if tree.get("start_lora") and tree.get("adapter") == "full":
+        mistakes.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
+    built, contradictions = ({}, []) if mistakes else _built(checked, objective)
+    if mistakes := mistakes + contradictions:
         head = "A mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise UserError(f"{head} in the configuration:\n" + "\n".join(f"  {m}" for m in mistakes))
     values = {name: getattr(checked, name) for name in TOP_LEVEL}
-    built = {name: settings(**dict(getattr(checked, name))) for name, settings in sections(objective).items()}
     return TrainSettings(**values, **built)
+
+
+def _with_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
+    """With how the trajectories to learn from were sampled, where nobody says otherwise."""
+    if not tree.get("feedback") or not getattr(objective, "learns_from_people", False):
+        return tree
+    from pipelines.feedback import sampling_settings
+
+    return merge({"objective": sampling_settings(tree["feedback"])}, tree)
+
+
+def _missing(tree: Mapping[str, Any], about: About) -> list[str]:
+    """What this objective learns from and was not given."""
+
+    def needed(path: str, text: str) -> str:
+        return f"{path}: needed but not given ({text}; {_flag(path.split('.')[-1])})"
+
+    if PROMPTS not in about.data:
+        return [] if tree.get("pairs") else [needed("pairs", TOP_LEVEL["pairs"])]
+    if tree.get("feedback"):
+        return []
+    missing = [] if tree.get("train_prompts") or tree.get("pairs") else [needed("train_prompts", TOP_LEVEL["train_prompts"])]
+    if about.judged == "needed" and not dict(tree.get("reward") or {}).get("reward"):
+        missing.append(needed("reward.reward", "judges that reward what the policy samples"))
+    return missing
+
+
+def _built(checked: Any, objective: type) -> tuple[dict[str, Any], list[str]]:
+    """The sections, each as the core's own dataclass, and what in them does not go together."""
+    built, mistakes = {}, []
+    for name, settings in sections(objective).items():
+        try:
+            built[name] = settings(**dict(getattr(checked, name)))
+        except ValueError as error:
+            mistakes.append(f"{name}: {error}")
+    return built, mistakes or _contradictions(built["objective"], built["data"], built["loop"])
+
+
+def _contradictions(objective: Any, data: DataSettings, loop: Any) -> list[str]:
+    """Rounds of the loop and a curriculum, where the objective has no use for them."""
+    samples, own = PROMPTS in objective.about.data, getattr(objective, "round_steps", 1)
+    out = []
+    if samples and data.curriculum != "none":
+        out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
+    if loop.round_reference == "round" and objective.about.reference != FROZEN_START:
+        found = objective.about.reference
+        out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")
+    if samples and loop.extrapolation:
+        out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
+    if loop.extrapolation and loop.round_every % own:
+        out.append(f"loop.round_every: should be a multiple of the objective's own round_steps, {own} (found {loop.round_every})")
+    return out
 
 
 def _schema(objective: type) -> Any:

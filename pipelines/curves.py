@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+LOG_2 = math.log(2)
+"""Where a logistic loss begins."""
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -17,20 +23,42 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw_curves(metrics: Path, picture: Path) -> Path | None:
-    """Loss, accuracy, drifts and accuracy by timestep as one PNG; None if nothing was logged."""
+    """Loss and whatever else was measured, as one PNG; None if nothing was logged.
+
+    With held-out pairs: accuracy, drifts and accuracy by timestep. Of on-line objectives: the reward, and how much was clipped.
+    """
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics)
     if not rows["train"]:
         return None
-    figure = Figure(figsize=(15, 3.2), layout="constrained")
-    panels = figure.subplots(1, 4)
-    _loss(panels[0], rows)
-    _validation(panels[1], rows, {"accuracy": "accuracy"}, "implicit accuracy (validation)")
-    _validation(panels[2], rows, {"winner_drift": "winner", "loser_drift": "loser"}, "error minus the reference's (validation)")
-    _by_timestep(panels[3], rows)
+    drawings = [_loss, *_others(rows)]
+    figure = Figure(figsize=(3.75 * len(drawings), 3.2), layout="constrained")
+    for panel, draw in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        draw(panel, rows)
     figure.savefig(picture, dpi=110)
     return picture
+
+
+def _others(rows: dict[str, list[dict[str, Any]]]) -> list[Callable[[Any, dict], None]]:
+    """The panels after the loss that there are numbers for."""
+    found: list[Callable[[Any, dict], None]] = []
+    if rows["validation"]:
+        drifts = {"winner_drift": "winner", "loser_drift": "loser"}
+        found.append(partial(_validation, columns={"accuracy": "accuracy"}, title="implicit accuracy (validation)"))
+        found.append(partial(_validation, columns=drifts, title="error minus the reference's (validation)"))
+        found.append(_by_timestep)
+    for name, title in (("reward", "reward of what is sampled"), ("clipped", "share of ratios outside the clip")):
+        if all(name in row for row in rows["train"]):
+            found.append(partial(_training, column=name, title=title))
+    return found
+
+
+def _training(panel: Any, rows: dict[str, list[dict[str, Any]]], column: str, title: str) -> None:
+    steps, values = [r["step"] for r in rows["train"]], [r[column] for r in rows["train"]]
+    panel.plot(steps, values, color="0.8", linewidth=0.8)
+    panel.plot(steps, _smooth(values))
+    panel.set(title=title, xlabel="optimizer step")
 
 
 def _loss(panel: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -39,8 +67,10 @@ def _loss(panel: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
     panel.plot(steps, _smooth(losses), label="training, smoothed")
     if rows["validation"]:
         panel.plot([r["step"] for r in rows["validation"]], [r["loss"] for r in rows["validation"]], "o-", label="validation")
-    panel.axhline(0.6931, color="0.5", linestyle=":", linewidth=0.8)
-    panel.set(title="loss (dotted: ln 2)", xlabel="optimizer step")
+    logistic = abs(losses[0] - LOG_2) < 0.01
+    if logistic:
+        panel.axhline(LOG_2, color="0.5", linestyle=":", linewidth=0.8)
+    panel.set(title="loss (dotted: ln 2)" if logistic else "loss", xlabel="optimizer step")
     panel.legend(frameon=False)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
 from pipelines.config import TrainSettings
-from pipelines.training import PRECISIONS, held_out_prompts
+from pipelines.ingredients import PRECISIONS, held_out_prompts, samples_itself
 
 _BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _EFFICIENCY = 0.5
@@ -63,7 +63,9 @@ def estimate(settings: TrainSettings) -> Estimate:
     size = (settings.data.resolution // _vae_factor(settings.model)) if settings.data.resolution else config["sample_size"]
     net = _meta_network(settings, config)
     batch, precision = settings.batch.batch_size, _BYTES[settings.compute.mixed_precision]
-    kept, flops = _forward_costs(net, (2 * batch, config["in_channels"], size, size), tokens, text_width)
+    cost = settings.objective.cost
+    rows = int(cost.at_once * batch)  # with a gradient, at one time
+    kept, flops = _forward_costs(net, (rows, config["in_channels"], size, size), tokens, text_width)
     total = sum(p.numel() for p in net.parameters())
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     full = settings.adapter == "full"
@@ -78,8 +80,10 @@ def estimate(settings: TrainSettings) -> Estimate:
         "activations": kept * precision // 4,
         "libraries and buffers": _LIBRARIES + int(_BUFFERS * kept * precision / 4),
     }
-    passes = 1 + 1 + (2 if full else 1.1)  # policy, reference, backward (LoRA: activation gradients, little else)
-    seconds = flops * passes * settings.batch.accumulation / _speed(settings.compute.mixed_precision)
+    backward = 2 if full else 1.1  # LoRA: activation gradients, little else
+    pairs = settings.batch.accumulation * (1 if samples_itself(settings) else batch)
+    passes = pairs * (cost.learning * (1 + backward) + cost.looking)
+    seconds = flops / rows * passes / _speed(settings.compute.mixed_precision)
     return Estimate(parts, trainable, seconds, _seconds_comparing(settings, net, config, tokens, text_width), steps)
 
 

@@ -65,4 +65,5 @@ class TrainingBar(Bar):
     def update(self, step: int, numbers: Mapping[str, float], *, steps: int) -> None:
         """``step`` of ``steps`` is done, with these numbers."""
         self.advance("training", step, steps)
-        self.note(loss=f"{numbers['loss']:.4f}", accuracy=f"{numbers['accuracy']:.2f}")
+        digits = {"loss": 4, "accuracy": 2, "reward": 4}
+        self.note(**{name: f"{numbers[name]:.{n}f}" for name, n in digits.items() if name in numbers})

@@ -6,16 +6,13 @@ disagrees, or sees little difference, are left out, or the judge's own probabili
 judge decides; the others are written down only.
 
 What follows from the scores, and the columns that are added, is in ``relabel_verdict``; how they are written, in
-``relabel_files``; what is told of them, in ``relabel_report``.
+``relabel_files``; what is told of them, in ``relabel_report``. The best pictures by themselves: ``relabel_top``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +21,12 @@ from diffalign.data.table import PairTable, StoredPair
 from diffalign.errors import UserError
 from pipelines.relabel_files import ENDINGS, Picture, Writer, is_parquet
 from pipelines.relabel_report import Agreement, Relabelled, agreement
+from pipelines.relabel_scores import BATCHES_AT_ONCE, key, opened, parts, reason_without, score_shown
 from pipelines.relabel_verdict import JudgedPair, Verdict, check_columns
 
 if TYPE_CHECKING:
-    from reward_models._cache import Cache
     from reward_models._judge import Scorer
     from reward_models._scoring import CacheLike
-
-_BATCHES_AT_ONCE = 16  # between two visits to the output; the networks wait for the disk only there
 
 
 def check_request(
@@ -46,8 +41,20 @@ def check_request(
     """The output file, if what is asked can be done; asked before judges are loaded. ``data``: what the table was opened from.
 
     Raises:
-        UserError: the output is there already, would become part of the data or cannot hold it; a column is there already.
+        UserError: the output is there already, would become part of the data or cannot hold it; a column is there already;
+            there are no pairs.
     """
+    if table.kind == "pictures":
+        raise UserError(
+            f"{table.description}: a single picture has no other one to be preferred to, so there is nothing to relabel. "
+            "What is possible: --top K writes the K best of them by a judge, with their scores; with a large K, all of them."
+        )
+    check_columns(table, judges, labels)
+    return check_output(table, out, data=data, overwrite=overwrite)
+
+
+def check_output(table: PairTable, out: str | Path, *, data: str | Path | None, overwrite: bool) -> Path:
+    """The output file, if it can be written. Raises ``UserError``."""
     out, place = Path(out).expanduser(), Path(data or "").expanduser()
     if out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {out}: the ending says how the data are written; it is one of {', '.join(ENDINGS)}.")
@@ -59,7 +66,6 @@ def check_request(
         raise UserError(f"--out {out} lies in {place} and would be taken for a part of it from then on; name a file elsewhere.")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out} exists. Name another file, or add --overwrite to replace it.")
-    check_columns(table, judges, labels)
     if not is_parquet(out) and _holds_pictures(table):
         raise UserError(f"--out {out}: the pictures are inside of {table.description}, but a list holds paths; use .parquet.")
     return out
@@ -104,41 +110,14 @@ def relabel(
     out = check_request(table, list(judges), out, labels=labels, overwrite=overwrite)
     verdict = Verdict(table, judges, labels, drop_conflicts, min_margin)
     work = _Work(verdict)
-    pairs = max(_BATCHES_AT_ONCE * batch_size // 2, 1)
-    with _opened(cache) as known, Writer(out, table, verdict.columns(), verdict.provenance) as writer:
-        for start in range(0, len(table), pairs):
-            numbers = range(start, min(start + pairs, len(table)))
-            judged = work.judge(numbers, _share(progress, numbers, len(table)), batch_size=batch_size, cache=known)
+    pairs = max(BATCHES_AT_ONCE * batch_size // 2, 1)
+    with opened(cache) as known, Writer(out, table, verdict.columns(), verdict.provenance) as writer:
+        for numbers, share in parts(len(table), pairs, progress):
+            judged = work.judge(numbers, share, batch_size=batch_size, cache=known)
             writer.write(list(work.rows(judged)))
-            if progress is not None:
-                progress("judging", numbers.stop, len(table))  # also where there was nothing new to score
         if work.written == 0:
             raise UserError(f"No pair of {len(table)} is left: {work.why_none()}. Nothing was written.")
     return work.report(out)
-
-
-def _share(progress: Progress | None, numbers: range, total: int) -> Callable[[int, int], None] | bool:
-    """What ``score`` reports to: its pictures, as a share of these pairs."""
-    if progress is None:
-        return False
-    return lambda done, of: progress("judging", numbers.start + len(numbers) * done // of, total)
-
-
-@contextmanager
-def _opened(cache: CacheLike) -> Iterator[Cache | None]:
-    """The cache, opened once for all parts."""
-    from reward_models._cache import Cache
-    from reward_models.base import JudgeError
-
-    try:
-        known = Cache.of(cache)
-    except JudgeError as error:
-        raise UserError(f"--cache: {error}.") from error
-    try:
-        yield known
-    finally:
-        if known is not None and known is not cache:
-            known.close()
 
 
 class _Work:
@@ -160,10 +139,10 @@ class _Work:
     def judge(self, numbers: range, progress: Callable[[int, int], None] | bool, **how: Any) -> list[JudgedPair]:
         """These pairs with their scores; a picture that has been seen with its prompt is not judged again."""
         pairs = [pair for number in numbers if (pair := self._read(number)) is not None]
-        shown = {_key(c, pair.prompt): (c, pair.prompt) for pair in pairs for c in pair.content if c is not None}
-        new = {key: both for key, both in shown.items() if key not in self._scores}
-        if new:
-            self._scores.update(zip(new, self._score(list(new.values()), progress, **how), strict=True))
+        shown = {key(c, pair.prompt): (c, pair.prompt) for pair in pairs for c in pair.content if c is not None}
+        new = {seen: both for seen, both in shown.items() if seen not in self._scores}
+        scores = score_shown(self.judges, list(new.values()), self.table.rows.description, progress, **how)
+        self._scores.update(zip(new, scores, strict=True))
         for pair in pairs:
             sides = [self._of_side(pair, side) for side in (0, 1)]
             pair.scores = dict(zip(self.judges, zip(*sides, strict=True), strict=True))
@@ -188,30 +167,12 @@ class _Work:
     def _tell(self, stored: StoredPair, side: int, reason: str) -> None:
         self._unreadable.append((f"{stored.pair.origin} ({self.table.image_columns[side]})", reason))
 
-    def _score(self, shown: Sequence[tuple[bytes, str]], progress: Any, **how: Any) -> list[tuple[float, ...]]:
-        import reward_models
-        from reward_models._pictures import UnreadablePictureWarning
-        from reward_models.base import JudgeError
-
-        pictures, prompts = map(list, zip(*shown, strict=True))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UnreadablePictureWarning)  # the report names them by their place in the data
-                scores = reward_models.score(self.judges, pictures, prompts, progress=progress, **how)
-        except JudgeError as error:
-            raise UserError(f"{self.table.rows.description} cannot be judged: {error}.") from error
-        return list(zip(*(scores[name].tolist() for name in self.judges), strict=True))
-
     def _of_side(self, pair: JudgedPair, side: int) -> tuple[float, ...]:
         """Of each judge; NaN, and a line in the report, where the picture cannot be read."""
         content = pair.content[side]
-        scores = (math.nan,) * len(self.judges) if content is None else self._scores[_key(content, pair.prompt)]
+        scores = (math.nan,) * len(self.judges) if content is None else self._scores[key(content, pair.prompt)]
         if content is not None and all(map(math.isnan, scores)):
-            try:
-                pair.stored.images[side].open()
-                self._tell(pair.stored, side, "no judge gives it a score")
-            except UnreadableImage as error:
-                self._tell(pair.stored, side, str(error))
+            self._tell(pair.stored, side, reason_without(pair.stored.images[side]))
         return scores
 
     # ----------------------------------------------------------------------------------------------------------------- rows
@@ -261,7 +222,3 @@ class _Work:
 
         sign = 1.0 if self.judges[name].info.higher_is_better else -1.0
         return agreement(name, sign * np.array(self._by_preference[name]), self._ties, self._prompts)
-
-
-def _key(content: bytes, prompt: str) -> bytes:
-    return hashlib.blake2b(hashlib.sha256(content).digest() + prompt.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Preference data written again with the columns that judges add: a Parquet file with the pictures inside, or a list of paths."""
+"""Judged data as files: a Parquet file with the pictures inside, or a list of paths; all columns of a table, or new ones only."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Picture:
 class Writer:
     """Writes rows of ``table`` beside the output and renames at the end, so that there is never half of it.
 
-    ``added``: the columns that are new or hold something else, and what: "score", "flag" or "probability". ``provenance`` is
-    asked for where the file has a place for it.
+    ``added``: the columns that are new or hold something else, and what: "score", "flag", "probability", "text" or "picture";
+    without a table they are all there are. ``provenance`` is asked for where the file has a place for it.
     """
 
     def __init__(
-        self, out: Path, table: PairTable, added: Mapping[str, str], provenance: Callable[[], Mapping[str, Any]]
+        self, out: Path, table: PairTable | None, added: Mapping[str, str], provenance: Callable[[], Mapping[str, Any]]
     ) -> None:
         self._out, self._aside = out, out.with_name(f".{out.name}.{os.getpid()}.partial")
         self._form = _Parquet(table, added, provenance()) if is_parquet(out) else _Listing(out, table, added)
@@ -78,14 +78,15 @@ class Writer:
 class _Parquet:
     """Pictures as bytes; the other columns keep the types that they have."""
 
-    def __init__(self, table: PairTable, added: Mapping[str, str], provenance: Mapping[str, Any]) -> None:
+    def __init__(self, table: PairTable | None, added: Mapping[str, str], provenance: Mapping[str, Any]) -> None:
         import pyarrow as pa
 
-        types = {"score": pa.float32(), "flag": pa.bool_(), "probability": pa.float64()}
-        wanted = _types(table) | dict.fromkeys(table.image_columns, pa.binary())
-        wanted |= {column: types[what] for column, what in added.items()}
+        types = {"score": pa.float32(), "flag": pa.bool_(), "probability": pa.float64(), "text": pa.string()}
+        types["picture"] = pa.binary()
+        added = {**dict.fromkeys(table.image_columns if table else (), "picture"), **added}
+        wanted = (_types(table) if table else {}) | {column: types[what] for column, what in added.items()}
         self._schema = pa.schema(list(wanted.items()), metadata={"diffalign": json.dumps(provenance)})
-        self._pictures = set(table.image_columns)
+        self._pictures = {column for column, what in added.items() if what == "picture"}
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
 
@@ -151,9 +152,9 @@ def _types(table: PairTable) -> dict[str, pa.DataType]:
 class _Listing:
     """One row a line; pictures below the list's folder by their path from there, others by their whole path."""
 
-    def __init__(self, out: Path, table: PairTable, added: Mapping[str, str]) -> None:
+    def __init__(self, out: Path, table: PairTable | None, added: Mapping[str, str]) -> None:
         self._ending, self._folder = out.suffix.lower(), out.absolute().parent
-        self._columns = list(dict.fromkeys([*table.rows.columns, *added]))
+        self._columns = list(dict.fromkeys([*(table.rows.columns if table else ()), *added]))
 
     def open(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", newline="")

@@ -50,15 +50,17 @@ class Relabelled:
 
     def to_text(self) -> str:
         """The report as a person reads it."""
-        parts = [self.description, *self._lists(), "", *self._agreement(), "", *self._quarters(), "", self._last()]
+        parts = [
+            self.description,
+            *problem_lines(self.unreadable, self.unusable),
+            "",
+            *self._agreement(),
+            "",
+            *self._quarters(),
+            "",
+            self._last(),
+        ]
         return "\n".join(parts)
-
-    def _lists(self) -> Iterator[str]:
-        for title, found in (("Pictures that cannot be read", self.unreadable), ("Rows that cannot be used", self.unusable)):
-            if found:
-                yield f"{title} ({len(found)}):"
-                yield from (f"  {place}: {reason}" for place, reason in found[:LISTED])
-                yield from [f"  ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
 
     def _agreement(self) -> list[str]:
         headings = ["judge", "judged", "human decided", "agrees", "95 % interval", "conflicts", "judge's ties"]
@@ -76,6 +78,15 @@ class Relabelled:
         why = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items() if n)
         changed = f", {self.changed} labels changed (the human's are in {HUMAN})" if self.changed else ""
         return f"{self.out}: {self.written} of {self.pairs} pairs{f' (dropped: {why})' if why else ''}{changed}"
+
+
+def problem_lines(unreadable: Sequence[tuple[str, str]], unusable: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """What of the data could not be judged; both are (place, reason)."""
+    for title, found in (("Pictures that cannot be read", unreadable), ("Rows that cannot be used", unusable)):
+        if found:
+            yield f"{title} ({len(found)}):"
+            yield from (f"  {place}: {reason}" for place, reason in found[:LISTED])
+            yield from [f"  ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
 
 
 def _agreement_row(a: Agreement) -> list[str]:

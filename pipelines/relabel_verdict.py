@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.data.table import PairTable, StoredPair
 from diffalign.errors import UserError
+from pipelines.relabel_scores import known
 
 if TYPE_CHECKING:
     from reward_models._judge import Scorer
@@ -55,19 +56,13 @@ class JudgedPair:
         return (first, second) if self.human >= 0.5 else (second, first)
 
 
-def score_columns(table: PairTable, judge: str) -> tuple[str, str]:
-    """Where the scores of the first and the second picture go."""
-    first, second = (f"{judge}_{side}" for side in table.sides)
-    return first, second
-
-
 def check_columns(table: PairTable, judges: Iterable[str], labels: str) -> None:
     """Raises ``UserError`` where a column that would be added is there already."""
     present, where = table.rows.columns, table.rows.description
     if labels != "human" and HUMAN in present:
         raise UserError(f"{where} has a column {HUMAN} already: its labels are not the human's any more. Relabel the original.")
     for judge in judges:
-        for column in (*score_columns(table, judge), *(f"{judge}_{what}" for what in ("margin", "conflict", "probability"))):
+        for column in (*table.score_columns(judge), *(f"{judge}_{what}" for what in ("margin", "conflict", "probability"))):
             if column in present:
                 raise UserError(
                     f"{where} has a column {column} already. Call the judge something else, as in --judges again={judge}."
@@ -142,11 +137,11 @@ class Verdict:
         """The cells that judges add."""
         cells: dict[str, Any] = {}
         for name, judge in self.judges.items():
-            margin = None if pair.tie else _known(self.margin(name, pair))
-            cells |= zip(score_columns(self.table, name), map(_known, pair.scores[name]), strict=True)
+            margin = None if pair.tie else known(self.margin(name, pair))
+            cells |= zip(self.table.score_columns(name), map(known, pair.scores[name]), strict=True)
             cells |= {f"{name}_margin": margin, f"{name}_conflict": None if margin is None else margin < 0}
             if judge.sharpness is not None:
-                cells[f"{name}_probability"] = _known(self.probability(name, pair))
+                cells[f"{name}_probability"] = known(self.probability(name, pair))
         return cells
 
     def labelled(self, human: float, label: float) -> dict[str, float]:
@@ -159,7 +154,7 @@ class Verdict:
         """The columns that are added or replaced, and what they hold: "score", "flag" or "probability"."""
         added = {}
         for name, judge in self.judges.items():
-            first, second = score_columns(self.table, name)
+            first, second = self.table.score_columns(name)
             added |= {first: "score", second: "score", f"{name}_margin": "score", f"{name}_conflict": "flag"}
             added |= {f"{name}_probability": "probability"} if judge.sharpness is not None else {}
         if self.labels != "human":
@@ -171,8 +166,3 @@ class Verdict:
         wishes = {"labels": self.labels, "drop_conflicts": self.drop_conflicts, "min_margin": self.min_margin}
         judges = {name: judge.provenance() for name, judge in self.judges.items()}
         return {"relabelled": self.table.fingerprint, **wishes, "judges": judges}
-
-
-def _known(value: float) -> float | None:
-    """As many digits as single precision has; None for NaN."""
-    return None if math.isnan(value) else float(f"{value:.9g}")

@@ -7,67 +7,40 @@ export    a Diffusers folder or LoRA, model card, pictures, ``summary.json``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from diffalign import objectives
-from diffalign.data.cache import PairCache, build_cache
-from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
-from diffalign.data.open import open_pairs
-from diffalign.data.table import PairTable
-from diffalign.data.transform import Transform
+from diffalign.data.loader import validation_batches
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.protocols import Predictor
-from diffalign.references import AdapterOff, Frozen
-from diffalign.train import Finished, Trainer
-from pipelines import config, families
+from diffalign.train import Finished, Together, Trainer
+from pipelines import config, families, ingredients
 from pipelines.config import EvaluationSettings, TrainSettings
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
-from pipelines.families._encoding import digest
+from pipelines.ingredients import CACHE_FOLDER, PROMPT_FOLDER, Prepared, Say, held_out_prompts
 from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
 from pipelines.progress import Bar, TrainingBar
-from pipelines.prompts import Prompt, read_prompts
 from pipelines.sampling import SAMPLING_FILE
-from pipelines.tiny.model import pairs_path as tiny_pairs_path
 from reward_models._judge import Scorer
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
-CACHE_FOLDER = "cache"
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What training needs and nothing else: encoders are gone by now."""
-
-    family: Any
-    cache: PairCache
-    reference: Predictor
-    base_digest: str  # of the network before alignment: the reference's identity
-    train_rows: list[int]
-    validation_rows: list[int]
-
 
 # ---------------------------------------------------------------------------------------------------------- the folder
 
@@ -97,10 +70,10 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def claim_output(output: Path, text: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder ours: an older run is removed if it may be (its cache stays), ``text`` becomes the configuration."""
+    """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration."""
     if overwrite and output.is_dir():
         for entry in output.iterdir():
-            if entry.name != CACHE_FOLDER:
+            if entry.name not in (CACHE_FOLDER, PROMPT_FOLDER):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
     if not (resume and (output / CONFIG_FILE).is_file()):
@@ -118,7 +91,7 @@ def to_yaml(objective: str, settings: TrainSettings) -> str:
 
 
 def preflight(settings: TrainSettings) -> None:
-    """Everything that can be known to be wrong before a model is loaded.
+    """Everything that can be known to be wrong before the model is loaded.
 
     Raises:
         UserError: an unknown judge, prompts that cannot be read, a package or device that is asked for and not there.
@@ -130,6 +103,9 @@ def preflight(settings: TrainSettings) -> None:
         )
     if e.prompts:
         load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
+    ingredients.training_judges(settings)
+    ingredients.open_feedback(settings)
+    ingredients.start_adapter(settings)
     if settings.optimiser.eight_bit:
         require_bitsandbytes()
     if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -140,127 +116,27 @@ def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
     return load_judges(",".join(settings.judges), settings.judge_options)
 
 
-def open_data(settings: TrainSettings) -> PairTable:
-    """The pairs, not yet decoded."""
-    data = settings.data
-    return open_pairs(pairs_path(settings.pairs), split=data.split, ties=data.ties, columns=data.columns)
-
-
-def load_model(settings: TrainSettings, say: Say) -> Any:
-    """The checkpoint as something to train."""
-    dtype = PRECISIONS[settings.compute.mixed_precision] if settings.adapter == "lora" else "float32"
-    expected = None if settings.prediction_type == "auto" else settings.prediction_type
-    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config)
-    say(f"{settings.model}: {family.name}, {family.denoiser.schedule.prediction_type} prediction, {dtype}")
-    return family
-
-
-def prepare(
-    settings: TrainSettings, table: PairTable, family: Any, accelerator: Accelerator, say: Say, progress: bool = True
-) -> Prepared:
-    """Encode the pairs (or open the cache), let go of the encoders, attach what is trained."""
-    cache = _encode(settings, table, family, accelerator, say, progress)
-    family.release_encoders()
-    base_digest = digest(family.network)
-    train_rows, validation_rows = split_rows(cache.prompts, settings.data.validation_pairs, settings.seed)
-    say(f"{len(train_rows)} pairs to train on, {len(validation_rows)} for validation, {len(cache.skipped)} skipped")
-    reference = _attach(settings, family, accelerator)
-    return Prepared(family, cache, reference, base_digest, train_rows, validation_rows)
-
-
-def _encode(
-    settings: TrainSettings, table: PairTable, family: Any, accelerator: Accelerator, say: Say, progress: bool
-) -> PairCache:
-    data = settings.data
-    say(table.description)
-    transform = Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed)
-    folder = data.cache or settings.output / CACHE_FOLDER
-    with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
-        family.encoder.to(accelerator.device)
-        cache = build_cache(
-            table,
-            family.encoder,
-            folder,
-            transform,
-            batch_size=data.encode_batch,
-            max_unreadable=data.max_unreadable,
-            progress=bar.advance,
-        )
-    for origin, reason in cache.skipped[:10]:
-        say(f"skipped {origin}: {reason}")
-    cut = family.truncated(sorted(set(cache.prompts)))
-    if cut:
-        say(f"{len(cut)} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
-    return cache
-
-
-def pairs_path(pairs: str) -> str:
-    """``tiny`` names the shipped pairs; anything else is taken as it is."""
-    return str(tiny_pairs_path()) if pairs == "tiny" else pairs
-
-
-def split_rows(prompts: list[str], validation_pairs: int, seed: int) -> tuple[list[int], list[int]]:
-    """Rows for training and for validation; a prompt is in one of them only, and at most half of the rows are held out."""
-    wanted = min(validation_pairs, len(prompts) // 2)
-    rows_of: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(prompt, []).append(row)
-    order = np.random.default_rng([seed, 7]).permutation(len(rows_of))
-    groups, held_out = list(rows_of.values()), set()
-    for k in order:
-        if len(held_out) + len(groups[k]) <= wanted:
-            held_out.update(groups[k])
-    return [r for r in range(len(prompts)) if r not in held_out], sorted(held_out)
-
-
-def _attach(settings: TrainSettings, family: Any, accelerator: Accelerator) -> Predictor:
-    """Make parameters trainable, place everything on the device, and return the reference."""
-    compute, lora = settings.compute, settings.lora
-    frozen = None
-    if settings.adapter == "lora":
-        family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=settings.seed)
-    else:
-        frozen = family.frozen_copy(getattr(torch, PRECISIONS[compute.mixed_precision]))
-        family.train_fully()
-    family.set_attention(compute.attention)
-    family.set_channels_last(compute.channels_last)
-    family.set_gradient_checkpointing(compute.gradient_checkpointing)
-    family.network.to(accelerator.device).train()
-    family.denoiser = family.denoiser.with_network(accelerator.prepare_model(family.network))
-    if frozen is None:
-        return AdapterOff(family.denoiser)
-    frozen.network.to(accelerator.device)
-    return Frozen(frozen)
-
-
 # --------------------------------------------------------------------------------------------------------------- train
 
 
 def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accelerator: Accelerator, report: Callable) -> Trainer:
     """The trainer of a run."""
-    family, cache = prepared.family, prepared.cache
-    loader_settings = LoaderSettings(
-        batch_size=settings.batch.batch_size,
-        accumulation=settings.batch.accumulation,
-        seed=settings.seed,
-        prompt_dropout=settings.data.prompt_dropout,
-        flip=settings.data.flip,
-        latent_mode=settings.data.latents == "mode",
-        train_steps=len(family.denoiser.schedule),
-    )
-    rank, world = accelerator.process_index, accelerator.num_processes
+    everyone = Together(accelerator)
+    validation = []
+    if prepared.cache is not None:
+        how, rows = ingredients.loader_settings(settings, prepared), prepared.validation_rows
+        validation = validation_batches(prepared.cache, rows, how, settings.data.validation_draws)
     return Trainer(
-        objective=settings.objective,
-        policy=family.denoiser,
-        reference=prepared.reference,
-        loader=PairLoader(cache, prepared.train_rows, loader_settings, rank, world),
-        validation=validation_batches(cache, prepared.validation_rows, loader_settings, settings.data.validation_draws),
+        learner=settings.objective.learner(ingredients.given(settings, prepared, everyone, accelerator.device)),
+        policy=prepared.family.denoiser,
+        validation=validation,
         accelerator=accelerator,
         output=settings.output,
         loop=settings.loop,
         optimiser=settings.optimiser,
-        identity=run_identity(name, settings, prepared, world),
+        identity=run_identity(name, settings, prepared, everyone.world),
         report=report,
+        weights=prepared.weights,
     )
 
 
@@ -271,19 +147,17 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         "objective": name,
         "objective_settings": tree["objective"],
         "reference": prepared.base_digest,
-        "data": data_digest(prepared.cache),
+        "start_lora": prepared.start_lora,
+        "data": prepared.data_digest,
+        "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "adapter": settings.adapter,
         "lora": tree["lora"] if settings.adapter == "lora" else None,
         "optimiser": tree["optimiser"],
+        "curriculum": {name: value for name, value in tree["data"].items() if name.startswith("curriculum")},
         "steps": settings.loop.steps,
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
         "seed": settings.seed,
     }
-
-
-def data_digest(cache: PairCache) -> str:
-    """One short name for everything the encoded pairs depend on."""
-    return hashlib.sha256(json.dumps(cache.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def start_accelerator(settings: TrainSettings) -> Accelerator:
@@ -319,11 +193,11 @@ def train(
     accelerator = start_accelerator(settings)
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
-    family, table = load_model(settings, say), open_data(settings)
+    family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
     if accelerator.is_main_process:
         claim_output(settings.output, to_yaml(name, settings), resume=resume, overwrite=overwrite)
-    prepared = prepare(settings, table, family, accelerator, say, progress)
+    prepared = ingredients.prepare(settings, table, family, accelerator, say, progress)
     if accelerator.log_with:
         accelerator.init_trackers(settings.compute.tracker)
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
@@ -380,11 +254,13 @@ def finish(
         "objective": name,
         "model": settings.model,
         "pairs": settings.pairs,
+        "train_prompts": settings.train_prompts,
+        "feedback": str(settings.feedback) if settings.feedback else None,
         "adapter": settings.adapter,
         "steps": trainer.step,
         "seconds": round(seconds + scores.get("seconds", 0.0), 1),
         "seconds_training": round(seconds, 1),
-        "fingerprint": {"reference": prepared.base_digest, "data": data_digest(prepared.cache)},
+        "fingerprint": {"reference": prepared.base_digest, "data": prepared.data_digest},
         **{key: scores[key] for key in ("prompts", "judges", "faithfulness", "notes") if key in scores},
     }
     write_json(settings.output / SUMMARY_FILE, summary)
@@ -425,15 +301,6 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
     return result.values
 
 
-def held_out_prompts(where: str, count: int) -> list[Prompt]:
-    """``count`` prompts; ``tiny`` means captions of the tiny world's test split, which no training saw."""
-    if where == "tiny":
-        from pipelines.tiny import scenes
-
-        return [Prompt(text) for text in scenes.captions(count, seed=2026)]
-    return read_prompts(where)[:count]
-
-
 def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[str, Any], curves: Path | None) -> None:
     keys = ("win_rate", "win_rate_interval", "sign_test_p")
     table = {
@@ -443,10 +310,14 @@ def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[s
     write_model_card(
         settings.output,
         objective=name,
-        paper=objectives.load(name).PAPER,
+        paper=f"arXiv {objectives.load(name).ABOUT.paper}",
         base=settings.model,
         recipe=config.as_tree(settings),
-        data={"source": settings.pairs, **prepared.cache.stats(), "fingerprint": data_digest(prepared.cache)},
+        data={
+            "source": str(settings.feedback or settings.pairs or settings.train_prompts),
+            **prepared.stats(),
+            "fingerprint": prepared.data_digest,
+        },
         scores=table or None,
         curves=curves,
     )

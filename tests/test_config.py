@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,13 @@ def test_options_are_typed(words: list[str], path: str, value: object) -> None:
     assert found == value and type(found) is type(value)
 
 
-def test_every_setting_has_its_own_short_option() -> None:
-    leaves = [path.split(".")[-1] for path in config._paths(DiffusionDPO)]
-    assert len(leaves) == len(set(leaves))
-    assert all(f.metadata.get("help") for s in config.sections(DiffusionDPO).values() for f in s.__dataclass_fields__.values())
+@pytest.mark.parametrize("name", objectives.names())
+def test_every_setting_has_its_own_short_option(name: str) -> None:
+    objective = objectives.load(name).Objective
+    leaves = [path.split(".")[-1] for path in config._paths(objective)]
+    assert sorted(leaves) == sorted(set(leaves))
+    silent = [f.name for s in config.sections(objective).values() for f in dataclasses.fields(s) if not f.metadata.get("help")]
+    assert silent == []
 
 
 def test_all_mistakes_come_at_once_with_the_nearest_name() -> None:
@@ -89,6 +93,50 @@ def test_all_mistakes_come_at_once_with_the_nearest_name() -> None:
         "pairs: needed",
     ):
         assert part in message, part
+
+
+SAMPLING = {"reward": {"reward": ["oracle"]}, "train_prompts": "tiny"}
+ROUNDS = {"round_every": 20, "round_reference": "round"}
+
+
+@pytest.mark.parametrize(
+    "name, tree, message",
+    [
+        ("diffusion-dpo", {"objective": {"loss": "dpoo"}}, "objective: no loss is called 'dpoo'; there are: adpo, .*"),
+        ("diffusion-dpo", {"loop": {"extrapolation": 0.3}}, "loop: round_reference and extrapolation are .* set round_every"),
+        (
+            "diffusion-dpo",
+            {"loop": {"round_reference": "round"}},
+            "loop: round_reference and extrapolation are .* set round_every",
+        ),
+        ("seppo", {"loop": ROUNDS}, "loop.round_reference: only a frozen start can be renewed; .* is 'that checkpoint'"),
+        ("mapo", {"loop": ROUNDS}, "loop.round_reference: only a frozen start can be renewed; .* is 'nobody'"),
+        ("ddpo", {**SAMPLING, "loop": ROUNDS}, "loop.round_reference: only a frozen start .* is 'the policy that sampled'"),
+        ("d3po", {**SAMPLING, "loop": {"round_every": 20, "extrapolation": 0.3}}, "loop.extrapolation: .* its policy sampled"),
+        ("d3po", {**SAMPLING, "data": {"curriculum": "margin"}}, "data.curriculum: orders the pairs of a data set"),
+        (
+            "seppo",
+            {"objective": {"round_steps": 30}, "loop": {"round_every": 40, "extrapolation": 0.3}},
+            r"loop.round_every: should be a multiple of the objective's own round_steps, 30 \(found 40\)",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(name: str, tree: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"A mistake in the configuration:\n  {message}"):
+        config.resolve({**NEEDED, **tree}, objectives.load(name).Objective)
+
+
+@pytest.mark.parametrize(
+    "name, tree",
+    [
+        ("seppo", {"objective": {"round_steps": 30}, "loop": {"round_every": 60, "extrapolation": 0.3}}),
+        ("sft", {"loop": {"round_every": 7, "extrapolation": 0.3}}),
+        ("diffusion-dro", {"loop": {**ROUNDS, "extrapolation": 0.3}, "data": {"curriculum": "margin"}}),
+        ("d3po", {**SAMPLING, "loop": {"round_every": 20}}),
+    ],
+)
+def test_rounds_of_the_loop_where_they_mean_something(name: str, tree: dict) -> None:
+    config.resolve({**NEEDED, **tree}, objectives.load(name).Objective)
 
 
 def test_unknown_settings_in_a_file_name_the_nearest() -> None:

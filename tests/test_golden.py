@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from worlds import given
 
 from diffalign.likelihood import pair_errors
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
@@ -129,10 +130,8 @@ def trained(
     """Run the real loop on given batches with the released optimizer settings; the lines of metrics.jsonl."""
     optimiser = OptimiserSettings(learning_rate=1e-4, warmup_steps=warmup, max_grad_norm=case.constants["max_grad_norm"])
     trainer = Trainer(
-        objective=DiffusionDPO(beta=case.constants["beta_dpo"]),
+        learner=DiffusionDPO(beta=case.constants["beta_dpo"]).learner(given(policy, reference, GivenBatches(steps))),
         policy=policy,
-        reference=reference,
-        loader=GivenBatches(steps),
         validation=[],
         accelerator=Accelerator(cpu=True),
         output=tmp_path,

@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from test_golden import GOLDEN, OURS, PRECISIONS, Case, parameter_names
 from test_golden import schedule as one_schedule
 
-from diffalign.likelihood import TransitionPair, denoising, denoising_error, log_ratio, pair_errors, transition
+from diffalign import losses
+from diffalign.likelihood import denoising, denoising_error, log_ratio, pair_errors, transition
 from diffalign.objectives import _pieces
 from diffalign.schedule import NoiseSchedule, perturbed_grid, timestep_grid
 from diffalign.solvers import Guided
 from diffalign.sources.inversion import Inversion, inverted
 from diffalign.sources.replay import ReplayBuffer
 from diffalign.sources.rollout import Sampling, Trajectory, chain
-from diffalign.types import LogLikelihood, LogRatio, PairBatch
+from diffalign.types import LogLikelihood, LogRatio, PairBatch, TransitionPair
 from pipelines.families.stable_diffusion import UNetDenoiser
 
 
@@ -326,7 +327,7 @@ def test_smpo(path: Path, precision: str) -> None:
     gamma = c["loss_extra_factor"]
     scale = 0.5 * c["beta_dpo"] * gamma * (2 * float(case.input("probs")[0]) - 1)
     case.check("inside_term", scale * ratio.margin, floor=scale * 1e-6)
-    loss = _pieces.smpo(ratio, batch.label, c["beta_dpo"] / 2, gamma)
+    loss = losses.smpo(ratio, batch.label, c["beta_dpo"] / 2, gamma)
     assert loss.shape == (n,)
     case.check("loss", loss.mean(), floor=scale * 1e-6)
     loss.mean().backward()
@@ -379,7 +380,7 @@ def test_dro_starts_at_the_margin_and_stops_where_it_is_reached() -> None:
 
 def test_smpo_at_a_half_teaches_nothing_and_at_one_is_dpo() -> None:
     ratio = ratio_of([0.3, 0.3], [-0.1, -0.1])
-    loss = _pieces.smpo(ratio, torch.tensor([0.5, 1.0]), beta=2.0, gamma=1.0)
+    loss = losses.smpo(ratio, torch.tensor([0.5, 1.0]), beta=2.0, gamma=1.0)
     assert loss[1].item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(0.8, dtype=torch.float64)).item())
     loss.sum().backward()
     assert ratio.winner.grad[0] == 0

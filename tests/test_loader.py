@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
 from worlds import SHAPE, PairsInMemory
 
-from diffalign.data.draws import Order, draw, fixed_draws
-from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
+from diffalign.data.draws import Curriculum, Order, draw, fixed_draws
+from diffalign.data.loader import LoaderSettings, PairLoader, easiest_first, validation_batches
+from diffalign.errors import UserError
 from diffalign.types import PairBatch
 
 FIELDS = ("winner", "loser", "t", "noise", "label", "weight", "index")
@@ -122,3 +124,101 @@ def test_fixed_draws_of_two_pairs_differ() -> None:
 def test_no_pairs_is_an_error() -> None:
     with pytest.raises(ValueError, match="no pairs"):
         PairLoader(PairsInMemory(4), [], LoaderSettings(batch_size=1))
+
+
+# ------------------------------------------------------------------------------------------------------- a curriculum
+
+
+GAPS = [0.5, 3.0, float("nan"), 0.1, -2.0, 0.5, 7.0, 0.0, 4.0, -0.3, 1.0, 6.0]
+RANKED = [6, 11, 8, 1, 4, 10, 0, 5, 9, 3, 7, 2]
+"""Places in GAPS, by size: equal ones in their own order, the unknown one last."""
+
+
+def scored(gaps: list[float] = GAPS) -> PairsInMemory:
+    pairs = PairsInMemory(len(gaps))
+    loser = torch.linspace(-1, 1, len(gaps))
+    pairs.scores = torch.stack([loser + torch.tensor(gaps), loser], dim=1)
+    return pairs
+
+
+def visited(
+    pairs: PairsInMemory, steps: int, start: int = 0, rank: int = 0, world: int = 1, rows: range | None = None, **options
+) -> list[list[int]]:
+    """The rows of each step."""
+    how = {"batch_size": 4, "curriculum": "margin", "curriculum_stages": 3, "steps": steps, "seed": 5, **options}
+    loader = PairLoader(pairs, rows or range(len(pairs)), LoaderSettings(**how), rank, world)
+    return [[i for b in step for i in b.index.tolist()] for step in loader.steps(start, steps)]
+
+
+def test_without_a_curriculum_the_order_is_what_it_was_before_there_was_one() -> None:
+    found = visited(scored(), 4, curriculum="none")  # of seed 5, written down then
+    assert found == [[3, 1, 7, 11], [10, 0, 5, 9], [2, 4, 8, 6], [4, 1, 10, 0]]
+    assert loaded()[0][0].t.tolist() == [482, 428, 194, 246]
+
+
+def test_pairs_are_ranked_by_the_size_of_the_gap_and_unknown_ones_come_last() -> None:
+    assert easiest_first(scored(), range(12)) == RANKED
+    assert easiest_first(scored(), [3, 2, 1]) == [2, 0, 1]  # places among the rows that are trained on
+
+
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_each_stage_visits_its_own_rows_in_epochs(cumulative: bool) -> None:
+    """12 pairs and 9 steps in 3 stages: 12 positions each, over groups of 4."""
+    steps = visited(scored(), 9, curriculum_cumulative=cumulative)
+    for k in range(3):
+        rows = list(chain(*steps[3 * k : 3 * k + 3]))
+        allowed = RANKED[: 4 * k + 4] if cumulative else RANKED[4 * k : 4 * k + 4]
+        for low in range(0, 12, len(allowed)):
+            epoch = rows[low : low + len(allowed)]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(allowed), (k, low)
+    assert steps[0] != steps[1]  # another order in the next epoch
+    other = visited(scored(), 9, curriculum_cumulative=cumulative, seed=6)
+    assert other != steps
+
+
+def test_stages_of_steps_and_groups_of_rows_that_do_not_divide() -> None:
+    """7 steps in 3 stages begin at 0, 2 and 4; 11 rows end at 3, 7 and 11. Beyond the last step it is still the last stage."""
+    order = Curriculum(list(range(11)), 3, False, 7, 10, seed=0)
+    assert [order.stage(10 * step) for step in range(9)] == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert order.stage(19) == 0 and order.stage(39) == 1
+    for stage, low, high in ((0, 0, 3), (1, 3, 7), (2, 7, 11)):
+        first = 20 * stage
+        assert sorted(order.row(first + i) for i in range(high - low)) == list(range(low, high))
+
+
+def test_two_stages_with_as_many_rows_have_orders_of_their_own() -> None:
+    order = Curriculum(list(range(40)), 2, False, 2, 20, seed=0)
+    assert [order.row(p) for p in range(20)] != [order.row(20 + p) - 20 for p in range(20)]
+
+
+@pytest.mark.parametrize(("world", "batch", "accumulation"), [(1, 1, 4), (2, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_a_curriculum_does_not_depend_on_how_a_batch_is_cut(world: int, batch: int, accumulation: int, cumulative: bool) -> None:
+    whole = visited(scored(), 7, curriculum_cumulative=cumulative)
+    how = {"batch_size": batch, "accumulation": accumulation, "curriculum_cumulative": cumulative}
+    parts = [visited(scored(), 7, rank=rank, world=world, **how) for rank in range(world)]
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == whole
+
+
+def test_a_curriculum_goes_on_in_the_middle() -> None:
+    assert visited(scored(), 7, start=3) == visited(scored(), 7)[3:]
+
+
+def test_a_curriculum_is_over_the_rows_that_are_trained_on() -> None:
+    steps = visited(scored(), 3, rows=range(1, 7), curriculum_stages=3, curriculum_cumulative=False, batch_size=2)
+    assert [set(step) for step in steps] == [{6, 1}, {4, 5}, {3, 2}]
+
+
+@pytest.mark.parametrize(
+    "gaps, steps, message",
+    [
+        (None, 9, "which these data do not have.*--reward.*--scores.*curriculum to none"),
+        ([float("nan")] * 12, 9, "which these data do not have"),
+        ([0.0] * 12, 9, "difference, which is zero for all of them: single pictures"),
+        (GAPS, 2, "3 stages needs at least 3 pairs and 3 optimizer steps; there are 12 pairs and 2 steps"),
+        (GAPS[:2], 9, "there are 2 pairs and 9 steps"),
+    ],
+)
+def test_a_curriculum_that_cannot_be_is_refused(gaps: list[float] | None, steps: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        visited(PairsInMemory(12) if gaps is None else scored(gaps), steps)

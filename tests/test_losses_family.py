@@ -150,6 +150,7 @@ START = {
     "rdpo": LN2,
     "sft": 0.3,
     "simpo": math.log1p(math.exp(0.5)),
+    "smpo": LN2,
     "sppo": 0.5,
 }
 

@@ -18,7 +18,7 @@ sys.path.insert(0, sys.argv[3])
 import torch
 torch.set_num_threads(1)
 from accelerate import Accelerator
-from worlds import PairsInMemory, small_denoiser
+from worlds import PairsInMemory, given, small_denoiser
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.optimisation import OptimiserSettings
@@ -40,14 +40,16 @@ for dtype in (torch.float32, torch.float64):
     folder = output / str(dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     Trainer(
-        objective=DiffusionDPO(beta=500), policy=denoiser,
-        reference=AdapterOff(denoiser) if lora else Frozen(small_denoiser(dtype)),
-        loader=PairLoader(pairs, range(10), settings, accelerator.process_index, accelerator.num_processes),
+        learner=DiffusionDPO(beta=500).learner(given(
+            denoiser, AdapterOff(denoiser) if lora else Frozen(small_denoiser(dtype)),
+            PairLoader(pairs, range(10), settings, accelerator.process_index, accelerator.num_processes),
+        )), policy=denoiser,
         validation=validation_batches(pairs, [10, 11], settings, 5), accelerator=accelerator, output=folder,
         loop=LoopSettings(steps=5, validate_every=5, checkpoint_every=5),
         optimiser=OptimiserSettings(learning_rate=2e-5), identity={},
     ).run()
-print("processes", accelerator.num_processes)
+if accelerator.is_main_process:  # two at once would print into each other
+    print("processes", accelerator.num_processes)
 """
 
 

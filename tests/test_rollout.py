@@ -8,10 +8,11 @@ import pytest
 import torch
 from worlds import sd_alpha_bar, small_denoiser
 
-from diffalign.likelihood import TransitionPair, transition
+from diffalign.likelihood import transition
 from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import DRO, Sampling, Trajectory, chain, rollout
+from diffalign.types import TransitionPair
 from pipelines.families import load_pipeline
 
 SHAPE = (4, 8, 8)

@@ -97,7 +97,8 @@ def test_pictures_in_the_hand_need_a_list_of_prompts(folder: Path) -> None:
     table = score_table({"a": pictures, "b": torch.zeros(12, 3, 64, 64)}, captions, ["tiny-pickscore"], categories=["x"] * 12)
     assert table["picture"].tolist() == list(range(12)) * 2 and set(table["category"]) == {"x"}
     from_folder = score_table([folder], None, ["tiny-pickscore"])
-    assert table["tiny-pickscore"][:12].tolist() == from_folder["tiny-pickscore"].tolist()
+    together = table["tiny-pickscore"][:12].tolist()  # in batches with the others, which may change the last digit
+    assert together == pytest.approx(from_folder["tiny-pickscore"].tolist(), abs=1e-4)
     with pytest.raises(UserError, match="12 pictures and 3 prompts; each picture needs one"):
         score_table({"a": pictures}, captions[:3], ["jpeg"])
     with pytest.raises(UserError, match="A judge reads prompts, and there are none for 12 pictures"):

@@ -8,16 +8,19 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from worlds import PairsInMemory, small_denoiser
+from worlds import PairsInMemory, given, small_denoiser
 
 from diffalign import checkpoint
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.errors import NonFiniteLossError, UserError
+from diffalign.learner import Learner
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.optimisation import Ema, OptimiserSettings, learning_rate_factor
 from diffalign.references import AdapterOff, Frozen
@@ -39,7 +42,8 @@ def make_trainer(
     identity: dict | None = None,
     dtype: torch.dtype = torch.float32,
     validation: bool = False,
-    objective: Callable | None = None,
+    objective: Any = None,
+    wrap: Callable[[Learner], Learner] | None = None,
     report: Callable = lambda step, numbers: None,
     **loop,
 ) -> Trainer:
@@ -55,11 +59,11 @@ def make_trainer(
     pairs = PairsInMemory(12, dtype=dtype)
     settings = LoaderSettings(batch_size=batch, accumulation=accumulation, seed=5)
     output.mkdir(parents=True, exist_ok=True)
+    loader = PairLoader(pairs, range(10), settings)
+    learner = (objective or DiffusionDPO(beta=500)).learner(given(denoiser, reference, loader, batch_size=batch))
     return Trainer(
-        objective=objective or DiffusionDPO(beta=500),
+        learner=learner if wrap is None else wrap(learner),
         policy=denoiser,
-        reference=reference,
-        loader=PairLoader(pairs, range(10), settings),
         validation=validation_batches(pairs, [10, 11], settings, 5) if validation else [],
         accelerator=Accelerator(cpu=True),
         output=output,
@@ -146,20 +150,23 @@ def test_a_batch_of_four_is_four_batches_of_one(lora: bool, tmp_path: Path) -> N
 
 def test_a_weight_scales_the_loss_of_its_pair(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, steps=1)
-    trainer._loader._pairs.weights = [0.5] * 12
+    trainer._learner.source._pairs.weights = [0.5] * 12
     trainer.run()
     assert lines(tmp_path)[0]["loss"] == pytest.approx(0.5 * math.log(2), abs=1e-6)
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    inner, calls = DiffusionDPO(beta=500), []
+    calls = []
 
-    def poisoned(batch, policy, reference):
-        calls.append(batch.t.tolist())
-        outcome = inner(batch, policy, reference)
-        return outcome if len(calls) <= 3 else type(outcome)(outcome.loss * float("nan"), outcome.t, outcome.metrics)
+    def poisoned(learner: Learner) -> Learner:
+        def losses(batch):
+            calls.append(batch.t.tolist())
+            outcome = learner.losses(batch)
+            return outcome if len(calls) <= 3 else replace(outcome, loss=outcome.loss * float("nan"))
 
-    trainer = make_trainer(tmp_path, objective=poisoned)
+        return replace(learner, losses=losses)
+
+    trainer = make_trainer(tmp_path, wrap=poisoned)
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.run()
     message = str(caught.value)

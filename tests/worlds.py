@@ -10,7 +10,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffalign.learner import Given
 from diffalign.schedule import NoiseSchedule
+from diffalign.weights import TrainedWeights
 from pipelines.families.stable_diffusion import UNetDenoiser
 
 UNET = Path(__file__).parent / "golden" / "unet"
@@ -28,6 +30,12 @@ def small_denoiser(dtype: torch.dtype = torch.float32, prediction_type: str = "e
     net = UNet2DConditionModel.from_config(json.loads((UNET / "config.json").read_text()))
     net.load_state_dict(load_file(UNET / "reference.safetensors"))
     return UNetDenoiser(NoiseSchedule(sd_alpha_bar(), prediction_type), net.to(dtype))
+
+
+def given(policy: UNetDenoiser, start, source=None, **more) -> Given:
+    """What a run would give an objective, on the CPU."""
+    weights = TrainedWeights(getattr(policy.network, "module", policy.network))
+    return Given(policy=policy, weights=weights, start=start, latent_shape=SHAPE, pairs=source, **more)
 
 
 class PairsInMemory:

@@ -10,7 +10,6 @@ index. Shapes: N pairs, [C, h, w] latents.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Mapping
@@ -22,23 +21,23 @@ import torch
 from torch import Tensor
 
 from diffalign.data.ahead import default_workers
-from diffalign.data.cache_build import COLUMNS, DTYPES, fill_images, fill_prompts, refuse_unreadable
+from diffalign.data.cache_build import COLUMNS, Images, fill_images, refuse_unreadable
 from diffalign.data.cache_files import CacheFolder, plain, shard_name
+from diffalign.data.cache_prompts import Prompts, fill_prompts
+from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
-from diffalign.data.table import PairTable
+from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
 from diffalign.protocols import Encoder
 
-VERSION = 1
+VERSION = 2
 """Raise it when the files change their meaning."""
-
-OPEN_SHARDS = 128  # each costs a file descriptor
 
 
 def cache_fingerprint(table: PairTable, encoder: Encoder, transform: Transform, dtype: str = "float16") -> dict[str, Any]:
     """Everything that the content of a cache depends on, as plain values."""
-    data = {"fingerprint": table.fingerprint, "ties": table.ties, "pairs": len(table)}
+    data = {"fingerprint": table.fingerprint, "kind": table.kind, "ties": table.ties, "pairs": len(table)}
     parts = {
         "version": VERSION,
         "dtype": dtype,
@@ -69,12 +68,9 @@ def build_cache(
     can cost. Raises ``StaleCacheError`` if the folder holds a cache made under other circumstances, and ``UserError`` for
     too many unreadable pairs (naming the first), a full disk, or values that ``dtype`` cannot hold.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype of the cache is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    check_settings(dtype, batch_size, shard_items)
     if not 0.0 <= max_unreadable <= 1.0:
         raise UserError(f"max_unreadable is {max_unreadable}; it is a share of the pairs and must be in [0, 1].")
-    if batch_size < 1 or shard_items < 1:
-        raise UserError(f"batch_size is {batch_size} and shard_items is {shard_items}; both must be at least 1.")
     folder, expected = CacheFolder(directory), cache_fingerprint(table, encoder, transform, dtype)
     if not folder.complete:  # a complete one needs no lock: any number of processes may open it at once
         with folder.locked():
@@ -84,45 +80,49 @@ def build_cache(
                 threads = default_workers() if workers is None else workers
                 reading = {"max_unreadable": max_unreadable, "workers": threads, "progress": progress}
                 images = fill_images(folder, table, encoder, transform, **common, **reading)
-                prompts = fill_prompts(folder, images, encoder, **common, progress=progress)
+                texts = (pair["prompt"] for pair in images.pairs)
+                prompts = fill_prompts(folder, texts, encoder, **common, progress=progress)
                 _finish(folder, images, prompts, time.monotonic() - started)
     cache = PairCache.open(directory, expected)
-    refuse_unreadable(cache.skipped, len(table), max_unreadable)
+    refuse_unreadable(cache.skipped, len(table), max_unreadable, table.kind)
     return cache
 
 
-def _finish(folder: CacheFolder, images: Any, prompts: Any, seconds: float) -> None:
+def _finish(folder: CacheFolder, images: Images, prompts: Prompts, seconds: float) -> None:
     """Write the index; ``complete.json`` comes last."""
     number = {text: i for i, text in enumerate(prompts.texts)}
-    rows = [(p["row"], p["winner"], p["loser"], number[p["prompt"]], p["label"], p["weight"]) for p in images.pairs]
+    pairs = (pair | {"prompt": number[pair["prompt"]]} for pair in images.pairs)
+    rows = [tuple(np.nan if pair[name] is None else pair[name] for name, _ in COLUMNS) for pair in pairs]
     folder.write("pairs.npy", np.array(rows, dtype=COLUMNS))
     texts = {"prompts": prompts.texts, "origins": [p["origin"] for p in images.pairs], "skipped": images.skipped}
     folder.write_json("texts.json", texts)
-    shards = {"images_per_shard": images.per_shard, "prompts_per_shard": prompts.per_shard, "conditioning": prompts.names}
-    counts = {"unique_images": len(images.keys), "unique_prompts": len(prompts.texts), "seconds": round(seconds, 2)}
-    folder.write_json("complete.json", counts | shards)
+    counts = {"unique_images": len(images.keys), "images_per_shard": images.per_shard, "seconds": round(seconds, 2)}
+    folder.write_json("complete.json", counts | prompts.about())
 
 
 class PairCache:
     """Encoded pairs, read through memory maps. Safe to use from several threads and to send to other processes.
 
-    ``labels`` and ``weights`` are float32 [N]; ``origins`` and ``prompts`` are lists of N; ``skipped`` lists
-    (origin, reason) of the pairs that could not be read; ``fingerprint`` is what the content depends on.
+    ``labels`` and ``weights`` are float32 [N]; ``scores`` is float32 [N, 2], a judge's of winner and loser, NaN where there
+    is none; ``origins`` and ``prompts`` are lists of N; ``skipped`` lists (origin, reason) of the pairs that could not be
+    read; ``fingerprint`` is what the content depends on. Of ``kind`` "pictures", winner and loser are the same picture.
     """
 
     def __init__(self, folder: CacheFolder) -> None:
         self._folder = folder
         self._about: dict[str, Any] = folder.read_json("complete.json")
         texts = folder.read_json("texts.json")
-        self._pairs = _load(folder, "pairs.npy")
+        shards = Shards(folder)
+        self._shard, self._conditioning = shards.open, shards.conditioning
+        self._pairs = shards.load("pairs.npy")
         self._texts: list[str] = texts["prompts"]
         self.fingerprint: dict[str, Any] = folder.read_json("fingerprint.json")
         self.labels = torch.from_numpy(self._pairs["label"].astype(np.float32))
         self.weights = torch.from_numpy(self._pairs["weight"].astype(np.float32))
+        self.scores = torch.from_numpy(np.stack([self._pairs[f"{s}_score"] for s in ("winner", "loser")], 1).astype(np.float32))
         self.origins: list[str] = texts["origins"]
         self.prompts = [self._texts[i] for i in self._pairs["prompt"]]
         self.skipped = [(origin, reason) for origin, reason in texts["skipped"]]
-        self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(functools.partial(_load, folder))
 
     @classmethod
     def open(cls, directory: str | Path, expected_fingerprint: Mapping[str, Any] | None = None) -> PairCache:
@@ -131,20 +131,18 @@ class PairCache:
         Raises ``StaleCacheError`` if it was made under other circumstances than ``expected_fingerprint`` (from
         ``cache_fingerprint``; None accepts any), ``UserError`` if there is none, or none that is complete.
         """
-        folder = CacheFolder(directory)
-        if not (folder.root / "fingerprint.json").exists():
-            raise UserError(f"There is no cache in {folder.root}.")
-        if expected_fingerprint is not None:
-            folder.refuse_stale(expected_fingerprint)
-        if not folder.complete:
-            raise UserError(f"The cache in {folder.root} is not complete; build it again, it goes on where it stopped.")
-        return cls(folder)
+        return cls(CacheFolder(directory).opened("data", VERSION, expected_fingerprint))
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PairCache.open, (os.fspath(self._folder.root),)
+
+    @property
+    def kind(self) -> Kind:
+        """Whether a row is a pair or a single picture."""
+        return self.fingerprint["data"]["kind"]
 
     @property
     def flip(self) -> bool:
@@ -174,23 +172,10 @@ class PairCache:
     def conditioning(self, pair_index: int | None) -> dict[str, Tensor]:
         """The conditioning tensors of one pair's prompt, without batch dimension; of the empty prompt for None."""
         number = 0 if pair_index is None else int(self._pairs["prompt"][pair_index])
-        shard, place = divmod(number, self._about["prompts_per_shard"])
-        found = {}
-        for name in self._about["conditioning"]:
-            value = np.array(self._shard(shard_name("prompts", shard, name))[place])
-            found[name] = torch.from_numpy(value.astype(np.float32) if value.dtype.kind == "f" else value)
-        return found
+        return self._conditioning(number, self._about["prompts_per_shard"], self._about["conditioning"])
 
     def stats(self) -> dict[str, Any]:
         """Counts, bytes on disk, and seconds that the (last) build took."""
         names = ("unique_images", "unique_prompts", "seconds")
         counts = {"pairs": len(self), "skipped": len(self.skipped)}
         return counts | {name: self._about[name] for name in names} | {"bytes": self._folder.size_on_disk()}
-
-
-def _load(folder: CacheFolder, name: str) -> np.ndarray:
-    """A memory map of an array. Raises ``UserError`` for a file that is missing or damaged."""
-    try:
-        return np.load(folder.root / name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The cache in {folder.root} is damaged: {name}: {error}. Delete the folder to make it anew.") from error

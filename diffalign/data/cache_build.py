@@ -1,4 +1,4 @@
-"""Filling a cache: the stream of rows into image shards, and the prompts after it. Goes on where a journal ends."""
+"""Filling a cache with pictures: the stream of rows into image shards. Goes on where a journal ends."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch import Tensor
 
 from diffalign.data.ahead import map_ahead
 from diffalign.data.cache_files import CacheFolder, ShardWriter, journal_name
+from diffalign.data.cache_values import cast
 from diffalign.data.pairs import ImageSource, PreferencePair, Progress, RowProblem, UnreadableImage
-from diffalign.data.table import PairTable
+from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Position, Transform
 from diffalign.errors import UserError
 from diffalign.protocols import Encoder
 
-DTYPES = {"float16": np.float16, "float32": np.float32}
-COLUMNS = [("row", "<i8"), ("winner", "<i8"), ("loser", "<i8"), ("prompt", "<i8"), ("label", "<f4"), ("weight", "<f4")]
+COLUMNS = [
+    *[(name, "<i8") for name in ("row", "winner", "loser", "prompt")],
+    *[(name, "<f4") for name in ("label", "weight", "winner_score", "loser_score")],
+]
 NAMED = 5  # unreadable rows named in a refusal
 
 
@@ -29,7 +32,7 @@ NAMED = 5  # unreadable rows named in a refusal
 class Images:
     """What the image phase knows; the committed part of it is what the journal holds."""
 
-    pairs: list[dict[str, Any]] = field(default_factory=list)  # row, winner, loser (item numbers), prompt, label, weight, origin
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # by ``COLUMNS``, with items for pictures and text for the prompt
     skipped: list[tuple[str, str]] = field(default_factory=list)  # origin, reason
     keys: dict[str, int] = field(default_factory=dict)  # content and crop -> number of the first orientation
     items: int = 0
@@ -38,29 +41,22 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    texts: list[str]  # the empty prompt first, then by first appearance
-    names: list[str]
-    per_shard: int
-
-
-@dataclass(frozen=True)
 class _Prepared:
-    """A pair ready for the encoder: per side its key, and its orientations where they are not yet known."""
+    """A pair ready for the encoder: per picture its key, and its orientations where they are not yet known."""
 
     pair: PreferencePair
-    keys: tuple[str, str]
-    views: tuple[list[Tensor] | None, list[Tensor] | None]
+    keys: tuple[str, ...]
+    views: tuple[list[Tensor] | None, ...]
 
 
-def refuse_unreadable(skipped: Sequence[tuple[str, str]], total: int, limit: float) -> None:
-    """Raises ``UserError`` if more than the share ``limit`` of ``total`` pairs was skipped."""
+def refuse_unreadable(skipped: Sequence[tuple[str, str]], total: int, limit: float, kind: Kind) -> None:
+    """Raises ``UserError`` if more than the share ``limit`` of ``total`` pairs (or pictures) was skipped."""
     if len(skipped) <= limit * total:
         return
     first = "; ".join(f"{origin}: {reason}" for origin, reason in skipped[:NAMED])
     more = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
     raise UserError(
-        f"{len(skipped)} of {total} pairs cannot be used, which is more than the limit of {limit:.2%}: {first}{more}. "
+        f"{len(skipped)} of {total} {kind} cannot be used, which is more than the limit of {limit:.2%}: {first}{more}. "
         "Repair or remove them (`diffalign data check` lists them all), or raise the limit (max_unreadable)."
     )
 
@@ -85,26 +81,26 @@ def fill_images(
     journal = folder.journal("images")
     state, shards = _restored(journal)
     phase = _ImagePhase(folder, state, len(journal))
-    encode = partial(_encode_images, encoder, DTYPES[dtype])
+    encode = partial(_encode_images, encoder, dtype)
     stride = 2 if transform.flip else 1
     phase.writer = ShardWriter(
         folder, "images", encode, batch_size=batch_size, shard_items=shard_items, stride=stride, committed=phase.commit
     )
     phase.writer.resume(shards, state.per_shard)
-    refuse_unreadable(state.skipped, len(table), max_unreadable)
+    refuse_unreadable(state.skipped, len(table), max_unreadable, table.kind)
     start, skipped = state.next_row, len(state.skipped)
     for row, outcome in enumerate(_prepared(table, start, transform, phase.keys, workers), start):
         phase.take(row, outcome)
         if isinstance(outcome, RowProblem):
             skipped += 1
             if skipped > max_unreadable * len(table):
-                refuse_unreadable([*state.skipped, *phase.waiting_problems()], len(table), max_unreadable)
+                refuse_unreadable([*state.skipped, *phase.waiting_problems()], len(table), max_unreadable, table.kind)
         if progress:
             progress("images", row + 1, len(table))
     if start < len(table):
         phase.writer.flush()
     if not state.pairs:
-        raise UserError(f"None of the {len(table)} pairs can be used; `diffalign data check` says why.")
+        raise UserError(f"None of the {len(table)} {table.kind} can be used; `diffalign data check` says why.")
     return state
 
 
@@ -129,8 +125,9 @@ class _ImagePhase:
             return
         pair = outcome.pair
         items = [self._item(key, views, pair.origin) for key, views in zip(outcome.keys, outcome.views, strict=True)]
-        record = {"row": row, "winner": items[0], "loser": items[1], "prompt": pair.prompt}
-        self._waiting.append(record | {"label": pair.label, "weight": pair.weight, "origin": pair.origin})
+        scores = dict(zip(("winner_score", "loser_score"), pair.scores or (None, None), strict=True))
+        record = {"row": row, "winner": items[0], "loser": items[-1], "prompt": pair.prompt}
+        self._waiting.append(record | {"label": pair.label, "weight": pair.weight, **scores, "origin": pair.origin})
 
     def _item(self, key: str, views: list[Tensor] | None, origin: str) -> int:
         if key not in self.keys:
@@ -205,7 +202,7 @@ def _prepared(
         if isinstance(pair, RowProblem):
             return pair
         position, keys, views = transform.position(row), [], []
-        for side in ("winner", "loser"):
+        for side in pair.sides:
             try:
                 source = pair.side(side).held()
                 keys.append(_key(source, transform, position))
@@ -223,72 +220,8 @@ def _key(source: ImageSource, transform: Transform, position: Position) -> str:
     return hashlib.sha256((source.digest() + place).encode()).hexdigest()[:32]
 
 
-def _encode_images(encoder: Encoder, dtype: type, pixels: list[Tensor], origins: list[str]) -> dict[str, np.ndarray]:
+def _encode_images(encoder: Encoder, dtype: str, pixels: list[Tensor], origins: list[str]) -> dict[str, np.ndarray]:
     with torch.no_grad():
         encoded = encoder.encode_images(torch.stack(pixels))
     moments = torch.stack([encoded["mean"], encoded["std"]], dim=1)  # [B, 2, C, h, w]
-    return {"moments": _cast(moments, dtype, [f"a picture of {origin}" for origin in origins])}
-
-
-# ------------------------------------------------------------------------------------------------------------------- prompts
-
-
-def fill_prompts(
-    folder: CacheFolder,
-    images: Images,
-    encoder: Encoder,
-    *,
-    batch_size: int,
-    shard_items: int,
-    dtype: str,
-    progress: Progress | None,
-) -> Prompts:
-    """Encode the empty prompt and every prompt of the pairs that is not committed yet."""
-    texts = list(dict.fromkeys(["", *(pair["prompt"] for pair in images.pairs)]))
-    journal = folder.journal("prompts")
-    done, entries = (journal[-1]["items"], len(journal)) if journal else (0, 0)
-    names: list[str] = journal[-1]["names"] if journal else []
-
-    def encode(items: list[str], labels: list[str]) -> dict[str, np.ndarray]:
-        encoded = _encode_prompts(encoder, DTYPES[dtype], items, labels)
-        names[:] = sorted(encoded)
-        return encoded
-
-    def commit(shards: int, items: int) -> None:
-        nonlocal done, entries
-        done += items
-        entry = {"shards": shards, "items": done, "per_shard": writer.per_shard, "names": names}
-        folder.write_json(journal_name("prompts", entries), entry)
-        entries += 1
-
-    writer = ShardWriter(folder, "prompts", encode, batch_size=batch_size, shard_items=shard_items, stride=1, committed=commit)
-    writer.resume(journal[-1]["shards"] if journal else 0, journal[-1]["per_shard"] if journal else None)
-    for number, text in enumerate(texts[done:], done):
-        writer.add(text, f"the prompt {text!r}")
-        if progress:
-            progress("prompts", number + 1, len(texts))
-    if done < len(texts):
-        writer.flush()
-    return Prompts(texts, names, writer.per_shard)
-
-
-def _encode_prompts(encoder: Encoder, dtype: type, prompts: list[str], labels: list[str]) -> dict[str, np.ndarray]:
-    with torch.no_grad():
-        encoded = encoder.encode_prompts(prompts)
-    return {name: _cast(value, dtype, labels) for name, value in encoded.items()}
-
-
-def _cast(value: Tensor, dtype: type, labels: Sequence[str]) -> np.ndarray:
-    """On the CPU in the cache's dtype; integers stay as they are. Raises ``UserError`` for what is not finite."""
-    if not value.is_floating_point():
-        return value.cpu().numpy()
-    exact = value.detach().to("cpu", torch.float32).numpy()
-    with np.errstate(over="ignore"):
-        stored = exact.astype(dtype)
-    for row in np.flatnonzero(~np.isfinite(stored.reshape(len(stored), -1)).all(axis=1)):
-        if np.isfinite(exact[row]).all():
-            reach = f"up to {np.abs(exact[row]).max():g}, more than float16 holds; use dtype float32 for the cache"
-        else:
-            reach = "values that are not finite; run the encoder in float32"
-        raise UserError(f"The encoder gave {reach} (for {labels[row]}).")
-    return stored
+    return {"moments": cast(moments, dtype, [f"a picture of {origin}" for origin in origins])}

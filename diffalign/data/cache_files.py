@@ -6,6 +6,8 @@ prompts/00000.NAME.npy         [n, ...] one file per conditioning tensor
 journal/images-00000.json      a shard is committed when its journal entry exists; it names the pairs it completes
 journal/prompts-00000.json
 pairs.npy  texts.json  complete.json      written at the end
+
+A cache of prompts alone (``prompt_cache``) is the same without images and pairs.
 """
 
 from __future__ import annotations
@@ -90,6 +92,30 @@ class CacheFolder:
     @property
     def complete(self) -> bool:
         return (self.root / "complete.json").exists()
+
+    def opened(self, part: str, version: int, expected: Mapping[str, Any] | None) -> CacheFolder:
+        """This folder, if it holds a complete cache made as ``expected`` says, or of any data for None.
+
+        ``part`` tells the kinds apart: the fingerprint has "data" where pairs were encoded, "prompts" where prompts alone.
+
+        Raises ``StaleCacheError`` for another one, ``UserError`` for none, or none that is complete.
+        """
+        if not (self.root / "fingerprint.json").exists():
+            raise UserError(f"There is no cache in {self.root}.")
+        if expected is not None:
+            self.refuse_stale(expected)
+        found = self.read_json("fingerprint.json")
+        if part not in found:
+            here, wanted = ("prompts alone", "pairs") if part == "data" else ("pairs", "prompts alone")
+            raise UserError(f"The cache in {self.root} is one of {here}; expected one of {wanted}.")
+        if found.get("version") != version:
+            raise StaleCacheError(
+                f"The cache in {self.root} is of version {found.get('version')}, and this diffalign reads version {version}. "
+                "Delete the folder, or give another one, to encode everything anew."
+            )
+        if not self.complete:
+            raise UserError(f"The cache in {self.root} is not complete; build it again, it goes on where it stopped.")
+        return self
 
     def journal(self, kind: str) -> list[dict[str, Any]]:
         """The committed entries of ``kind`` ("images" or "prompts"), in order."""

@@ -7,6 +7,8 @@ is one integer: the next position.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STREAMS = {"order": 1, "draw": 2, "validation": 3}
+_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4}
 
 
 def generator(seed: int, stream: str, position: int) -> torch.Generator:
@@ -33,12 +35,41 @@ class Order:
     def row(self, position: int) -> int:
         """The row at a position, in [0, n)."""
         epoch, offset = divmod(position, self.n)
-        return int(_permutation(self.n, self.seed, epoch)[offset])
+        return int(_permutation(self.n, self.seed, "order", epoch)[offset])
+
+
+class Curriculum:
+    """Easy rows first: the ranking is cut into equal groups, and each stage of the run visits some of them in epochs of its own.
+
+    ``ranking`` lists the rows [0, n), easiest first. Stage k takes the k-th part of ``steps`` optimizer steps of ``global_batch``
+    positions each. With ``cumulative`` it draws from groups 0 ... k (Curriculum-DPO, Croitoru et al. 2024, arXiv 2405.13637),
+    otherwise from group k alone (Curry-DPO, Pattnaik et al. 2024, arXiv 2403.07230). Positions beyond the run's last step belong
+    to the last stage. A stage is a whole number of optimizer steps and visits every row of its own once before any twice.
+    """
+
+    def __init__(self, ranking: Sequence[int], stages: int, cumulative: bool, steps: int, global_batch: int, seed: int) -> None:
+        if not 1 <= stages <= min(len(ranking), steps):
+            raise ValueError(f"{stages} stages need at least as many rows ({len(ranking)}) and steps ({steps})")
+        self._ranking, self._cumulative, self._seed = np.asarray(ranking, dtype=np.int64), cumulative, seed
+        self._begins = [k * steps // stages * global_batch for k in range(stages)]  # positions
+        self._ends = [(k + 1) * len(ranking) // stages for k in range(stages)]  # in the ranking
+
+    def stage(self, position: int) -> int:
+        """The stage, from 0, to which a position belongs."""
+        return bisect_right(self._begins, position) - 1
+
+    def row(self, position: int) -> int:
+        """The row at a position, in [0, n)."""
+        k = self.stage(position)
+        low, high = 0 if self._cumulative or k == 0 else self._ends[k - 1], self._ends[k]
+        epoch, offset = divmod(position - self._begins[k], high - low)
+        shuffled = _permutation(high - low, self._seed, "curriculum", epoch * len(self._begins) + k)
+        return int(self._ranking[low + int(shuffled[offset])])
 
 
 @lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
+def _permutation(n: int, seed: int, stream: str, number: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, stream, number))
 
 
 @dataclass(frozen=True)

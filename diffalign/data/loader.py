@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from diffalign.data.draws import Draw, Order, draw, fixed_draws
+from diffalign.data.draws import Curriculum, Draw, Order, draw, fixed_draws
+from diffalign.errors import UserError
 from diffalign.types import Conditioning, PairBatch
 
 
@@ -19,6 +20,7 @@ class EncodedPairs(Protocol):
 
     labels: Sequence[float]
     weights: Sequence[float]
+    scores: Tensor | None  # [N, 2] float32 of winner and loser, NaN where there is none; may be missing altogether
     latent_shape: tuple[int, ...]
 
     def __len__(self) -> int: ...
@@ -39,6 +41,10 @@ class LoaderSettings:
     flip: bool = False
     latent_mode: bool = False  # True: the posterior's mean instead of a sample
     train_steps: int = 1000  # T of the schedule
+    curriculum: Literal["none", "margin"] = "none"  # margin: pairs that a judge tells apart most clearly come first
+    curriculum_stages: int = 5
+    curriculum_cumulative: bool = True  # later stages keep the pairs of the earlier ones
+    steps: int = 0  # optimizer steps of the whole run; only a curriculum asks
 
 
 class PairLoader:
@@ -46,6 +52,9 @@ class PairLoader:
 
     ``rows`` restricts training to some rows of the cache (the rest is validation). The global batch of a step is cut into
     contiguous parts, one per process, so the union over processes does not depend on their number.
+
+    Raises:
+        UserError: a curriculum is asked for, and the pairs have no scores, or are too few for its stages.
     """
 
     def __init__(self, pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, rank: int = 0, world: int = 1) -> None:
@@ -53,12 +62,22 @@ class PairLoader:
             raise ValueError("there are no pairs to train on")
         self._pairs, self._rows, self._settings = pairs, rows, settings
         self._rank, self._world = rank, world
-        self._order = Order(len(rows), settings.seed)
+        self._order = Order(len(rows), settings.seed) if settings.curriculum == "none" else self._by_margin()
 
     @property
     def global_batch(self) -> int:
         """Pairs per optimizer step over all processes."""
         return self._settings.batch_size * self._settings.accumulation * self._world
+
+    def _by_margin(self) -> Curriculum:
+        s, stages = self._settings, self._settings.curriculum_stages
+        if stages > min(len(self._rows), s.steps):
+            raise UserError(
+                f"A curriculum of {stages} stages needs at least {stages} pairs and {stages} optimizer steps; "
+                f"there are {len(self._rows)} pairs and {s.steps} steps. Lower curriculum_stages."
+            )
+        ranking = easiest_first(self._pairs, self._rows)
+        return Curriculum(ranking, stages, s.curriculum_cumulative, s.steps, self.global_batch, s.seed)
 
     def steps(self, start: int, stop: int) -> Iterator[list[PairBatch]]:
         """The micro-batches of optimizer steps ``start`` to ``stop``; the next step is prepared in the background."""
@@ -81,6 +100,28 @@ class PairLoader:
         return collate(self._pairs, rows, draws, s.latent_mode)
 
 
+def easiest_first(pairs: EncodedPairs, rows: Sequence[int]) -> list[int]:
+    """Places in ``rows``, by how far apart a judge puts the two pictures, furthest first; pairs without scores come last.
+
+    The gap counts, not whom it favours: where judge and label disagree a pair is easy to tell apart all the same, as in
+    Curriculum-DPO's code. Equal gaps stay in the order of the rows.
+
+    Raises:
+        UserError: no pair has scores, or none whose pictures differ in them.
+    """
+    known = getattr(pairs, "scores", None)
+    if known is None or bool(torch.as_tensor(known)[list(rows)].isnan().any(dim=1).all()):
+        raise UserError(
+            "A curriculum orders pairs by a judge's scores, which these data do not have. Name a judge (--reward), use data that "
+            "`diffalign relabel` wrote (--scores), or set curriculum to none."
+        )
+    winner, loser = torch.as_tensor(known, dtype=torch.float64)[list(rows)].unbind(dim=1)
+    gap = (winner - loser).abs().nan_to_num(nan=-1.0)
+    if float(gap.max()) == 0.0:
+        raise UserError("A curriculum orders pairs by their scores' difference, which is zero for all of them: single pictures?")
+    return gap.argsort(descending=True, stable=True).tolist()
+
+
 def collate(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw], latent_mode: bool) -> PairBatch:
     """Stack rows and their draws into one batch."""
     sides = [
@@ -96,7 +137,18 @@ def collate(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw], lat
         label=torch.tensor([float(pairs.labels[row]) for row in rows]),
         weight=torch.tensor([float(pairs.weights[row]) for row in rows]),
         index=torch.tensor(rows),
+        scores=_scores(pairs, rows),
     )
+
+
+def _scores(pairs: EncodedPairs, rows: Sequence[int]) -> Tensor | None:
+    """[B, 2] float32; None where no pair of the whole data set has scores, so that every batch of a run is alike."""
+    known = getattr(pairs, "scores", None)
+    if known is None:
+        return None
+    known = torch.as_tensor(known, dtype=torch.float32)
+    found = known[list(rows)]
+    return None if found.isnan().all() and known.isnan().all() else found
 
 
 def _latent(pairs: EncodedPairs, row: int, side: str, d: Draw, mode: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""One door to all preference data: ``open_pairs``.
+"""One door to all preference data, pairs and single pictures: ``open_pairs``.
 
 Two things are independent: how rows are stored (``readers/``) and what their columns mean (``layouts/``). Each is a
 folder of modules, and the folder is the registry: a new form of storage or a new layout is a new file.
@@ -14,30 +14,39 @@ from types import ModuleType
 from typing import Any
 
 from diffalign.data import layouts, readers
-from diffalign.data.table import Layout, PairTable, Rows
+from diffalign.data.table import Layout, PairTable, Rows, score_columns
 from diffalign.errors import UserError
 
 TIES = ("keep", "drop")
 
 
 def open_pairs(
-    where: str | Path, *, split: str = "train", ties: str = "keep", columns: Mapping[str, str] | None = None
+    where: str | Path,
+    *,
+    split: str = "train",
+    ties: str = "keep",
+    columns: Mapping[str, str] | None = None,
+    scores: str | None = None,
 ) -> PairTable:
     """Open preference data: a file, a folder, or the id of a data set on the Hugging Face hub.
 
-    ``split`` chooses among the splits where there are several. ``ties="drop"`` leaves out pairs with label 1/2.
-    ``columns`` says which column plays a role (``{"prompt": "text", "chosen": "image_a"}``) where the names differ from
-    the usual ones. Raises ``UserError`` for an unknown place, split, column or form of data.
+    ``split`` chooses among the splits where there are several. ``ties="drop"`` leaves out pairs with label 1/2; single
+    pictures have no ties. ``columns`` says which column plays a role (``{"prompt": "text", "chosen": "image_a"}``) where
+    the names differ from the usual ones. ``scores`` is the judge, as ``diffalign relabel`` called it, whose scores the pairs
+    carry. Raises ``UserError`` for an unknown place, split, column, judge or form of data.
     """
     if ties not in TIES:
         raise UserError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}.")
     place = str(Path(where).expanduser()) if Path(where).expanduser().exists() else str(where)
     rows = _reader(place).open_rows(place, split)
     layout, names = _layout(rows, columns or {})
+    if scores is not None:
+        names |= _scores(rows, layout, names, columns or {}, scores)
+    ties = ties if layout.KIND == "pairs" else "keep"
     kept, left_out = _kept(rows, layout, names, ties)
     table = PairTable(rows, layout, names, kept, ties, left_out)
     if len(table) == 0:
-        raise UserError(f"There are no pairs to use in {table.description}.")
+        raise UserError(f"There are no {table.kind} to use in {table.description}.")
     return table
 
 
@@ -75,13 +84,16 @@ def _layout(rows: Rows, columns: Mapping[str, str]) -> tuple[Layout, dict[str, s
         names = _names(layout, rows.columns, columns)
         if all(role in names for role in layout.REQUIRED) and all(role in names for role in columns):
             fitting.append((layout, names))
-    if len(fitting) == 1:
+    pairs = [found for found in fitting if found[0].KIND == "pairs"]
+    if len(fitting := pairs or fitting) == 1:
+        if not pairs and "image" not in columns:
+            _refuse_halves(rows, known, fitting[0][1])
         return fitting[0]
     needs = "; or ".join(f"{layout.FORM} ({_needs(layout)})" for layout in known)
     if fitting:
         raise UserError(f"{rows.description} has the columns of more than one layout: {needs}. Choose by naming its columns.")
     raise UserError(
-        f"{rows.description} does not have the columns that preference pairs need. It has: {_list(rows.columns)}. "
+        f"{rows.description} does not have the columns that preference data need. It has: {_list(rows.columns)}. "
         f"Needed: {needs}. If they go by other names, say which column plays which role (columns: role=name)."
     )
 
@@ -99,6 +111,41 @@ def _names(layout: Layout, present: Sequence[str], columns: Mapping[str, str]) -
 def _needs(layout: Layout) -> str:
     required = ", ".join(" or ".join(aliases[:3]) for aliases in layout.REQUIRED.values())
     return f"{required}; optional {', '.join(layout.OPTIONAL)}"
+
+
+def _refuse_halves(rows: Rows, known: Sequence[Layout], names: Mapping[str, str]) -> None:
+    """Raises ``UserError`` where the columns of single pictures stand beside one that belongs to a pair."""
+    sides = {alias for layout in known if layout.KIND == "pairs" for role in layout.IMAGES for alias in layout.REQUIRED[role]}
+    halves = [name for name in rows.columns if name in sides and len(name) > 1]  # "w" may be a width
+    if halves:
+        raise UserError(
+            f"{rows.description} has columns {', '.join(names.values())}, as a data set of single pictures has, and "
+            f"{', '.join(halves)}, as one of pairs has. It has: {_list(rows.columns)}. Say which is meant by naming its columns: "
+            f"image={names['image']} for single pictures, or both pictures of a pair (columns: role=name)."
+        )
+
+
+def _scores(rows: Rows, layout: Layout, names: Mapping[str, str], columns: Mapping[str, str], judge: str) -> dict[str, str]:
+    """The columns of a judge's scores, by role. Raises ``UserError`` for a judge that has none here."""
+    if said := [role for role in layout.SCORES if role in columns]:
+        raise UserError(
+            f"scores={judge!r} and columns {said[0]}={columns[said[0]]} both say where the scores are; give one of them."
+        )
+    found = score_columns(layout, judge)
+    if all(name in rows.columns for name in found):
+        return dict(zip(layout.SCORES, found, strict=True))
+    judges = _judges(rows.columns, layout, set(names.values()))
+    have = f"there are those of {', '.join(judges)}" if judges else "there are none; `diffalign relabel` writes them"
+    wanted = " and ".join(dict.fromkeys(found))
+    raise UserError(f"scores: {rows.description} has no scores by {judge!r} (it lacks {wanted}); {have}.")
+
+
+def _judges(present: Sequence[str], layout: Layout, taken: set[str]) -> list[str]:
+    """The judges whose columns are there; of pairs those with a margin beside, for model_0 and model_1 are no scores."""
+    ending = score_columns(layout, "")[0]
+    names = [name.removesuffix(ending) for name in present if name.endswith(ending) and name not in taken]
+    needed = {name: {*score_columns(layout, name)} | ({f"{name}_margin"} if layout.KIND == "pairs" else set()) for name in names}
+    return [name for name in names if name and needed[name] <= set(present)]
 
 
 def _list(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A pair of pictures and what somebody thought of them, still on disk or as bytes."""
+"""A pair of pictures, or a single one, and what somebody thought of it, still on disk or as bytes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from diffalign.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 """Told ``(stage, done, total)`` every now and then."""
+
+WINNER, LOSER, PICTURE = "winner", "loser", "picture"
+"""What the pictures of a row are called in messages."""
 
 SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 
@@ -97,22 +100,32 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt, two pictures made for it, and which of them was preferred."""
+    """A prompt, two pictures made for it, and which of them was preferred; or one picture, and whether it is wanted.
+
+    A single picture stands on both sides, so that whatever works on pairs works on it: what is the same is encoded once.
+    """
 
     prompt: str
     winner: ImageSource
     loser: ImageSource
-    label: float  # probability that the winner is preferred, in [1/2, 1]; 1/2 is a tie
+    label: float  # probability that the winner is preferred, in [1/2, 1]; of a single picture that it is wanted, in [0, 1]
     weight: float  # factor on the pair's loss, >= 0
     origin: str  # file and row, for messages
+    scores: tuple[float, float] | None = None  # a judge's, of winner and loser; None where there are none
+    single: bool = False  # one picture, on both sides
 
     @property
     def tie(self) -> bool:
-        return self.label == 0.5
+        return self.label == 0.5 and not self.single
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The pictures that there are, by the names that ``side`` knows."""
+        return (PICTURE,) if self.single else (WINNER, LOSER)
 
     def side(self, name: str) -> ImageSource:
-        """``name`` is "winner" or "loser"."""
-        return {"winner": self.winner, "loser": self.loser}[name]
+        """``name`` is one of ``sides``."""
+        return {PICTURE: self.winner, WINNER: self.winner, LOSER: self.loser}[name]
 
 
 def image_from(value: Any, base: Path | None) -> ImageSource:
@@ -139,9 +152,22 @@ def number_from(value: Any, name: str, low: float, high: float) -> float:
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}, not a number") from None
     if not (math.isfinite(number) and low <= number <= high):
-        wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and at least {low:g}"
+        least = f" and at least {low:g}" if math.isfinite(low) else ""
+        wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite{least}"
         raise ValueError(f"{name} is {number:g}; it must be {wanted}")
     return number
+
+
+def score_from(value: Any, name: str) -> float | None:
+    """A cell as a judge's score; None for an empty cell or NaN. Raises ``ValueError`` that names the column and the value."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        if math.isnan(float(value)):
+            return None
+    except (TypeError, ValueError):
+        pass  # the words for what is no number are those of every other cell
+    return number_from(value, name, -math.inf, math.inf)
 
 
 def _plain(error: Exception) -> str:

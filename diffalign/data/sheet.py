@@ -1,4 +1,4 @@
-"""A contact sheet: some pairs of a data set as a picture, winner on the left."""
+"""A contact sheet: some pairs of a data set as a picture, winner on the left; or some of its single pictures."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ MARGIN = 14  # between pairs
 LINES = 3  # of caption
 FONT_SIZE = 13
 LINE_HEIGHT = 17
-ACROSS = 3  # pairs in a row
-CELL = (2 * SIDE + GAP, SIDE + (LINES + 1) * LINE_HEIGHT + 8)
+ACROSS = {"pairs": 3, "pictures": 6}  # in a row
+WIDTH = {"pairs": 2 * SIDE + GAP, "pictures": SIDE}
+HEIGHT = SIDE + (LINES + 1) * LINE_HEIGHT + 8
 PREFERRED, OTHER, TIE, INK, FAINT = "#2e8b57", "#c8c8c8", "#d99a2b", "#202020", "#707070"
 
 
 def contact_sheet(table: PairTable, n: int = 12, seed: int = 0) -> Image.Image:
     """``n`` pairs drawn without replacement, each with its caption and label; a tie is marked as one.
 
-    The preferred picture has a green frame, the two of a tie an amber one. Pairs that cannot be read are passed over.
+    The preferred picture has a green frame, the two of a tie an amber one; of single pictures those that are wanted have a
+    green one. What cannot be read is passed over.
     Raises ``UserError`` if none can be read.
     """
     shown = _readable(table, n, seed)
-    across = min(ACROSS, len(shown))
+    across, width = min(ACROSS[table.kind], len(shown)), WIDTH[table.kind]
     down = -(-len(shown) // across)
-    size = (MARGIN + across * (CELL[0] + MARGIN), MARGIN + down * (CELL[1] + MARGIN))
+    size = (MARGIN + across * (width + MARGIN), MARGIN + down * (HEIGHT + MARGIN))
     sheet = Image.new("RGB", size, "white")
     for place, (pair, pictures) in enumerate(shown):
         row, column = divmod(place, across)
-        sheet.paste(_cell(pair, pictures), (MARGIN + column * (CELL[0] + MARGIN), MARGIN + row * (CELL[1] + MARGIN)))
+        cell = _cell(pair, pictures, width)
+        sheet.paste(cell, (MARGIN + column * (width + MARGIN), MARGIN + row * (HEIGHT + MARGIN)))
     return sheet
 
 
@@ -42,46 +45,58 @@ def _readable(table: PairTable, n: int, seed: int) -> list[tuple[PreferencePair,
     for index in np.random.default_rng(seed).permutation(len(table)):
         try:
             pair = table[int(index)]
-            shown.append((pair, [pair.winner.open(), pair.loser.open()]))
+            shown.append((pair, [pair.side(side).open() for side in pair.sides]))
         except (RowProblem, UnreadableImage):
             continue
         if len(shown) == n:
             break
     if not shown:
-        raise UserError(f"No pair of {table.description} can be shown.")
+        raise UserError(f"Nothing of {table.description} can be shown.")
     return shown
 
 
-def _cell(pair: PreferencePair, pictures: list[Image.Image]) -> Image.Image:
-    cell = Image.new("RGB", CELL, "white")
+def _cell(pair: PreferencePair, pictures: list[Image.Image], width: int) -> Image.Image:
+    cell = Image.new("RGB", (width, HEIGHT), "white")
     draw = ImageDraw.Draw(cell)
     font = ImageFont.load_default(FONT_SIZE)
-    for place, (picture, frame) in enumerate(zip(pictures, (TIE, TIE) if pair.tie else (PREFERRED, OTHER), strict=True)):
+    for place, (picture, frame) in enumerate(zip(pictures, _frames(pair), strict=True)):
         left = place * (SIDE + GAP)
         draw.rectangle((left, 0, left + SIDE - 1, SIDE - 1), fill=frame)
         draw.rectangle((left + 3, 3, left + SIDE - 4, SIDE - 4), fill="white")
         small = ImageOps.contain(picture, (SIDE - 6, SIDE - 6), Image.Resampling.LANCZOS)
         cell.paste(small, (left + (SIDE - small.width) // 2, (SIDE - small.height) // 2))
     top = SIDE + 4
-    mark = "tie" if pair.tie else f"left preferred, label {pair.label:.2f}"
     weight = "" if pair.weight == 1.0 else f", weight {pair.weight:g}"
-    draw.text((0, top), _wrap(f"{mark}{weight}  ·  {pair.origin}", font, 1)[0], fill=FAINT, font=font)
-    for line in _wrap(pair.prompt or "(empty caption)", font, LINES):
+    place = pair.origin.rpartition(":")[2] if pair.single else pair.origin  # the name of the file fits beside two pictures only
+    draw.text((0, top), _wrap(f"{_mark(pair)}{weight}  ·  {place}", font, 1, width)[0], fill=FAINT, font=font)
+    for line in _wrap(pair.prompt or "(empty caption)", font, LINES, width):
         top += LINE_HEIGHT
         draw.text((0, top), line, fill=INK, font=font)
     return cell
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, lines: int) -> list[str]:
-    """At most ``lines`` lines that fit the cell; what does not fit ends in an ellipsis."""
+def _frames(pair: PreferencePair) -> tuple[str, ...]:
+    if pair.single:
+        return (TIE if pair.label == 0.5 else PREFERRED if pair.label > 0.5 else OTHER,)
+    return (TIE, TIE) if pair.tie else (PREFERRED, OTHER)
+
+
+def _mark(pair: PreferencePair) -> str:
+    if pair.single:
+        return f"wanted {pair.label:.2f}"
+    return "tie" if pair.tie else f"left preferred, label {pair.label:.2f}"
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, lines: int, width: int) -> list[str]:
+    """At most ``lines`` lines that fit the cell's ``width``; what does not fit ends in an ellipsis."""
     done, rest = [], " ".join(text.split())
     while rest and len(done) < lines:
         cut = len(rest)
-        while font.getlength(rest[:cut]) > CELL[0]:
+        while font.getlength(rest[:cut]) > width:
             space = rest.rfind(" ", 0, cut)
             cut = space if space > 0 else cut - 1
         done.append(rest[:cut])
         rest = rest[cut:].lstrip()
-    while rest and font.getlength(done[-1] + "…") > CELL[0]:
+    while rest and font.getlength(done[-1] + "…") > width:
         done[-1] = done[-1][:-1]
     return [*done[:-1], done[-1] + "…"] if rest else done

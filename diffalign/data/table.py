@@ -1,4 +1,4 @@
-"""A data set of pairs: rows as somebody stored them, seen through a layout that knows what the columns mean."""
+"""A data set of pairs or of single pictures: rows as somebody stored them, seen through a layout that knows what columns mean."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from diffalign.data.pairs import ImageSource, PreferencePair, RowProblem, image_from, number_from
+from diffalign.data.pairs import (
+    LOSER,
+    PICTURE,
+    WINNER,
+    ImageSource,
+    PreferencePair,
+    RowProblem,
+    image_from,
+    number_from,
+    score_from,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+Kind = Literal["pairs", "pictures"]
+"""What a row is: two pictures, or a single one. Also the noun for several of them, in messages."""
 
 
 class Rows(Protocol):
@@ -50,14 +64,16 @@ class Layout(Protocol):
     """What columns mean: a module of ``layouts/``. A role is what a column is for; each has the names it may go by."""
 
     FORM: str
+    KIND: Kind
     REQUIRED: Mapping[str, tuple[str, ...]]
     OPTIONAL: Mapping[str, tuple[str, ...]]
     PROMPT: str
-    IMAGES: tuple[str, str]
+    IMAGES: tuple[str, str]  # the first and the second; of single pictures twice the same role
     LABELS: tuple[str, ...]
+    SCORES: tuple[str, str]  # of ``IMAGES``
 
     def probability(self, row: Mapping[str, Any]) -> float | None:
-        """Probability that the first picture is preferred, from the cells of ``LABELS``; None if nobody said.
+        """Probability that the first picture is preferred (that the only one is wanted), from ``LABELS``; None if nobody said.
 
         Raises ``ValueError`` with the reason for a label that makes no sense.
         """
@@ -74,8 +90,18 @@ class StoredPair:
     probability: float  # that the first of them is preferred
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A picture, the prompt it was shown for, and its place."""
+
+    prompt: str
+    image: ImageSource
+    origin: str  # file and row
+    column: str
+
+
 class PairTable:
-    """Pairs by index, read when asked for.
+    """Pairs by index, read when asked for. Where ``kind`` is "pictures", each is a single picture on both sides.
 
     ``table[i]`` raises ``RowProblem`` for a row that cannot be used; pictures are decoded only by ``ImageSource.open``.
     ``rows`` is what they are read from: all of its rows and columns, also those that are not used.
@@ -99,6 +125,10 @@ class PairTable:
         found = self.rows.row(where, tuple(self._names.values()))
         return self._pair(self._by_role(found), self.rows.origin(where))
 
+    @property
+    def kind(self) -> Kind:
+        return self._layout.KIND
+
     def __iter__(self) -> Iterator[PreferencePair]:
         return (self[i] for i in range(len(self)))
 
@@ -112,6 +142,25 @@ class PairTable:
         images = (pair.winner, pair.loser) if probability >= 0.5 else (pair.loser, pair.winner)
         return StoredPair(pair, cells, images, probability)
 
+    def shown(self, row: int) -> Iterator[Shown | RowProblem]:
+        """Every picture of a row of ``rows``, also of one that is left out or whose label makes no sense."""
+        columns, prompt = tuple(dict.fromkeys(self.image_columns)), self._names[self._layout.PROMPT]
+        origin = self.rows.origin(row)
+        try:
+            cells = self.rows.row(row, (prompt, *columns))
+            text = _prompt(cells[prompt], prompt)
+        except RowProblem as problem:
+            yield problem
+            return
+        except ValueError as error:
+            yield RowProblem(origin, None, str(error))
+            return
+        for column in columns:
+            try:
+                yield Shown(text, self._image(cells[column], column, origin), origin, column)
+            except RowProblem as problem:
+                yield problem
+
     @property
     def image_columns(self) -> tuple[str, str]:
         """The columns that hold the first and the second picture."""
@@ -121,8 +170,12 @@ class PairTable:
     @property
     def sides(self) -> tuple[str, str]:
         """What the first and the second picture are called in this kind of data: 0 and 1, or chosen and rejected."""
-        first, second = (role.rpartition("_")[2] for role in self._layout.IMAGES)
-        return first, second
+        return _sides(self._layout)
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are columns for a judge's scores."""
+        return all(role in self._names for role in self._layout.SCORES)
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -130,6 +183,10 @@ class PairTable:
         first = self._layout.LABELS[0]
         columns = (self._names.get(first, first), self._names.get("label_1"))
         return tuple(column for column in columns if column is not None)
+
+    def score_columns(self, judge: str) -> tuple[str, str]:
+        """The columns for a judge's scores of the first and of the second picture."""
+        return score_columns(self._layout, judge)
 
     def origin(self, index: int) -> str:
         """File and row of pair ``index``, without reading it."""
@@ -139,7 +196,7 @@ class PairTable:
     def description(self) -> str:
         """One line: where the data are, in which form, and how many rows."""
         left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
-        return f"{self.rows.description}: {self._layout.FORM}, {len(self)} pairs{left}"
+        return f"{self.rows.description}: {self._layout.FORM}, {len(self)} {self.kind}{left}"
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +208,7 @@ class PairTable:
 
     def _checked(self, index: int) -> int:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
+            raise IndexError(f"row {index} of {len(self)} {self.kind}")
         return index % len(self)
 
     def _by_role(self, cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,17 +222,35 @@ class PairTable:
             weight = cells.get("weight")
             weight = 1.0 if weight in (None, "") else number_from(weight, self._names["weight"], 0.0, math.inf)
             prompt = _prompt(cells[self._layout.PROMPT], self._names[self._layout.PROMPT])
-            order = self._layout.IMAGES if probability >= 0.5 else self._layout.IMAGES[::-1]
+            first, second = (score_from(cells.get(role), self._names.get(role, role)) for role in self._layout.SCORES)
         except ValueError as error:
             raise RowProblem(origin, None, str(error)) from error
-        winner, loser = (self._image(cells[role], side, origin) for role, side in zip(order, ("winner", "loser"), strict=True))
-        return PreferencePair(prompt, winner, loser, max(probability, 1.0 - probability), weight, origin)
+        scores = None if first is None or second is None else (first, second)
+        if self.kind == "pictures":
+            picture = self._image(cells[self._layout.IMAGES[0]], PICTURE, origin)
+            return PreferencePair(prompt, picture, picture, probability, weight, origin, scores, single=True)
+        order = self._layout.IMAGES
+        if probability < 0.5:
+            order, scores = order[::-1], scores and scores[::-1]
+        winner, loser = (self._image(cells[role], side, origin) for role, side in zip(order, (WINNER, LOSER), strict=True))
+        return PreferencePair(prompt, winner, loser, max(probability, 1.0 - probability), weight, origin, scores)
 
     def _image(self, cell: Any, side: str, origin: str) -> ImageSource:
         try:
             return image_from(cell, self.rows.base)
         except ValueError as error:
             raise RowProblem(origin, side, str(error)) from error
+
+
+def score_columns(layout: Layout, judge: str) -> tuple[str, str]:
+    """Where the scores of a judge stand in data of this layout, as ``diffalign relabel`` writes them."""
+    first, second = _sides(layout)
+    return f"{judge}_{first}", f"{judge}_{second}"
+
+
+def _sides(layout: Layout) -> tuple[str, str]:
+    first, second = (role.rpartition("_")[2] for role in layout.SCORES)
+    return first, second
 
 
 def _prompt(value: Any, name: str) -> str:

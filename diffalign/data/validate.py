@@ -1,4 +1,4 @@
-"""Reading a data set of pairs to the last byte and saying what is in it."""
+"""Reading a data set of pairs or of single pictures to the last byte and saying what is in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from diffalign.data.ahead import default_workers, map_ahead
 from diffalign.data.pairs import PreferencePair, Progress, RowProblem, UnreadableImage
 from diffalign.data.sheet import contact_sheet
-from diffalign.data.table import PairTable
+from diffalign.data.table import Kind, PairTable
 
 __all__ = ["DataReport", "Problem", "check", "contact_sheet"]
 
@@ -25,7 +25,7 @@ class Problem:
     """A row that cannot be used."""
 
     origin: str
-    side: str | None  # "winner" or "loser" where one picture is at fault
+    side: str | None  # "winner", "loser" or "picture" where one is at fault
     reason: str
 
 
@@ -35,20 +35,23 @@ class DataReport:
 
     description: str
     fingerprint: str
-    pairs: int  # rows looked at, usable or not
+    kind: Kind
+    pairs: int  # rows looked at, usable or not; of single pictures, their number
     left_out: dict[str, int]  # rows left out when the data set was opened, by reason
     ties: int
     labels: dict[str, int]  # how often each label occurs, in bins of 0.05 if there are many
     weights: tuple[float, float]  # smallest and largest
+    scored: int  # rows with a judge's scores
+    scores: tuple[float, float] | None  # smallest and largest
     unique_prompts: int
     empty_captions: tuple[str, ...]
     unique_images: int
     sizes: dict[str, int]  # "width x height" -> pictures (each side of each pair counts), most frequent first
     smallest_side: int
     duplicate_pairs: tuple[tuple[str, str], ...]  # (place, place of the first): same prompt, same pictures, same preference
-    contradictions: tuple[tuple[str, str], ...]  # same prompt and pictures, the other one preferred
+    contradictions: tuple[tuple[str, str], ...]  # same prompt and pictures, the other one preferred; or wanted and unwanted
     repeated_images: int  # pictures that occur in more than one place
-    identical_sides: tuple[str, ...]  # winner and loser are the same file
+    identical_sides: tuple[str, ...]  # of pairs: winner and loser are the same file
     unreadable: tuple[Problem, ...]  # pictures
     bad_rows: tuple[Problem, ...]  # everything else: labels, weights, missing files
 
@@ -81,13 +84,13 @@ class DataReport:
         sizes = [f"{size}: {n}" for size, n in list(self.sizes.items())[:SIZES_LISTED]]
         more = [f"{len(self.sizes) - SIZES_LISTED} other sizes"] if len(self.sizes) > SIZES_LISTED else []
         left = ", ".join(f"{n} {why}" for why, n in self.left_out.items() if n)
-        low, high = self.weights
         found = {
-            "pairs": f"{self.pairs} ({self.usable} usable)",
+            self.kind: f"{self.pairs} ({self.usable} usable)",
             "left out": left or "none",
-            "ties": f"{self.ties} ({self.ties / max(self.pairs, 1):.1%})",
+            **({"ties": f"{self.ties} ({self.ties / max(self.pairs, 1):.1%})"} if self.kind == "pairs" else {}),
             "labels": ", ".join(f"{label}: {n}" for label, n in self.labels.items()),
-            "weights": f"{low:g}" if low == high else f"{low:g} to {high:g}",
+            "weights": _range(self.weights),
+            **({"scores": f"{_range(self.scores)}, of {self.scored} {self.kind}"} if self.scores else {}),
             "prompts": f"{self.unique_prompts} different, {len(self.empty_captions)} empty",
             "images": f"{self.unique_images} different, {self.repeated_images} of them in more than one place",
             "sizes": ", ".join([*sizes, *more]) + f" (smallest side {self.smallest_side})",
@@ -99,14 +102,20 @@ class DataReport:
         def problem(p: Problem) -> str:
             return f"{p.origin}{f' ({p.side})' if p.side else ''}: {p.reason}"
 
+        other = "the other picture preferred" if self.kind == "pairs" else "wanted in one place, unwanted in the other"
         return {
             "Unreadable images": [problem(p) for p in self.unreadable],
             "Rows that cannot be used": [problem(p) for p in self.bad_rows],
             "Empty captions": list(self.empty_captions),
             "Winner and loser are the same picture": list(self.identical_sides),
-            "Duplicate pairs": [f"{place} repeats {first}" for place, first in self.duplicate_pairs],
-            "Contradictions (the other picture preferred)": [f"{place} against {first}" for place, first in self.contradictions],
+            f"Duplicate {self.kind}": [f"{place} repeats {first}" for place, first in self.duplicate_pairs],
+            f"Contradictions ({other})": [f"{place} against {first}" for place, first in self.contradictions],
         }
+
+
+def _range(of: tuple[float, float]) -> str:
+    low, high = of
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 @dataclass
@@ -115,11 +124,13 @@ class _Tally:
 
     labels: Counter[float] = field(default_factory=Counter)
     weights: list[float] = field(default_factory=lambda: [float("inf"), float("-inf")])
+    scored: int = 0
+    scores: list[float] = field(default_factory=lambda: [float("inf"), float("-inf")])
     prompts: set[bytes] = field(default_factory=set)
     empty: list[str] = field(default_factory=list)
     images: Counter[bytes] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    seen: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)  # prompt and pictures -> first place, its winner
+    seen: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)  # prompt and pictures -> first place, what it says
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     contradictions: list[tuple[str, str]] = field(default_factory=list)
     identical: list[str] = field(default_factory=list)
@@ -164,7 +175,7 @@ def _look(pair: PreferencePair | RowProblem) -> _Seen | RowProblem:
     if isinstance(pair, RowProblem):
         return pair
     digests, sizes, faults = {}, {}, []
-    for side in ("winner", "loser"):
+    for side in pair.sides:
         try:
             source = pair.side(side).held()
             sizes[side] = source.open().size
@@ -178,6 +189,9 @@ def _count(tally: _Tally, seen: _Seen) -> None:
     pair = seen.pair
     tally.labels[pair.label] += 1
     tally.weights = [min(tally.weights[0], pair.weight), max(tally.weights[1], pair.weight)]
+    if pair.scores is not None:
+        tally.scored += 1
+        tally.scores = [min(tally.scores[0], *pair.scores), max(tally.scores[1], *pair.scores)]
     prompt = hashlib.sha256(pair.prompt.encode()).digest()[:16]
     tally.prompts.add(prompt)
     if not pair.prompt:
@@ -187,12 +201,13 @@ def _count(tally: _Tally, seen: _Seen) -> None:
     tally.unreadable.extend(seen.faults)
     if seen.faults:
         return
-    winner, loser = seen.digests["winner"], seen.digests["loser"]
-    if winner == loser:
+    digests = list(seen.digests.values())
+    if not pair.single and digests[0] == digests[1]:
         tally.identical.append(pair.origin)
-    first, preferred = tally.seen.setdefault(prompt + b"".join(sorted((winner, loser))), (pair.origin, winner))
+    said = bytes([pair.label >= 0.5]) if pair.single else seen.digests["winner"]
+    first, preferred = tally.seen.setdefault(prompt + b"".join(sorted(digests)), (pair.origin, said))
     if first != pair.origin:
-        agrees = preferred == winner or pair.tie
+        agrees = preferred == said or pair.label == 0.5
         (tally.duplicates if agrees else tally.contradictions).append((pair.origin, first))
 
 
@@ -200,11 +215,14 @@ def _report(table: PairTable, tally: _Tally) -> DataReport:
     return DataReport(
         description=table.description,
         fingerprint=table.fingerprint,
+        kind=table.kind,
         pairs=len(table),
         left_out=table.left_out,
-        ties=tally.labels[0.5],
+        ties=tally.labels[0.5] if table.kind == "pairs" else 0,
         labels=_histogram(tally.labels),
         weights=tuple(tally.weights) if tally.labels else (1.0, 1.0),
+        scored=tally.scored,
+        scores=tuple(tally.scores) if tally.scored else None,
         unique_prompts=len(tally.prompts),
         empty_captions=tuple(tally.empty),
         unique_images=len(tally.images),

@@ -12,7 +12,7 @@ The few for which that cannot hold, because they need a probability rather than 
 **Labels.** Where a docstring says "the expected loss", it is ``P loss(w, l) + (1 - P) loss(l, w)``: the loss as its paper
 has it at P = 1, with the sides swapped at P = 0, half of each for a tie.
 
-    pairwise      functions of the margin h                       dpo, cdpo, rdpo, ipo, hinge, exo, discopop
+    pairwise      functions of the margin h                       dpo, cdpo, rdpo, ipo, hinge, exo, discopop, smpo
     sides         each side against a mark of its own             nca, apo_zero, apo_down, sppo, cal_dpo
     unpaired      one sample and a baseline                       kto, bco (and ``*_unpaired`` for samples without a partner)
     absolute      the policy's own likelihoods                    sft, simpo, mapo, orpo, asft, hypo
@@ -27,23 +27,25 @@ decorator; nothing else needs editing.
 from __future__ import annotations
 
 from diffalign.losses.absolute import asft, hypo, mapo, orpo, sft, simpo
-from diffalign.losses.baselines import Baseline, MismatchedMean, MovingMargin, RunningMean
+from diffalign.losses.baselines import Baseline, BatchMean, MismatchedMean, MovingMargin, RunningMean, Zero
 from diffalign.losses.batchwise import aot, aot_unpaired, beta_dpo
 from diffalign.losses.divergences import transformed
-from diffalign.losses.pairwise import cdpo, discopop, dpo, exo, hinge, ipo, rdpo
-from diffalign.losses.registry import Evidence, Extras, Loss, load, names
+from diffalign.losses.pairwise import cdpo, discopop, dpo, exo, hinge, ipo, rdpo, smpo
+from diffalign.losses.registry import Evidence, Extras, Loss, load, names, read_options
 from diffalign.losses.rewarded import adpo, adpo_group, madpo
 from diffalign.losses.sides import apo_down, apo_zero, cal_dpo, nca, sppo
 from diffalign.losses.unpaired import bco, bco_unpaired, kto, kto_unpaired
 
 __all__ = [
     "Baseline",
+    "BatchMean",
     "Evidence",
     "Extras",
     "Loss",
     "MismatchedMean",
     "MovingMargin",
     "RunningMean",
+    "Zero",
     "adpo",
     "adpo_group",
     "aot",
@@ -71,8 +73,10 @@ __all__ = [
     "nca",
     "orpo",
     "rdpo",
+    "read_options",
     "sft",
     "simpo",
+    "smpo",
     "sppo",
     "transformed",
 ]

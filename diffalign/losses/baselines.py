@@ -63,6 +63,44 @@ class MismatchedMean:
         self._value = torch.tensor(state["value"], dtype=torch.float64)
 
 
+class Zero:
+    """No baseline at all."""
+
+    watches: ClassVar[Watched] = "sides"
+    value = torch.zeros(())
+
+    def update(self, values: Tensor) -> None:
+        """Nothing is learnt."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Nothing was learnt."""
+
+
+class BatchMean:
+    """``max(0, mean)`` of the latest batch's own log-ratios: what the released Diffusion-KTO takes for the KL. Costs nothing."""
+
+    watches: ClassVar[Watched] = "sides"
+
+    def __init__(self) -> None:
+        self._value = torch.zeros(())
+
+    @property
+    def value(self) -> Tensor:
+        return self._value
+
+    def update(self, values: Tensor) -> None:
+        self._value = _wide(values).mean().clamp(min=0.0)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": float(self._value)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._value = torch.tensor(state["value"], dtype=torch.float64)
+
+
 class RunningMean:
     """The mean of everything seen since the start of training: BCO's shift. Zero before the first batch."""
 

@@ -108,3 +108,13 @@ def discopop(ratio: LogRatio, label: Tensor, beta: float, tau: float) -> Tensor:
         return -torch.sigmoid(-h / tau) * F.logsigmoid(h) + torch.exp(F.logsigmoid(h / tau) - h)
 
     return expected(stated, ratio.winner, ratio.loser, label)
+
+
+@loss(paper="2506.02698", settings={"gamma": option(10.0, "sharpness of the smoothing; gamma (2P - 1) = 1 is DPO", gt=0)})
+def smpo(ratio: LogRatio, label: Tensor, beta: float, gamma: float) -> Tensor:
+    """SmPO: ``-log sigma( gamma (2P - 1) h )``, P the smoothed preference of the winner.
+
+    arXiv 2506.02698. At P = 1/2 the gradient vanishes, below it the sides change places; at gamma (2P - 1) = 1 it is DPO. Not the
+    conservative DPO of ``dpo``, which pulls the margin of a tie to zero.
+    """
+    return -F.logsigmoid(gamma * (2.0 * label.to(ratio.margin.dtype) - 1.0) * beta * ratio.margin)

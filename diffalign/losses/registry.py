@@ -148,3 +148,17 @@ def load(name: str, extras: Extras | None = None, **settings: Any) -> Loss:
         raise ValueError(f"no loss is called {name!r}; there are: {', '.join(names())}")
     found = _LOSSES[name]
     return dataclasses.replace(found, settings=found.Settings(**settings), extras=extras or Extras())
+
+
+def read_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a loss from text or numbers, each as its declaration has it. Unknown ones raise ValueError."""
+    if name not in _LOSSES:
+        raise ValueError(f"no loss is called {name!r}; there are: {', '.join(names())}")
+    hints = typing.get_type_hints(_LOSSES[name].Settings)
+    if unknown := sorted(given.keys() - hints.keys()):
+        known = ", ".join(hints) or "none"
+        raise ValueError(f"the loss {name!r} has no constant {', '.join(unknown)}; its constants are: {known}")
+    try:
+        return {key: float(value) if hints[key] is float else value for key, value in given.items()}
+    except ValueError as error:
+        raise ValueError(f"a constant of the loss {name!r} is not a number: {error}") from error

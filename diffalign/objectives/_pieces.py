@@ -21,9 +21,14 @@ def d3po(ratio: LogRatio, label: Tensor, beta: float, clip: float) -> Tensor:
     The gradient of a side is zero where its ratio is outside. The paper has no clip: ``clip = math.inf`` takes it away. The
     ratio is that of mean log-densities, a geometric mean per dimension, hence the narrow clip.
     """
+    margin = clipped(ratio, clip).margin
+    return -F.logsigmoid((2.0 * label.to(margin.dtype) - 1.0) * beta * margin)
+
+
+def clipped(ratio: LogRatio, clip: float) -> LogRatio:
+    """Both sides' ratios within [1 - clip, 1 + clip]; no gradient outside."""
     low = math.log1p(-clip) if clip < 1.0 else -math.inf
-    w, l = (side.clamp(low, math.log1p(clip)) for side in (ratio.winner, ratio.loser))  # noqa: E741
-    return -F.logsigmoid((2.0 * label.to(w.dtype) - 1.0) * beta * (w - l))
+    return LogRatio(*(side.clamp(low, math.log1p(clip)) for side in (ratio.winner, ratio.loser)))
 
 
 def dominance(first: Tensor, second: Tensor) -> Tensor:
@@ -51,15 +56,6 @@ def dro(ratio: LogRatio, margin: float) -> Tensor:
     The paper writes max(-margin, .), which is the same up to a constant.
     """
     return F.relu(margin - ratio.margin)
-
-
-def smpo(ratio: LogRatio, label: Tensor, beta: float, gamma: float) -> Tensor:
-    """SmPO (arXiv 2506.02698): ``-log sigma( gamma (2P - 1) beta (w - l) )``, [B], P the smoothed preference of the winner.
-
-    At P = 1/2 the gradient vanishes; at gamma (2P - 1) = 1 it is DPO. Not the conservative DPO of ``losses.dpo``, which pulls
-    the margin of a tie to zero.
-    """
-    return -F.logsigmoid(gamma * (2.0 * label.to(ratio.margin.dtype) - 1.0) * beta * ratio.margin)
 
 
 def smoothed_label(winner: Tensor, loser: Tensor, low: float, high: float) -> Tensor:

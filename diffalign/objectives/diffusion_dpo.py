@@ -9,7 +9,7 @@ For a pair (x^w, x^l) with prompt c, one t and one eps for both sides:
 which is eq. 14 of the paper with T omega(lambda_t) folded into beta, and the mean instead of the sum.
 
 In our frame: source = data set with a shared draw, reference = the frozen start, likelihood = denoising error,
-loss = ``losses.dpo`` at beta/2.
+loss = ``losses.dpo`` at beta/2, or any other of ``losses`` by ``--loss``.
 
 Departures of the released code (SalesforceAIResearch/DiffusionDPO, train.py) from what is done here:
 
@@ -27,35 +27,40 @@ steps, linear warm-up, 20 % of the prompts dropped, gradient clipped at 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from diffalign import losses
-from diffalign.health import denoising_health
-from diffalign.likelihood import denoising, log_ratio, pair_errors
+from diffalign.learner import Given, Learner
+from diffalign.objectives._about import PAIRS, About, Cost
+from diffalign.objectives._denoising import DenoisingLosses, LossChoice, cost_of, denoising_learner, plainly_noised
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
-from diffalign.sources.dataset import noised
 from diffalign.types import Outcome, PairBatch
 
-PAPER = "arXiv 2311.12908"
+ABOUT = About("2311.12908", "data set, shared noise", "frozen start", "dpo", (PAIRS,), takes_loss=True)
 
 
 @dataclass(frozen=True)
-class DiffusionDPO:
+class DiffusionDPO(LossChoice):
     """The objective; ``beta`` is the paper's, for errors that are means over the latent's dimensions."""
 
+    about: ClassVar[About] = ABOUT
     beta: float = option(2000.0, "strength of the tie to the reference; 2000 to 5000 in the paper", gt=0)
 
     def __post_init__(self) -> None:
         check_options(self)
+        self.chosen()
+
+    @property
+    def cost(self) -> Cost:
+        return cost_of(self.chosen())
+
+    def learner(self, given: Given) -> Learner:
+        given.require(pairs="preference pairs")
+        return denoising_learner(given, plainly_noised, self.chosen(), self.beta / 2)
 
     def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome:
         """Losses [B] of the pairs in ``batch``, with margins, errors and drift. One policy and one reference call."""
-        pair = noised(batch, policy.schedule)
-        reference_errors = pair_errors(reference, pair)  # first, so that its activations never meet the policy's
-        policy_errors = pair_errors(policy, pair)
-        ratio = log_ratio(denoising(*policy_errors), denoising(*reference_errors))
-        loss = losses.dpo(ratio, batch.label, self.beta / 2)
-        return Outcome(loss=loss, t=pair.t, metrics=denoising_health(ratio, policy_errors, reference_errors, self.beta / 2))
+        return DenoisingLosses(policy, reference, plainly_noised, self.chosen(), self.beta / 2)(batch, reference)
 
 
 Objective = DiffusionDPO

@@ -14,7 +14,7 @@ Departures of the released code (basiclab/DiffusionDRO, misc/buffer.py) from wha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class Replayed:
     x_0: Tensor  # [B, C, H, W], clean latent of the expert
     conditioning: Conditioning  # the prompt of both
     index: Tensor  # [B] int64, the expert's row
+    weight: Tensor  # [B], the expert's
+
+    def to(self, device: torch.device | str) -> Replayed:
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("conditioning", "index")}
+        return replace(self, conditioning={name: value.to(device) for name, value in self.conditioning.items()}, **moved)
 
 
 class ReplayBuffer:
@@ -48,13 +53,15 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._held["t"]) if self._held else 0
 
-    def push(self, made: Trajectory, x_0: Tensor, conditioning: Conditioning) -> None:
-        """Keep trajectories [B, S] with their experts' latents [B, C, H, W] and conditioning [B, ...]; forget the oldest.
+    def push(self, made: Trajectory, x_0: Tensor, conditioning: Conditioning, weight: Tensor | None = None) -> None:
+        """Keep trajectories [B, S] with their experts' latents [B, C, H, W], conditioning [B, ...] and weights [B] (1 if not
+        given); forget the oldest.
 
         Raises:
             ValueError: lengths or shapes do not fit each other or what is held.
         """
-        new = {"x": made.x[:, :-1], "t": made.t, "prediction": made.prediction, "x_0": x_0, "index": made.index}
+        weight = torch.ones(len(made)) if weight is None else weight
+        new = {"x": made.x[:, :-1], "t": made.t, "prediction": made.prediction, "x_0": x_0, "index": made.index, "weight": weight}
         new |= {f"conditioning.{name}": value for name, value in conditioning.items()}
         if wrong := {name: len(value) for name, value in new.items() if len(value) != len(made)}:
             raise ValueError(f"{len(made)} trajectories are pushed, but {_listed(wrong)}")
@@ -77,10 +84,13 @@ class ReplayBuffer:
         held, steps = self._held["t"].shape
         enough = n <= held
         rows = torch.randperm(held, generator=generator)[:n] if enough else torch.randint(held, (n,), generator=generator)
-        at = torch.randint(steps, (n,), generator=generator)
+        return self.at(rows, torch.randint(steps, (n,), generator=generator), device)
+
+    def at(self, rows: Tensor, steps: Tensor, device: torch.device | str = "cpu") -> Replayed:
+        """Step ``steps[i]`` of trajectory ``rows[i]``; both [B] int64."""
 
         def step(name: str) -> Tensor:
-            return self._held[name][rows, at].to(device)
+            return self._held[name][rows, steps].to(device)
 
         prompts = [name for name in self._held if name.startswith("conditioning.")]
         return Replayed(
@@ -90,6 +100,7 @@ class ReplayBuffer:
             x_0=self._held["x_0"][rows].to(device),
             conditioning={name.removeprefix("conditioning."): self._held[name][rows].to(device) for name in prompts},
             index=self._held["index"][rows],
+            weight=self._held["weight"][rows].to(device),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ compares two trajectories that start from the same x_T.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -80,6 +80,10 @@ class Trajectory:
     def rows(self, which: Sequence[int] | Tensor | slice) -> Trajectory:
         """The trajectories ``which``, in that order."""
         return Trajectory(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+    def labelled(self, index: Tensor) -> Trajectory:
+        """The same with another ``index`` [B]: what their prompts are called elsewhere."""
+        return replace(self, index=index)
 
     def to(self, device: torch.device | str) -> Trajectory:
         return Trajectory(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -19,30 +19,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = commands.add_parser(
         "check",
         help="read everything; report counts, sizes, ties, duplicates and whatever cannot be read",
-        description="Exit status 0 if the data can be used, 1 if more pairs than the limit cannot.",
+        description="Exit status 0 if the data can be used, 1 if more pairs (or single pictures) than the limit cannot.",
     )
     check.add_argument("path", metavar="PATH", help="a file, a folder, or the id of a data set on the Hugging Face hub")
     check.add_argument("--split", default="train", help="which split, where there are several (default: %(default)s)")
     check.add_argument("--ties", choices=("keep", "drop"), default="keep", help="pairs with label 1/2 (default: %(default)s)")
+    check.add_argument("--scores", metavar="JUDGE", help="the judge whose scores to read, as `diffalign relabel` called it")
     check.add_argument(
         "--columns", nargs="+", default=[], metavar="ROLE=NAME", help="which column plays which role: prompt=text chosen=image_a"
     )
     check.add_argument(
         "--max-unreadable", type=float, default=0.01, metavar="SHARE", help="limit for status 1 (default: %(default)s)"
     )
-    check.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of pairs")
-    check.add_argument("--pairs", type=int, default=12, metavar="N", help="pairs on the contact sheet (default: %(default)s)")
-    check.add_argument("--seed", type=int, default=0, help="which pairs are on the contact sheet (default: %(default)s)")
+    check.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of pairs or pictures")
+    check.add_argument("--pairs", type=int, default=12, metavar="N", help="how many are on it (default: %(default)s)")
+    check.add_argument("--seed", type=int, default=0, help="which ones are on it (default: %(default)s)")
     check.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if the data can be used, 1 if the share of pairs that cannot exceeds the limit. Raises ``UserError``."""
+    """0 if the data can be used, 1 if the share of rows that cannot exceeds the limit. Raises ``UserError``."""
     from diffalign.data.open import open_pairs
     from diffalign.data.validate import check, contact_sheet
     from pipelines.progress import Bar
 
-    table = open_pairs(args.path, split=args.split, ties=args.ties, columns=parse_columns(args.columns))
+    columns = parse_columns(args.columns)
+    table = open_pairs(args.path, split=args.split, ties=args.ties, columns=columns, scores=args.scores)
     with Bar(unit="picture") as bar:
         report = check(table, progress=bar.advance)
     print(report.to_text())
@@ -52,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
         _write_sheet(args.sheet, contact_sheet(table, n=max(args.pairs, 1), seed=args.seed))
     if report.unusable > args.max_unreadable * report.pairs:
         share = report.unusable / report.pairs
-        print(
-            f"\n{report.unusable} of {report.pairs} pairs ({share:.2%}) cannot be used; the limit is {args.max_unreadable:.2%}."
-        )
+        found = f"{report.unusable} of {report.pairs} {report.kind} ({share:.2%})"
+        print(f"\n{found} cannot be used; the limit is {args.max_unreadable:.2%}.")
         return 1
     return 0
 

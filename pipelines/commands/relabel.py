@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-HELP = "judge preference data again: scores, margins and conflicts beside the human's labels, cleaned if asked"
+if TYPE_CHECKING:
+    from diffalign.data.table import PairTable
+
+HELP = "judge preference data again: scores beside the human's labels, cleaned if asked; or the best pictures by themselves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign relabel``."""
     from pipelines.judge_options import add_judge_options, add_scoring_options
+    from pipelines.sampling_options import whole
 
     parser.description = "The human's labels stay as they are unless --labels says otherwise. The first of --judges decides."
     parser.add_argument("data", metavar="DATA", help="a file, a folder, or the id of a data set on the Hugging Face hub")
@@ -36,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="human: as they are (default); flip: turned round where the first judge disagrees; soft: the first judge's own "
         "probability. The human's stay in the column human_label",
     )
+    parser.add_argument(
+        "--top",
+        type=whole(1),
+        metavar="K",
+        help="write the K best pictures by a judge instead, one a row with its prompt and scores, whatever the labels say",
+    )
+    parser.add_argument("--by", metavar="JUDGE", help="which of --judges decides what --top keeps (default: the first)")
     add_scoring_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
@@ -48,12 +60,43 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.progress import Bar
     from pipelines.relabel import check_request, relabel
 
+    check_options(args)
     table = open_pairs(args.data, split=args.split, columns=parse_columns(args.columns))
+    if args.top is not None:
+        return _write_top(args, table)
     wishes = {"labels": args.labels, "overwrite": args.overwrite}
     check_request(table, list(parse_judges(args.judges)), args.out, data=args.data, **wishes)
     wishes |= {"drop_conflicts": args.drop_conflicts, "min_margin": args.min_margin}
     judges = judges_from(args)
     with Bar(unit="pair") as bar:
         report = relabel(table, judges, args.out, **wishes, **scoring_arguments(args), progress=bar.advance)
+    print(report.to_text())
+    return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ``UserError`` for options that make no sense together."""
+    from diffalign.errors import UserError
+
+    if args.top is None and args.by is not None:
+        raise UserError("--by says which judge decides what --top keeps; add --top K, or leave --by out.")
+    of_pairs = {"--labels": args.labels != "human", "--drop-conflicts": args.drop_conflicts, "--min-margin": args.min_margin != 0}
+    given = [name for name, said in of_pairs.items() if said]
+    if args.top is not None and given:
+        raise UserError(
+            f"--top writes single pictures, whatever the labels say, and {', '.join(given)} is about pairs; got both."
+        )
+
+
+def _write_top(args: argparse.Namespace, table: PairTable) -> int:
+    from pipelines.judge_options import judges_from, parse_judges, scoring_arguments
+    from pipelines.progress import Bar
+    from pipelines.relabel_top import check_top, write_best
+
+    wishes = {"by": args.by, "overwrite": args.overwrite}
+    check_top(table, list(parse_judges(args.judges)), args.out, args.top, data=args.data, **wishes)
+    judges = judges_from(args)
+    with Bar(unit="row") as bar:
+        report = write_best(table, judges, args.out, args.top, **wishes, **scoring_arguments(args), progress=bar.advance)
     print(report.to_text())
     return 0

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from pipelines.families._family import Family
+    from pipelines.families._lora import SavedAdapter
 
-__all__ = ["detect", "load_family", "load_pipeline", "names"]
+__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter"]
 
 Model = str | os.PathLike[str]
 
@@ -88,3 +89,14 @@ def load_family(
     pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32)
     module = importlib.import_module(f"{__name__}.{origin.family}")
     return module.build(pipe, prediction_type=prediction_type, origin=origin)
+
+
+def read_adapter(folder: Model) -> SavedAdapter:
+    """A LoRA that diffalign wrote, to go on from: for ``Family.load_adapter``.
+
+    Raises:
+        UserError: there is none, or it is of another making.
+    """
+    from pipelines.families import _lora
+
+    return _lora.read(folder)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.families._quiet import quietly
 
@@ -25,9 +25,14 @@ class TruncatedPrompt:
 
 def digest(*networks: nn.Module | None) -> str:
     """sha256 over names, shapes and values (as float32) of the networks' tensors, one tensor at a time."""
+    return digest_tensors(*(network.state_dict() for network in networks if network is not None))
+
+
+def digest_tensors(*named: Mapping[str, Tensor]) -> str:
+    """The same of tensors by name."""
     sha = hashlib.sha256()
-    for network in networks:
-        for name, tensor in sorted((network.state_dict() if network is not None else {}).items()):
+    for tensors in named:
+        for name, tensor in sorted(tensors.items()):
             value = tensor.detach().to("cpu", torch.float32).contiguous()
             sha.update(f"{name} {tuple(value.shape)}\n".encode())
             sha.update(value.numpy().data)

@@ -39,7 +39,9 @@ class FamilyEncoder(Encoder, Protocol):
 
     def to(self, device: torch.device | str) -> None: ...
 
-    def release(self) -> None: ...
+    def release(self, keep_decoder: bool = False) -> None: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
 
 
 class Family:
@@ -130,6 +132,14 @@ class Family:
         for name, parameter in mine.items():
             parameter.copy_(state[name])
 
+    def load_adapter(self, saved: _lora.SavedAdapter) -> None:
+        """Give the adapter that is attached the weights of one that ``save_adapter`` wrote.
+
+        Raises:
+            UserError: it has another rank, another alpha, or other layers.
+        """
+        self.load_adapter_state(_lora.as_state(self.network, saved))
+
     # ------------------------------------------------------------------------------------------------------- switches
 
     def to(self, device: torch.device | str) -> None:
@@ -142,12 +152,17 @@ class Family:
         """Move the encoders to the CPU."""
         self.encoder.to("cpu")
 
-    def release_encoders(self) -> None:
-        """Free the encoders' memory, once the cache is filled."""
-        self.encoder.release()
+    def release_encoders(self, keep_decoder: bool = False) -> None:
+        """Free the encoders' memory, once the cache is filled. The decoder is kept for objectives that sample."""
+        self.encoder.release(keep_decoder)
         for name in self.encoder.COMPONENTS:
             setattr(self._pipeline, name, None)
         self._released = True
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of square pictures of ``resolution`` pixels a side."""
+        side = resolution // self._pipeline.vae_scale_factor
+        return self.network.config.in_channels, side, side
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""

@@ -5,16 +5,42 @@ The base weights stay where they are: an adapter adds two small matrices per lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from pipelines.families._encoding import digest_tensors
+from pipelines.families._sources import LORA_FILE
 
 ADAPTER = "default"
+_METADATA = "lora_adapter_metadata"
+"""Where Diffusers keeps PEFT's configuration in the file."""
+_VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""What would make another function of the same weights."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that ``Family.save_adapter`` wrote."""
+
+    folder: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    weights: Mapping[str, Tensor]  # by names inside the network, without the adapter's own name
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides what the adapter does."""
+        return hashlib.sha256(f"{self.rank} {self.alpha} {digest_tensors(self.weights)}".encode()).hexdigest()
 
 
 def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> None:
@@ -99,3 +125,47 @@ def for_diffusers(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
     return weights, network.peft_config[ADAPTER].to_dict()
+
+
+def read(folder: str | Path) -> SavedAdapter:
+    """What ``Family.save_adapter`` wrote into ``folder``.
+
+    Raises:
+        UserError: there is no such file, or it is of a kind that training cannot go on from.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder).expanduser() / LORA_FILE
+    if not path.is_file():
+        raise UserError(f"There is no LoRA in {folder} (no {LORA_FILE}); a folder that `diffalign train` wrote has one.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = (file.metadata() or {}).get(_METADATA)
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    parts = {name.partition(".")[0] for name in tensors}
+    if kept is None or len(parts) != 1:
+        raise UserError(f"{path} does not say its rank, alpha and layers, or has several parts: diffalign did not write it.")
+    config = {name.partition(".")[2]: value for name, value in json.loads(kept).items()}
+    if odd := [name for name in _VARIANTS if config.get(name)]:
+        raise UserError(f"{path} is a LoRA with {', '.join(odd)}, which training cannot go on from.")
+    weights = {name.partition(".")[2]: value.float() for name, value in tensors.items()}
+    return SavedAdapter(str(folder), config["r"], float(config["lora_alpha"]), tuple(sorted(config["target_modules"])), weights)
+
+
+def as_state(network: nn.Module, saved: SavedAdapter) -> dict[str, Tensor]:
+    """The weights of a saved adapter by the names of the parameters of the one that is attached.
+
+    Raises:
+        UserError: that one has another rank, another alpha, or other layers.
+    """
+    config = network.peft_config[ADAPTER]
+    mine = {name: p for name, p in network.named_parameters() if f".{ADAPTER}." in name}
+    bare = {name.replace(f".{ADAPTER}.", "."): name for name in mine}
+    if (config.r, float(config.lora_alpha)) != (saved.rank, saved.alpha) or bare.keys() != saved.weights.keys():
+        there = f"rank {saved.rank}, alpha {saved.alpha:g} and the targets {', '.join(saved.targets)}"
+        here = f"rank {config.r}, alpha {config.lora_alpha:g} and the targets {', '.join(sorted(config.target_modules))}"
+        options = f"--rank {saved.rank} --alpha {saved.alpha:g} --targets {','.join(saved.targets)}"
+        raise UserError(f"The LoRA in {saved.folder} has {there}; this run's has {here}. Give this run {options}.")
+    return {bare[name]: weight for name, weight in saved.weights.items()}

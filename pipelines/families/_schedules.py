@@ -39,4 +39,5 @@ def schedule_of(config: Mapping[str, Any], *, allowed: Sequence[str], expected: 
         kind = config.get("_class_name", "scheduler")
         raise UserError(f"{where}: a {kind} without beta_start has no discrete noise schedule to train on.")
     betas = {name: config[name] for name in _BETAS if config.get(name) is not None}
-    return NoiseSchedule(DDPMScheduler(**betas).alphas_cumprod, found)
+    clean_end = "one" if config.get("set_alpha_to_one", True) else "first"  # what DDIM takes for the end of the chain
+    return NoiseSchedule(DDPMScheduler(**betas).alphas_cumprod, found, clean_end)

@@ -106,6 +106,15 @@ class StableDiffusionEncoder:
         mask = tokens.attention_mask if _uses_mask(text_encoder.config) else None
         return {"encoder_hidden_states": text_encoder(tokens.input_ids, attention_mask=mask)[0].float()}
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 4, h, w] -> pictures [B, 3, H, W] in [0, 1], float32 on the CPU, as the pipeline makes them."""
+        if self._vae is None:
+            raise ValueError("the autoencoder has been released; keep the decoder to look at what is sampled")
+        vae = self._vae
+        pixels = vae.decode(latents.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+
     def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]:
         """The prompts that do not fit, with what is lost of each."""
         return truncated_prompts(self._tokenizer, prompts)
@@ -115,9 +124,10 @@ class StableDiffusionEncoder:
         for network in self._loaded():
             network.to(device)
 
-    def release(self) -> None:
-        """Let go of both networks; the fingerprint stays if it has been taken."""
-        self._vae = self._text_encoder = None
+    def release(self, keep_decoder: bool = False) -> None:
+        """Let go of both networks, or of all but the autoencoder; the fingerprint stays if it has been taken."""
+        self._text_encoder = None
+        self._vae = self._vae if keep_decoder else None
 
     def _loaded(self) -> tuple[nn.Module, nn.Module]:
         if self._vae is None or self._text_encoder is None:

@@ -8,6 +8,7 @@ from typing import Any
 from diffalign.data.pairs import number_from
 
 FORM = "prompt, chosen, rejected"
+KIND = "pairs"
 PROMPT = "prompt"
 IMAGES = ("chosen", "rejected")
 REQUIRED = {
@@ -15,8 +16,9 @@ REQUIRED = {
     "chosen": ("chosen", "winner", "win", "image_w", "chosen_image", "image_chosen", "winner_image", "preferred", "w"),
     "rejected": ("rejected", "loser", "lose", "image_l", "rejected_image", "image_rejected", "loser_image", "unpreferred", "l"),
 }
-OPTIONAL = {"label": ("label",), "weight": ("weight",)}
+OPTIONAL = {name: (name,) for name in ("label", "weight", "score_chosen", "score_rejected")}
 LABELS = ("label",)
+SCORES = ("score_chosen", "score_rejected")
 
 
 def probability(row: Mapping[str, Any]) -> float:

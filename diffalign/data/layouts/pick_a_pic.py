@@ -8,11 +8,13 @@ from typing import Any
 from diffalign.data.pairs import number_from
 
 FORM = "Pick-a-Pic columns"
+KIND = "pairs"
 PROMPT = "caption"
 IMAGES = ("jpg_0", "jpg_1")
 REQUIRED = {name: (name,) for name in ("jpg_0", "jpg_1", "label_0", "caption")}
-OPTIONAL = {name: (name,) for name in ("label_1", "has_label", "weight")}
+OPTIONAL = {name: (name,) for name in ("label_1", "has_label", "weight", "score_0", "score_1")}
 LABELS = ("label_0", "label_1", "has_label")
+SCORES = ("score_0", "score_1")
 
 
 def probability(row: Mapping[str, Any]) -> float | None:

@@ -48,6 +48,11 @@ def shards(where: str, suffix: str, split: str) -> list[Path]:
     return by_split[split]
 
 
+def is_split(name: str) -> bool:
+    """Whether a folder of this name holds a split."""
+    return _SPLIT.fullmatch(name) is not None
+
+
 def _split_of(file: Path, root: Path) -> str:
     for name in (file.name, *(p.name for p in file.relative_to(root).parents)):
         if name and (match := _SPLIT.match(name)):

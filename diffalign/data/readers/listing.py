@@ -18,7 +18,7 @@ from diffalign.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORM = "a .jsonl, .csv or .tsv file with columns prompt, chosen, rejected (pictures as paths relative to the file)"
+FORM = "a .jsonl, .csv or .tsv file with columns prompt, chosen, rejected or prompt, image (paths relative to the file)"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -82,7 +82,7 @@ class ListingRows:
         return f"{self._path.name}:line {self._lines[index]}"
 
     def identity(self, images: Sequence[str]) -> list[Any]:
-        paths = sorted({str(value) for name in images for value in self.column(name) if value})
+        paths = sorted({str(value) for name in dict.fromkeys(images) for value in self.column(name) if value})
         pictures = identity_of([self.base / p for p in paths], self.base, content=False)
         return [identity_of([self._path], self.base), pictures]
 

@@ -1,0 +1,349 @@
+"""What each objective is worth on the tiny world, with an equal budget of UNet forward passes.
+
+    python benchmarks/objectives.py --out runs/bench [--objectives sft diffusion-dpo ...] [--seeds 0 1 2] [--budget 23040]
+    python benchmarks/objectives.py --out runs/bench --noise        (DPO, rDPO, SmPO, ADPO with 0 to 30 % of the labels flipped)
+    python benchmarks/objectives.py --out runs/bench --report       (table and plots from what is there)
+
+Every objective starts from its tiny recipe; only the number of steps follows from the budget, in which a sample through the
+network with a gradient counts three forward passes and one without counts one (``Objective().cost``). Models are compared with
+the base on captions of the test split, which no training, judge or recipe has seen, from the same noise, pooled over seeds.
+
+    win rate         by the oracle's utility, over captions, with a prompt-clustered 95 % interval
+    taste, faith     the oracle's means: style that the synthetic people like; claims of the caption that are kept
+    judge            win rate by the miniature PickScore, which SmPO, D3PO and DDPO are trained on: far above the oracle's win
+                     rate means that the judge was exploited
+    drift            |policy - reference|^2 / |reference|^2 of predictions at noised test scenes
+    diversity        distance of two pictures of one caption (1 - cosine of the judge's embeddings), relative to the base
+
+Every run's numbers are kept in ``OUT/results/NAME-SEED.json``; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CAPTIONS, CAPTION_SEED, PER_CAPTION = 128, 4096, 2
+STEPS, GUIDANCE = 25, 4.0
+NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: an objective, and the options that differ from its tiny recipe."""
+
+    name: str
+    objective: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return dict(self.options)
+
+
+OBJECTIVES = ("sft", "diffusion-dpo", "ipo", "kto", "mapo", "smpo", "seppo", "diffusion-dro", "d3po", "ddpo")
+NOISY = {
+    "dpo": Variant("dpo", "diffusion-dpo"),
+    "rdpo": Variant("rdpo", "diffusion-dpo", (("loss", "rdpo"),)),
+    "smpo": Variant("smpo", "smpo"),
+    "adpo": Variant("adpo", "diffusion-dpo", (("loss", "adpo"), ("reward", ("tiny-pickscore",)))),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+def steps_for(budget: float, variant: Variant) -> int:
+    """Optimizer steps that the budget pays for."""
+    from diffalign import objectives
+    from diffalign.objectives._about import PROMPTS
+    from pipelines import config, recipes
+
+    objective = objectives.load(variant.objective).Objective
+    tree = config.merge(recipes.load(variant.objective, "tiny"), config.placed({**variant.recipe, "output": "."}, objective))
+    settings = config.resolve(tree, objective)
+    pairs = settings.batch.accumulation * (1 if PROMPTS in objective.about.data else settings.batch.batch_size)
+    return max(1, round(budget / (pairs * settings.objective.cost.forwards)))
+
+
+def train(variant: Variant, seed: int, budget: float, folder: Path, **more: Any) -> tuple[Path, int]:
+    """The trained LoRA's folder, and the optimizer steps."""
+    from pipelines.training import align
+
+    steps, output = steps_for(budget, variant), folder / "models" / f"{variant.name}-{seed}"
+    share = {"warmup_steps": max(1, steps // 6), "validate_every": 0, "checkpoint_every": 0}
+    options = {**variant.recipe, **more, "steps": steps, "seed": seed, "prompts": "none", **share}
+    align(variant.objective, recipe="tiny", output=str(output), overwrite=True, progress=False, **options)
+    return output, steps
+
+
+# ------------------------------------------------------------------------------------------------------------- measurement
+
+
+@cache
+def captions() -> tuple[str, ...]:
+    """Of the test split, each ``PER_CAPTION`` times."""
+    from pipelines.tiny import scenes
+
+    return tuple(c for c in scenes.captions(CAPTIONS, seed=CAPTION_SEED) for _ in range(PER_CAPTION))
+
+
+def measure(model: str) -> dict[str, Any]:
+    """Everything about one model's pictures, one number per picture where there is one."""
+    import reward_models
+    from pipelines import families, sampling
+
+    texts = list(captions())
+    seeds = sampling.picture_seeds(CAPTIONS, PER_CAPTION, CAPTION_SEED)
+    pictures = sampling.sample(
+        families.load_pipeline(model), texts, seeds=seeds, steps=STEPS, guidance_scale=GUIDANCE, batch_size=32
+    )
+    oracle, judge = reward_models.load("oracle"), reward_models.load("tiny-pickscore")
+    details = oracle.details(pictures, texts)
+    embedded = torch.nn.functional.normalize(judge.embed_images(pictures).float(), dim=-1).view(CAPTIONS, PER_CAPTION, -1)
+    apart = 1.0 - (embedded[:, 0] * embedded[:, 1]).sum(dim=-1)
+    return {
+        "utility": oracle.score(pictures, texts).tolist(),
+        "taste": np.asarray(details["taste"]).tolist(),
+        "faithfulness": np.asarray(details["faithfulness"]).tolist(),
+        "judge": judge.score(pictures, texts).tolist(),
+        "diversity": float(apart.mean()),
+        "drift": drift(model),
+    }
+
+
+@torch.no_grad()
+def drift(model: str, scenes_shown: int = 64) -> float:
+    """How far the predictions have moved from the base's, relative to their size."""
+    from pipelines import families
+    from pipelines.tiny import scenes
+
+    if model == "tiny":
+        return 0.0
+    base, tuned = families.load_pipeline("tiny"), families.load_pipeline(model)
+    shown = [x for x, _ in zip(scenes.stream(CAPTION_SEED, "test", 0.0), range(scenes_shown), strict=False)]
+    pixels = torch.stack([torch.from_numpy(np.asarray(scenes.render(scene))).permute(2, 0, 1) for scene, _ in shown])
+    generator = torch.Generator().manual_seed(CAPTION_SEED)
+    latents = base.vae.encode(pixels / 127.5 - 1.0).latent_dist.mean * base.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.randint(1000, (len(latents),), generator=generator)
+    tokens = base.tokenizer(
+        [c for _, c in shown], padding="max_length", max_length=base.tokenizer.model_max_length, return_tensors="pt"
+    )
+    text = base.text_encoder(tokens.input_ids)[0]
+    alpha_bar = base.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+    before, now = (pipe.unet(x_t, t, encoder_hidden_states=text).sample for pipe in (base, tuned))
+    return float((now - before).square().sum() / before.square().sum())
+
+
+# ------------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(variants: Sequence[Variant], seeds: Sequence[int], budget: float, folder: Path, **more: Any) -> None:
+    """Train and measure what has no result yet."""
+    results = folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    if not (results / "base.json").is_file():
+        _write(results / "base.json", measure("tiny"))
+    for seed in seeds:
+        for variant in variants:
+            path = results / f"{variant.name}-{seed}.json"
+            if path.is_file():
+                continue
+            model, steps = train(variant, seed, budget, folder, **more)
+            _write(path, {"name": variant.name, "seed": seed, "steps": steps, "budget": budget, **measure(str(model))})
+            print(f"{path.name} done, {steps} steps", flush=True)
+
+
+def run_noise(seeds: Sequence[int], budget: float, folder: Path) -> None:
+    """The same for labels of which a share is flipped."""
+    for level in NOISE_LEVELS:
+        pairs = flipped_pairs(level, folder)
+        for variant in NOISY.values():
+            named = Variant(f"noise{round(100 * level):02d}-{variant.name}", variant.objective, variant.options)
+            cache_folder = str(folder / "caches" / pairs.stem)
+            run([named], seeds, budget, folder, pairs=str(pairs), cache=cache_folder)
+
+
+def flipped_pairs(level: float, folder: Path) -> Path:
+    """The shipped pairs with a share of the labels turned round, drawn once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipelines.tiny.model import pairs_path
+
+    path = folder / f"pairs-noise{round(100 * level):02d}.parquet"
+    if not path.is_file():
+        table = pq.read_table(pairs_path())
+        label = table["label_0"].to_numpy()
+        turned = np.where(np.random.default_rng(7).random(len(label)) < level, 1.0 - label, label)
+        for name, values in (("label_0", turned), ("label_1", 1.0 - turned)):
+            if name in table.column_names:
+                kind = table.schema.field(name).type
+                table = table.set_column(table.column_names.index(name), name, pa.array(values, type=kind))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+    return path
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(values))
+    aside.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table, pooled over seeds."""
+
+    name: str
+    seeds: int
+    steps: int
+    win: Any  # diffalign.evaluate.WinRate by the oracle
+    judge: Any  # WinRate by the miniature PickScore
+    taste: float
+    faithfulness: float
+    drift: float
+    diversity: float
+
+
+def lines(folder: Path, names: Sequence[str]) -> Iterator[Line]:
+    """A line for everything that has results."""
+    base = json.loads((folder / "results" / "base.json").read_text())
+    for name in names:
+        found = [json.loads(p.read_text()) for p in sorted((folder / "results").glob(f"{name}-*.json"))]
+        found = [r for r in found if r["name"] == name]
+        if found:
+            yield _line(name, found, base)
+
+
+def _line(name: str, found: Sequence[dict[str, Any]], base: dict[str, Any]) -> Line:
+    from diffalign.evaluate import win_rate
+
+    groups = list(captions()) * len(found)
+
+    def won(key: str) -> Any:
+        return win_rate(base[key] * len(found), [v for r in found for v in r[key]], groups=groups)
+
+    def mean(key: str) -> float:
+        return float(np.mean([np.mean(r[key]) for r in found]))
+
+    diversity = mean("diversity") / base["diversity"]
+    steps = found[0]["steps"]
+    return Line(
+        name, len(found), steps, won("utility"), won("judge"), mean("taste"), mean("faithfulness"), mean("drift"), diversity
+    )
+
+
+HEAD = ("objective", "steps", "win rate (95 %)", "taste", "faith", "judge's win rate", "drift", "diversity")
+
+
+def as_markdown(rows: Sequence[Line], base: dict[str, Any]) -> str:
+    """The table."""
+    table = [HEAD, ("---",) * len(HEAD)]
+    table.append(
+        ("base", "", "50 %", f"{np.mean(base['taste']):.3f}", f"{np.mean(base['faithfulness']):.3f}", "50 %", "0", "1.00")
+    )
+    for r in rows:
+        win = f"{100 * r.win.rate:.1f} % ({100 * r.win.low:.1f}-{100 * r.win.high:.1f})"
+        judge = f"{100 * r.judge.rate:.1f} %"
+        cells = (
+            r.name,
+            str(r.steps),
+            win,
+            f"{r.taste:.3f}",
+            f"{r.faithfulness:.3f}",
+            judge,
+            f"{r.drift:.3f}",
+            f"{r.diversity:.2f}",
+        )
+        table.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"
+
+
+def report(folder: Path) -> None:
+    """``objectives.md`` and ``objectives.png``; ``noise.md`` and ``noise.png`` if the sweep was run."""
+    base = json.loads((folder / "results" / "base.json").read_text())
+    rows = list(lines(folder, OBJECTIVES))
+    (folder / "objectives.md").write_text(as_markdown(rows, base))
+    print(as_markdown(rows, base))
+    _draw_objectives(rows, base, folder / "objectives.png")
+    noisy = {
+        name: [(level, line) for level in NOISE_LEVELS for line in lines(folder, [f"noise{round(100 * level):02d}-{name}"])]
+        for name in NOISY
+    }
+    if any(noisy.values()):
+        text = as_markdown([line for found in noisy.values() for _, line in found], base)
+        (folder / "noise.md").write_text(text)
+        print(text)
+        _draw_noise(noisy, folder / "noise.png")
+
+
+def _draw_objectives(rows: Sequence[Line], base: dict[str, Any], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 0.42 * len(rows) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = sorted(rows, key=lambda r: r.win.rate)
+    y = np.arange(len(rows))
+    rates = np.array([[r.win.rate, r.win.low, r.win.high] for r in rows]) * 100
+    left.errorbar(rates[:, 0], y, xerr=np.abs(rates[:, 1:] - rates[:, :1]).T, fmt="o", label="oracle (95 %)")
+    left.plot([100 * r.judge.rate for r in rows], y, "x", color="tab:orange", label="miniature PickScore")
+    left.axvline(50, color="0.6", linestyle=":")
+    left.set(title="win rate against the base, %", yticks=y, yticklabels=[r.name for r in rows])
+    left.legend(frameon=False, loc="lower right")
+    change = [r.faithfulness - float(np.mean(base["faithfulness"])) for r in rows]
+    right.barh(y - 0.18, [r.taste - float(np.mean(base["taste"])) for r in rows], height=0.34, label="taste")
+    right.barh(y + 0.18, change, height=0.34, label="faithfulness")
+    right.axvline(0, color="0.6", linewidth=0.8)
+    right.set(title="change of the oracle's means")
+    right.legend(frameon=False, loc="lower right")
+    figure.savefig(picture, dpi=110)
+
+
+def _draw_noise(noisy: dict[str, list[tuple[float, Line]]], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for i, (name, found) in enumerate(noisy.items()):
+        if found:
+            at = np.array([100 * level for level, _ in found]) + 0.4 * (i - 1.5)  # beside each other, so that bars do not hide
+            rates = np.array([[r.win.rate, r.win.low, r.win.high] for _, r in found]) * 100
+            panel.errorbar(at, rates[:, 0], yerr=np.abs(rates[:, 1:] - rates[:, :1]).T, fmt="o-", label=name, capsize=2)
+    panel.axhline(50, color="0.6", linestyle=":")
+    panel.set(xlabel="labels flipped, %", ylabel="win rate against the base, %")
+    panel.legend(frameon=False)
+    figure.savefig(picture, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=23_040, help="forward passes of each run")
+    parser.add_argument("--noise", action="store_true", help="the sweep over flipped labels instead")
+    parser.add_argument("--report", action="store_true", help="only the report")
+    args = parser.parse_args()
+    if args.noise and not args.report:
+        run_noise(args.seeds, args.budget, args.out)
+    elif not args.report:
+        run([Variant(name, name) for name in args.objectives], args.seeds, args.budget, args.out)
+    report(args.out)
+
+
+if __name__ == "__main__":
+    main()

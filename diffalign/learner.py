@@ -1,0 +1,170 @@
+"""An objective at work: what a run gives it, and what it gives the loop.
+
+An objective is settings and mathematics. ``learner(given)`` puts it together with the things of one run: a source of
+micro-batches, the losses of one of them, and whatever must be saved so that the run can go on as if it had never stopped
+(past checkpoints, a replay buffer, a round's start, a baseline). The loop knows nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.checkpoint import Stateful
+from diffalign.errors import UserError
+from diffalign.protocols import Denoiser, Predictor
+from diffalign.references import Past
+from diffalign.types import Conditioning, Outcome, PairBatch
+from diffalign.weights import TrainedWeights
+
+# ---------------------------------------------------------------------------------------------------- what the loop asks
+
+
+class Batch(Protocol):
+    """A micro-batch of whatever the objective learns from. B = its length."""
+
+    weight: Tensor  # [B]
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Batch: ...
+
+
+class Source(Protocol):
+    """Where micro-batches come from."""
+
+    def steps(self, start: int, stop: int) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of optimizer steps ``start`` to ``stop``, a list for each step.
+
+        The loop asks for a step when the one before it is done, so a source may sample from the policy as it is now.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Learner:
+    """An objective at work in one run."""
+
+    source: Source
+    losses: Callable[[Any], Outcome]
+    """of a micro-batch, for training"""
+    validate: Callable[[PairBatch], Outcome] | None = None
+    """of held-out pairs, without gradient and without a trace; None where pairs mean nothing to the objective"""
+    things: Mapping[str, Stateful] = field(default_factory=dict)
+    """what is saved with the run beside the weights"""
+    reference: Past | None = None
+    """what training compares with, if it is to become the policy anew at the beginning of every round of the loop"""
+
+
+# ----------------------------------------------------------------------------------------------------- what a run gives
+
+
+class Prompts(Protocol):
+    """Encoded prompts (``data.prompt_cache.PromptCache``, or the prompts of ``data.cache.PairCache``)."""
+
+    prompts: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def conditioning(self, index: int | None) -> Conditioning:
+        """Of one prompt, without batch dimension; of the empty prompt for None."""
+        ...
+
+
+class PairSource(Source, Protocol):
+    """A source of ``PairBatch`` (``data.loader.PairLoader``)."""
+
+    def steps(self, start: int, stop: int) -> Iterator[Sequence[PairBatch]]: ...
+
+
+class Processes(Protocol):
+    """The processes of a run. ``Alone`` is one; ``train.Together`` asks Accelerate."""
+
+    rank: int
+    world: int
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all entries on all processes, a scalar without gradient. All must call it with as many."""
+        ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n, ...] -> [world * n, ...], by rank, without gradient."""
+        ...
+
+    def all(self, thing: Any) -> list[Any]:
+        """Every process's ``thing`` (plain values and tensors), by rank, on every process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process."""
+
+    rank: int = 0
+    world: int = 1
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values.detach().mean()
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values.detach()
+
+    def all(self, thing: Any) -> list[Any]:
+        return [thing]
+
+
+Judge = Callable[[Tensor, Sequence[int]], Tensor]
+"""Clean latents [N, C, H, W] and the prompts' indices -> rewards [N, R] float64 on the CPU, larger is better."""
+
+
+Kind = Literal["pairs", "pictures"]
+"""Of a data set: two pictures for each prompt, or one. A lone picture stands on both sides of its pair."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run gives its objective. An objective that needs something that is None says so (``require``)."""
+
+    policy: Denoiser
+    weights: TrainedWeights
+    start: Predictor  # the frozen start
+    latent_shape: tuple[int, ...]  # (C, H, W)
+    pairs: PairSource | None = None
+    kind: Kind = "pairs"
+    reference: Past | None = None  # of training instead of the frozen start: the policy at the beginning of the loop's round
+    prompts: Prompts | None = None
+    unconditional: Conditioning | None = None  # of the empty prompt, each [1, ...]
+    judge: Judge | None = None
+    feedback: Any = None  # sources.stored.Stored: trajectories on disk that people have judged
+    score_range: tuple[float, float] | None = None  # least and greatest score in the data set
+    batch_size: int = 1
+    accumulation: int = 1
+    sampling_batch: int = 16
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    processes: Processes = field(default_factory=Alone)
+
+    @property
+    def compared_with(self) -> Predictor:
+        """The reference of training, for objectives that have no other of their own."""
+        return self.start if self.reference is None else self.reference
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all processes."""
+        return self.batch_size * self.accumulation * self.processes.world
+
+    def require(self, **reasons: str) -> None:
+        """Raise UserError for each named field that is None; ``reasons`` say what it is."""
+        if missing := [why for name, why in reasons.items() if getattr(self, name) is None]:
+            raise UserError(f"This objective needs {'; and '.join(missing)}.")
+
+
+class Objective(Protocol):
+    """Settings and mathematics of one paper; ``objectives/`` has one per file."""
+
+    def learner(self, given: Given) -> Learner: ...

@@ -1,0 +1,37 @@
+"""What an objective says about itself, for the list that ``diffalign objectives`` prints and for the checks before a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAIRS, PICTURES, PROMPTS = "pairs", "pictures", "prompts"
+"""Kinds of data: preference pairs; one picture for each prompt; prompts alone."""
+FROZEN_START = "frozen start"
+"""The reference that rounds of the loop can renew (``diffalign.loop_rounds``)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Samples through the network for one pair (of pictures, or of transitions)."""
+
+    learning: float  # with a gradient
+    looking: float  # without: references, inversion, sampling
+    at_once: float = 2.0  # with a gradient at one time, per element of a micro-batch
+
+    @property
+    def forwards(self) -> float:
+        """In forward passes, a backward pass counting as two."""
+        return 3.0 * self.learning + self.looking
+
+
+@dataclass(frozen=True)
+class About:
+    """One line of the list."""
+
+    paper: str  # arXiv number
+    source: str
+    reference: str
+    loss: str
+    data: tuple[str, ...]  # kinds that it learns from; the first is the usual one
+    judged: str = ""  # "needed" or "optional": rewards of a judge
+    takes_loss: bool = False  # whether --loss changes the loss

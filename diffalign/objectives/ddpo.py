@@ -1,0 +1,153 @@
+"""DDPO: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning", arXiv 2305.13301: the on-line control.
+
+No pairs and no reference: the policy gradient of a reward, with PPO's clipped ratio against the policy that sampled.
+
+    A    = (r - mean) / deviation                       per prompt or over the round, within +-5
+    q    = exp( log p_policy(x_next | x_t, c) - log p_sampler(x_next | x_t, c) )        mean over dimensions
+    loss = max( -A q, -A clip(q) )                       q within [1 - 1e-4, 1 + 1e-4]
+
+In our frame: source = rounds (``sources.rounds``), two trajectories per prompt from different x_T; likelihood = transition
+density; the "reference" is the policy that sampled. A pair's loss is the mean over its two trajectories.
+
+``baseline``: ``prompt`` normalises by the prompt's own rewards of the last rounds as soon as there are ``least`` of them (the
+released code's tracker), ``round`` by the round's.
+
+Numbers of the released code (kvablack/ddpo-pytorch; SD1.4): 50 steps of DDIM with eta 1 and guidance 5, AdamW at 3e-4 with weight
+decay 1e-4, LoRA of rank 4, 256 samples per round, 2 optimizer steps each, a tracker of 16 to 32 rewards per prompt.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.learner import Given, Learner, Processes
+from diffalign.likelihood import transition
+from diffalign.objectives import _pieces
+from diffalign.objectives._about import PROMPTS, About, Cost
+from diffalign.protocols import Denoiser, Predictor
+from diffalign.settings import check_options, option
+from diffalign.solvers import Guided
+from diffalign.sources.rollout import Sampling
+from diffalign.sources.rounds import Rewards, RoundPlan, Rounds, TransitionBatch
+from diffalign.types import Conditioning, LogLikelihood, Outcome
+
+ABOUT = About("2305.13301", "rounds of its own trajectories", "the policy that sampled", "ppo", (PROMPTS,), "needed")
+
+
+@dataclass(frozen=True)
+class DDPO:
+    """The objective."""
+
+    about: ClassVar[About] = ABOUT
+    clip: float = option(1e-4, "how far a ratio may be from 1 before its gradient is cut", gt=0)
+    clip_advantage: float = option(5.0, "bound of the advantages", gt=0)
+    baseline: Literal["prompt", "round"] = option("prompt", "rewards are normalised per prompt or per round: prompt, round")
+    tracked: int = option(32, "rewards remembered per prompt", ge=2)
+    least: int = option(16, "rewards of a prompt before its own are used", ge=2)
+    round_pairs: int = option(128, "pairs of trajectories per round, over all processes", ge=1)
+    round_epochs: int = option(1, "how often a round is learnt from", ge=1)
+    rollout_steps: int = option(50, "transitions of a trajectory", ge=1)
+    eta: float = option(1.0, "noise of each transition, in that of DDPM", gt=0, le=1)
+    guidance: float = option(5.0, "classifier-free guidance, in sampling and in learning; 1 is none", ge=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.baseline not in ("prompt", "round"):
+            raise ValueError(f"baseline is one of prompt, round; got {self.baseline!r}")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.rollout_steps, "ddim", self.eta, self.guidance)
+
+    @property
+    def cost(self) -> Cost:
+        rows = 2 * self.rollout_steps * (1 if self.guidance == 1.0 else 2)
+        return Cost(learning=rows * self.round_epochs, looking=rows, at_once=rows / self.rollout_steps)
+
+    def learner(self, given: Given) -> Learner:
+        plan = RoundPlan(self.round_pairs, self.round_epochs, same_start=False, reference="round")
+        tracker = PromptRewards(self.tracked, self.least if self.baseline == "prompt" else None)
+        source = Rounds(given, self.sampling, plan, tracker)
+        things = {**source.things, "rewards": tracker}
+        return Learner(source, lambda batch: self(batch, given.policy, given.unconditional), None, things)
+
+    def __call__(self, batch: TransitionBatch, policy: Denoiser, unconditional: Conditioning | None = None) -> Outcome:
+        """Losses [B] of transitions of two trajectories. One policy call."""
+        predictor: Predictor = policy if self.guidance == 1.0 else Guided(policy, unconditional, self.guidance)
+        now = transition(predictor, policy.schedule, batch.pair, self.eta)
+        both = [
+            _pieces.ppo(density, old, advantage, self.clip, self.clip_advantage)
+            for density, old, advantage in zip(
+                (now.winner, now.loser), (batch.made_by.winner, batch.made_by.loser), batch.advantage.unbind(1), strict=True
+            )
+        ]
+        loss = (both[0] + both[1]) / 2
+        return Outcome(loss, batch.pair.t, self._health(now, batch))
+
+    def _health(self, now: LogLikelihood, batch: TransitionBatch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            ratios = torch.stack([now.winner - batch.made_by.winner, now.loser - batch.made_by.loser], dim=1)
+            outside = ((ratios.exp() - 1.0).abs() > self.clip).double().mean(dim=1)
+            advantage = batch.advantage.double()
+            margin = (ratios.double() * advantage).mean(dim=1)
+        return {
+            "margin": margin,
+            "clipped": outside,
+            "advantage": advantage.abs().mean(dim=1),
+            "reward": batch.rewards.mean(dim=1).double(),
+        }
+
+
+class PromptRewards:
+    """Rewards of each prompt's last pictures, which new ones are measured against.
+
+    ``least`` None measures against the round instead. A round that is judged twice, because a run was resumed in its middle,
+    counts once.
+    """
+
+    def __init__(self, tracked: int, least: int | None) -> None:
+        self._tracked, self._least = tracked, least
+        self._round = -1
+        self._before: dict[int, list[float]] = {}  # without the round
+        self._held: dict[int, list[float]] = {}
+
+    def __call__(self, judged: Rewards, processes: Processes) -> tuple[Tensor, Tensor]:
+        """Label [N] (the larger reward) and advantage [N, 2], both from the mean over the judges."""
+        mine = judged.values.mean(dim=2)  # [N, 2]
+        everyone = torch.cat(processes.all(mine.to(torch.float64)))  # [world * N, 2]; on the CPU, where NCCL gathers nothing
+        mean, deviation = everyone.mean(), everyone.std(correction=0)
+        if self._least is not None:
+            self._remember(judged, everyone, processes)
+        advantage = torch.stack([self._normalised(r, p, mean, deviation) for r, p in zip(mine, judged.prompts, strict=True)])
+        return 0.5 + 0.5 * (mine[:, 0] - mine[:, 1]).sign(), advantage
+
+    def _remember(self, judged: Rewards, everyone: Tensor, processes: Processes) -> None:
+        if judged.round != self._round:
+            self._round, self._before = judged.round, {p: list(r) for p, r in self._held.items()}
+        where = torch.cat(processes.all(torch.tensor([judged.positions, judged.prompts]).T))  # [world * N, 2]
+        held = {p: deque(r, maxlen=self._tracked) for p, r in self._before.items()}
+        for i in where[:, 0].argsort().tolist():  # by position, so that the number of processes does not matter
+            held.setdefault(int(where[i, 1]), deque(maxlen=self._tracked)).extend(everyone[i].tolist())
+        self._held = {p: list(r) for p, r in held.items()}
+
+    def _normalised(self, rewards: Tensor, prompt: int, mean: Tensor, deviation: Tensor) -> Tensor:
+        known = self._held.get(prompt, [])
+        if self._least is not None and len(known) >= self._least:
+            own = torch.tensor(known, dtype=torch.float64)
+            mean, deviation = own.mean(), own.std(correction=0)
+        return (rewards - mean) / (deviation + 1e-6)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self._round, "before": self._before, "held": self._held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._round, self._before, self._held = state["round"], state["before"], state["held"]
+
+
+Objective = DDPO

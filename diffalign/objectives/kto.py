@@ -1,0 +1,116 @@
+"""Diffusion-KTO: Li et al. 2024, "Aligning Diffusion Models by Optimizing Human Utility", arXiv 2404.04465.
+
+Pictures are good or bad one by one; no two need the same prompt:
+
+    rho  = - [ L_policy - L_reference ]                         of one picture
+    z    = max(0, mean of rho over the batch)                   without gradient
+    loss = 1 - U(+beta (rho - z))  where good,  1 - U(-beta (rho - z))  where bad               U = sigma
+
+In our frame: source = a data set of pictures (or of pairs: the winner is good, the loser bad), noised; reference = the frozen
+start; likelihood = denoising error; loss = ``losses.kto`` at beta, with other utilities by ``utility``.
+
+``baseline``: ``batch`` is the released code's z above, over all processes; ``mismatched`` is the estimate that KTO (Ethayarajh
+et al. 2024, arXiv 2402.01306) describes, from pictures with each other's prompts, at twice the cost; ``none`` is z = 0.
+
+Departures of the released code (jacklishufan/diffusion-kto) from what is done here: it samples classes with a share of good ones
+of 0.8 (weights do that here); a picture that has won some comparisons and lost others counts as good; its
+``bce_offset=original`` does not clamp z.
+
+Numbers of the paper: beta 1000 (with no factor 1/2), AdamW in 8 bits at 1e-7, 20,000 steps of batches of 8 with 200 of warm-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from diffalign import losses
+from diffalign.learner import Given, Learner, Processes
+from diffalign.likelihood import denoising_error
+from diffalign.losses.unpaired import Utility, kto_unpaired
+from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
+from diffalign.objectives._denoising import denoising_learner, plainly_noised, refuse_lone_samples
+from diffalign.protocols import Denoiser, Predictor
+from diffalign.settings import check_options, option
+from diffalign.types import Conditioning, Outcome, PairBatch
+
+ABOUT = About("2404.04465", "data set, one picture at a time", "frozen start", "kto", (PICTURES, PAIRS))
+BaselineName = Literal["batch", "mismatched", "none"]
+
+
+@dataclass(frozen=True)
+class KTO:
+    """The objective; ``beta`` is the paper's, for errors that are means over the latent's dimensions."""
+
+    about: ClassVar[About] = ABOUT
+    beta: float = option(1000.0, "strength of the tie to the reference (Diffusion-DPO's would be twice that)", gt=0)
+    utility: Utility = option("kahneman-tversky", "shape of the utility: " + ", ".join(get_args(Utility)))
+    desirable_weight: float = option(1.0, "weight of good pictures", ge=0)
+    undesirable_weight: float = option(1.0, "weight of bad pictures", ge=0)
+    baseline: BaselineName = option("batch", "what log-ratios are measured against: batch, mismatched, none")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name, kind in (("utility", Utility), ("baseline", BaselineName)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+
+    def _baseline(self) -> losses.Baseline:
+        return {"batch": losses.BatchMean, "mismatched": losses.MismatchedMean, "none": losses.Zero}[self.baseline]()
+
+    def _loss(self) -> losses.Loss:
+        weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
+        return losses.load("kto", utility=self.utility, **weights)
+
+    @property
+    def cost(self) -> Cost:
+        """Of a pair; half of it of a lone picture. Each of two mismatched samples asks both models."""
+        return Cost(learning=2, looking=2 + (4 if self.baseline == "mismatched" else 0))
+
+    def learner(self, given: Given) -> Learner:
+        given.require(pairs="pictures with a verdict, or preference pairs")
+        if given.kind == PAIRS:
+            return denoising_learner(given, plainly_noised, self._loss(), self.beta, baseline=self._baseline())
+        z = self._baseline()
+        refuse_lone_samples(z, given)
+        return Learner(
+            source=given.pairs,
+            losses=lambda batch: self.unpaired(batch, given.policy, given.compared_with, z, given.processes),
+            validate=None,
+            things={"baseline": z},
+            reference=given.reference,
+        )
+
+    def unpaired(
+        self, batch: PairBatch, policy: Denoiser, reference: Predictor, z: losses.Baseline, processes: Processes
+    ) -> Outcome:
+        """Losses [B] of single pictures: the winners of ``batch``, whose labels are the probability of a good one."""
+        x_t = policy.schedule.add_noise(batch.winner, batch.noise, batch.t)
+        target = policy.schedule.target(batch.winner, batch.noise, batch.t)
+
+        def error(model: Predictor, conditioning: Conditioning) -> Tensor:
+            return denoising_error(model(x_t, batch.t, conditioning), target)
+
+        rho = error(reference, batch.conditioning) - (now := error(policy, batch.conditioning))
+        watched = rho.detach()
+        if z.watches == "mismatched":
+            rolled = {name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}
+            with torch.no_grad():
+                watched = error(reference, rolled) - error(policy, rolled)
+        z.update(processes.gather(watched))
+        rest = (self.utility, self.desirable_weight, self.undesirable_weight)
+        loss = kto_unpaired(rho, batch.label, self.beta, z.value.to(rho.device), *rest)
+        return Outcome(
+            loss=loss, t=batch.t, metrics=self._health(rho.detach() - z.value.to(rho.device), now.detach(), batch.label)
+        )
+
+    def _health(self, above: Tensor, error: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """``margin`` is how far a picture lies on its side of the baseline, ``winner_error`` its denoising error."""
+        margin = (2.0 * label.to(above.dtype) - 1.0) * self.beta * above
+        return {"margin": margin, "accuracy": 0.5 * (1.0 + margin.sign()), "winner_error": error}
+
+
+Objective = KTO

@@ -1,0 +1,105 @@
+"""Pairs of a picture from the data set and one that an earlier checkpoint of the policy made for the same prompt.
+
+SePPO (arXiv 2410.05255, algorithm 1): the checkpoints theta_0, theta_1, ... are all kept, one per round; at round k one of the
+k earlier ones is drawn, makes the other picture and is the reference as well.
+
+Everything is a function of the seed and the position: which checkpoint, and the noise of every picture. So the bank is all
+that must be saved, and pictures made for a step need not outlive it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from diffalign.learner import Given
+from diffalign.references import Past
+from diffalign.sources.rollout import Sampling, rollout
+from diffalign.types import PairBatch
+from diffalign.weights import Weights
+
+Choice = Literal["uniform", "first", "last"]
+_STREAMS = {"round": 11, "picture": 12}
+
+
+class Bank:
+    """Weights of past moments, on the CPU, oldest first."""
+
+    def __init__(self) -> None:
+        self._held: list[Weights] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, which: int) -> Weights:
+        return self._held[which]
+
+    def append(self, weights: Weights) -> None:
+        self._held.append(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": [dict(weights) for weights in self._held]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._held = list(state["held"])
+
+
+def chosen(choice: Choice, bank: int, round_: int, seed: int) -> int:
+    """Which of the ``bank`` checkpoints that there are in round ``round_`` (from 0) makes the pictures."""
+    if choice == "first":
+        return 0
+    if choice == "last":
+        return bank - 1
+    return int(np.random.default_rng([seed, _STREAMS["round"], round_]).integers(bank))
+
+
+class SelfSampled:
+    """``PairBatch`` whose loser is a sample of a past checkpoint; the winner is the data's. ``reference`` is that checkpoint.
+
+    A round is ``round_steps`` optimizer steps. At its beginning the policy joins the bank and a checkpoint is drawn, among
+    those up to and including the one that has just joined (in the first round there is no other). Losers of a whole step are
+    sampled together, with the batch's own conditioning: for a dropped prompt the empty one.
+    """
+
+    def __init__(self, given: Given, sampling: Sampling, round_steps: int, choice: Choice) -> None:
+        self._given, self._sampling, self._round_steps, self._choice = given, sampling, round_steps, choice
+        self.bank, self.reference = Bank(), Past(given.policy, given.weights)
+        self._round: int | None = None
+
+    def steps(self, start: int, stop: int) -> Iterator[Sequence[PairBatch]]:
+        for step, batches in zip(range(start, stop), self._given.pairs.steps(start, stop), strict=True):
+            round_, within = divmod(step, self._round_steps)
+            if within == 0:
+                self.bank.append(self._given.weights.copy("cpu"))
+            if round_ != self._round:
+                self._round = round_
+                self.reference.become(self.bank[chosen(self._choice, len(self.bank), round_, self._given.seed)])
+            yield self._with_losers(batches, step)
+
+    def _with_losers(self, batches: Sequence[PairBatch], step: int) -> Sequence[PairBatch]:
+        given, sizes = self._given, [len(batch) for batch in batches]
+        first = step * given.global_batch + given.processes.rank * sum(sizes)
+        seeds = [_picture_seed(given.seed, first + i) for i in range(sum(sizes))]
+        conditioning = {name: torch.cat([b.conditioning[name] for b in batches]) for name in batches[0].conditioning}
+        made = rollout(
+            self.reference,
+            given.policy.schedule,
+            conditioning,
+            self._sampling,
+            shape=given.latent_shape,
+            seeds=seeds,
+            unconditional=given.unconditional,
+            batch_size=given.sampling_batch,
+            device=given.device,
+        )
+        losers = made.final.to(batches[0].winner.dtype).split(sizes)
+        return [replace(b, loser=loser, label=torch.ones_like(b.label)) for b, loser in zip(batches, losers, strict=True)]
+
+
+def _picture_seed(seed: int, position: int) -> int:
+    """32 bits of its own for every visit of every row."""
+    return int(np.random.SeedSequence([seed, _STREAMS["picture"], position]).generate_state(1)[0])

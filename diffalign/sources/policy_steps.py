@@ -1,0 +1,138 @@
+"""Experts of a data set beside steps of the policy's own trajectories, from a replay buffer (Diffusion-DRO, arXiv 2510.18353).
+
+For every expert of a step the policy (or a copy of it that is refreshed every M steps) walks one trajectory for the expert's
+prompt; the newest ones are in the buffer. Each expert is then compared with one step of one of them, at the same t. All
+trajectories of an optimizer step are made at once, in batches as large as the device likes.
+
+Seeds belong to the visit of a row, so trajectories and steps are the same on any number of processes, as long as the buffer
+holds no more than a micro-batch. A larger buffer is each process's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.errors import UserError
+from diffalign.learner import Given
+from diffalign.references import Past
+from diffalign.sources.replay import ReplayBuffer, Replayed
+from diffalign.sources.rollout import Sampling, rollout
+from diffalign.types import PairBatch
+
+_STREAMS = {"trajectory": 21, "step": 22}
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """Experts and steps of the policy, side by side. B = its length."""
+
+    replayed: Replayed
+    noise: Tensor  # [B, C, H, W], the expert's
+    weight: Tensor  # [B]
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def to(self, device: torch.device | str) -> ReplayBatch:
+        return ReplayBatch(self.replayed.to(device), self.noise.to(device), self.weight.to(device))
+
+
+class PolicySteps:
+    """``ReplayBatch`` for every ``PairBatch`` of the data set: its winners are the experts.
+
+    With ``walk_every`` above 1 there are no new trajectories in the optimizer steps between: those in the buffer are visited
+    again, with the experts that they were made for, at other steps of theirs.
+
+    Raises:
+        UserError: the buffer is too small for what is drawn from it.
+    """
+
+    def __init__(self, given: Given, sampling: Sampling, buffer: int, refresh: int, walk_every: int = 1) -> None:
+        enough = given.batch_size * (1 if walk_every == 1 else given.accumulation)
+        if buffer and buffer < enough:
+            of = "a micro-batch" if walk_every == 1 else "the micro-batches of a step"
+            raise UserError(f"A buffer of {buffer} trajectories is less than {of} of {enough}; 0 means as many.")
+        self._given, self._sampling, self._refresh, self._walk_every = given, sampling, refresh, walk_every
+        self._exact = buffer in (0, enough)  # every sample has a trajectory of its own
+        self._buffer = ReplayBuffer(buffer or enough)
+        self._delayed = Past(given.policy, given.weights)
+        self.buffer = EveryonesBuffer(self._buffer, given)
+
+    @property
+    def things(self) -> dict[str, Any]:
+        """What must be saved."""
+        return {"buffer": self.buffer, "delayed": self._delayed}
+
+    def steps(self, start: int, stop: int) -> Iterator[Sequence[ReplayBatch]]:
+        for step, batches in zip(range(start, stop), self._given.pairs.steps(start, stop), strict=True):
+            if step % self._refresh == 0:
+                self._delayed.keep()
+            yield self._replayed(batches, step)
+
+    def _replayed(self, batches: Sequence[PairBatch], step: int) -> Sequence[ReplayBatch]:
+        given, out = self._given, []
+        first = step * given.global_batch + given.processes.rank * sum(len(b) for b in batches)
+        walks = step % self._walk_every == 0 or not len(self._buffer)
+        made = self._walked(batches, first) if walks else None
+        for number, batch in enumerate(batches):
+            n = len(batch)
+            if made is not None:
+                mine, made = made.rows(slice(0, n)), made.rows(slice(n, None))
+                self._buffer.push(replace(mine, index=batch.index), batch.winner, batch.conditioning, batch.weight)
+            own = len(self._buffer) - n if walks else number * n  # the newest, or those that this place had before
+            drawn = self._drawn(n, first, own)
+            out.append(ReplayBatch(drawn, batch.noise, drawn.weight))
+            first += n
+        return out
+
+    def _walked(self, batches: Sequence[PairBatch], first: int) -> Any:
+        given = self._given
+        conditioning = {name: torch.cat([b.conditioning[name] for b in batches]) for name in batches[0].conditioning}
+        return rollout(
+            self._delayed,
+            given.policy.schedule,
+            conditioning,
+            self._sampling,
+            shape=given.latent_shape,
+            seeds=[_seed(given.seed, "trajectory", first + i) for i in range(sum(len(b) for b in batches))],
+            unconditional=given.unconditional,
+            batch_size=given.sampling_batch,
+            device=given.device,
+        )
+
+    def _drawn(self, n: int, first: int, own: int) -> Replayed:
+        """One step each of ``n`` trajectories: of those from ``own`` on if there are no others to choose from, else of any."""
+        held, steps = len(self._buffer), self._sampling.steps
+        draws = [np.random.default_rng([self._given.seed, _STREAMS["step"], first + i]) for i in range(n)]
+        at = torch.tensor([int(draw.integers(steps)) for draw in draws])
+        any_of = not self._exact and held > n
+        rows = torch.tensor([int(draw.integers(held)) for draw in draws]) if any_of else torch.arange(own, own + n)
+        return self._buffer.at(rows, at)
+
+
+class EveryonesBuffer:
+    """The buffers of all processes, as one thing to save. Another number of processes starts with an empty one."""
+
+    def __init__(self, buffer: ReplayBuffer, given: Given) -> None:
+        self._buffer, self._processes = buffer, given.processes
+        self._ranks: list[dict[str, Any]] = []
+
+    def collect(self) -> None:
+        self._ranks = self._processes.all(self._buffer.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": self._ranks or [self._buffer.state_dict()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if len(state["ranks"]) == self._processes.world:
+            self._buffer.load_state_dict(state["ranks"][self._processes.rank])
+
+
+def _seed(seed: int, stream: str, position: int) -> int:
+    return int(np.random.SeedSequence([seed, _STREAMS[stream], position]).generate_state(1)[0])

@@ -1,0 +1,257 @@
+"""Rounds of on-line learning: the policy samples, somebody judges, and the policy learns from its own transitions.
+
+D3PO (arXiv 2311.13231) and DDPO (arXiv 2305.13301) in turn sample with the policy as it is, and take the same transitions as
+actions to be made likelier or not. Two trajectories are made for each prompt of a round, from the same x_T or not.
+
+An optimizer step takes ``accumulation`` pairs per process with all their transitions, ``batch_size`` transitions to a
+micro-batch, in a random order. Trajectories of a round are sampled together and with what learning needs later: the
+log-density of each transition under the policy that made it, so that a reference which is the round's beginning costs
+nothing any more. The frozen start as reference is asked once per transition, in large batches.
+
+Only the policy's weights at the beginning of the round are saved: the seeds decide everything else, and a resumed run samples
+its round again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.data.draws import Order
+from diffalign.errors import UserError
+from diffalign.learner import Given, Processes, Prompts
+from diffalign.protocols import Predictor
+from diffalign.references import Past
+from diffalign.schedule import NoiseSchedule
+from diffalign.solvers import Guided
+from diffalign.sources.rollout import Sampling, Trajectory, rollout
+from diffalign.types import Conditioning, LogLikelihood, TransitionPair
+
+RoundReference = Literal["round", "start"]
+_STREAMS = {"trajectory": 31, "start": 32, "order": 33}
+
+
+# ------------------------------------------------------------------------------------------------------------- nouns
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """The same steps of two trajectories, and what is known about them. B = transitions."""
+
+    pair: TransitionPair
+    reference: LogLikelihood  # [B] log-densities under the reference, mean over dimensions
+    made_by: LogLikelihood  # [B] log-densities under the policy that made the trajectories
+    label: Tensor  # [B] probability that the first trajectory is preferred: 1, 0, or 1/2
+    rewards: Tensor  # [B, 2] of the two final pictures, the mean over the judges; NaN where people chose
+    advantage: Tensor  # [B, 2] the rewards, normalised
+    weight: Tensor  # [B]
+    index: Tensor  # [B] int64, the prompt
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def to(self, device: torch.device | str) -> TransitionBatch:
+        def moved(thing: Any) -> Any:
+            if isinstance(thing, Tensor):
+                return thing.to(device)
+            if isinstance(thing, Mapping):
+                return {name: value.to(device) for name, value in thing.items()}
+            return replace(thing, **{f.name: moved(getattr(thing, f.name)) for f in fields(thing)})
+
+        return moved(self)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the judges said about this process's part of a round."""
+
+    values: Tensor  # [N, 2, R] float64
+    prompts: Sequence[int]  # N
+    positions: Sequence[int]  # N, where each pair stands in the whole run
+    round: int
+
+
+Verdict = Callable[[Rewards, Processes], tuple[Tensor, Tensor]]
+"""From rewards to labels [N] and advantages [N, 2]."""
+
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """Pairs of trajectories with verdicts. N = pairs, S = transitions, R = judges."""
+
+    first: Trajectory  # N
+    second: Trajectory  # N, for the same prompts
+    reference: tuple[Tensor, Tensor]  # [N, S] each
+    label: Tensor  # [N]
+    rewards: Tensor  # [N, 2]
+    advantage: Tensor  # [N, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------- source
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """How large a round is and what is done with it."""
+
+    pairs: int  # per round, over all processes
+    epochs: int  # how often each of them is learnt from
+    same_start: bool  # both trajectories of a pair from the same x_T
+    reference: RoundReference
+
+
+class Rounds:
+    """``TransitionBatch`` from rounds of sampling and judging.
+
+    Raises:
+        UserError: there are no prompts or no judge, or a round is not a whole number of optimizer steps.
+    """
+
+    def __init__(self, given: Given, sampling: Sampling, plan: RoundPlan, verdict: Verdict) -> None:
+        given.require(prompts="prompts to sample for", judge="a judge to reward pictures by (--judge)")
+        self._at_once = given.accumulation * given.processes.world  # pairs per optimizer step
+        if plan.pairs % self._at_once:
+            raise UserError(
+                f"A round of {plan.pairs} pairs is not a whole number of optimizer steps of {self._at_once} pairs "
+                "(accumulation times processes)."
+            )
+        if not sampling.stochastic:
+            raise UserError("Transitions have a density only where they have noise: eta must be greater than 0.")
+        self._given, self._sampling, self._plan, self._verdict = given, sampling, plan, verdict
+        self._policy = Past(given.policy, given.weights)  # as it was when the round began
+        self._order = Order(len(given.prompts), given.seed)
+        self._round: int | None = None
+        self._judged: JudgedPairs
+
+    @property
+    def things(self) -> dict[str, Any]:
+        """What must be saved."""
+        return {"round": self._policy}
+
+    def steps(self, start: int, stop: int) -> Iterator[Sequence[TransitionBatch]]:
+        per_epoch = self._plan.pairs // self._at_once
+        for step in range(start, stop):
+            round_, within = divmod(step, per_epoch * self._plan.epochs)
+            if within == 0:
+                self._policy.keep()
+            if round_ != self._round:
+                self._round, self._judged = round_, self._sampled(round_)
+            epoch, nth = divmod(within, per_epoch)
+            share = int(_shuffled(self._given.seed, per_epoch, round_, epoch)[nth]) * self._given.accumulation
+            yield micro_batches(self._judged, range(share, share + self._given.accumulation), self._given, step)
+
+    # ------------------------------------------------------------------------------------------ sampling and judging
+
+    def _sampled(self, round_: int) -> JudgedPairs:
+        """This process's pairs of a round, in the order of the optimizer steps that they are for."""
+        given, acc, p = self._given, self._given.accumulation, self._given.processes
+        mine = [s * self._at_once + p.rank * acc + a for s in range(self._plan.pairs // self._at_once) for a in range(acc)]
+        positions = [round_ * self._plan.pairs + i for i in mine]
+        prompts = [self._order.row(position) for position in positions]
+        made = self._trajectories(positions, prompts)
+        rewards = given.judge(made.final, prompts * 2)  # [2N, R]
+        first, second = (made.rows(slice(k * len(mine), (k + 1) * len(mine))) for k in (0, 1))
+        reference = self._reference_densities(made)
+        said = Rewards(rewards.view(2, len(mine), -1).transpose(0, 1), prompts, positions, round_)
+        label, advantage = self._verdict(said, given.processes)
+        return JudgedPairs(first, second, reference.chunk(2), label, said.values.mean(dim=2), advantage)
+
+    def _trajectories(self, positions: Sequence[int], prompts: Sequence[int]) -> Trajectory:
+        """All first ones, then all second ones."""
+        given, seeds, starts = self._given, [], []
+        for side in (0, 1):
+            seeds += [_seed(given.seed, "trajectory", side, position) for position in positions]
+            starts += [_seed(given.seed, "start", 0 if self._plan.same_start else side, position) for position in positions]
+        return rollout(
+            self._policy,
+            given.policy.schedule,
+            stacked(given.prompts, prompts),
+            self._sampling,
+            shape=given.latent_shape,
+            seeds=seeds,
+            start_seeds=starts,
+            index=list(range(len(prompts))) * 2,
+            unconditional=given.unconditional,
+            batch_size=given.sampling_batch,
+            device=given.device,
+        ).labelled(torch.tensor(list(prompts) * 2))
+
+    def _reference_densities(self, made: Trajectory) -> Tensor:
+        """[2N, S]. The policy at the round's beginning made the trajectories: its densities are there already."""
+        if self._plan.reference == "round":
+            return made.log_density
+        return densities(made, self._given.start, self._given, self._sampling)
+
+
+def micro_batches(judged: JudgedPairs, pairs: Sequence[int], given: Given, step: int) -> list[TransitionBatch]:
+    """All transitions with a density of some ``pairs``, in an order of this step and process, ``batch_size`` at a time."""
+    usable = judged.first.has_noise[0].nonzero().flatten().tolist()
+    items = [(pair, j) for pair in pairs for j in usable]
+    items = [items[i] for i in _shuffled(given.seed, len(items), step, given.processes.rank)]
+    chunks = [items[i : i + given.batch_size] for i in range(0, len(items), given.batch_size)]
+    return [transitions(judged, chunk, given.prompts) for chunk in chunks]
+
+
+def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: Prompts) -> TransitionBatch:
+    """The batch of some (pair, transition)."""
+    rows, at = torch.tensor([i for i, _ in items]), torch.tensor([j for _, j in items])
+    one, two, index = judged.first, judged.second, judged.first.index[rows]
+    pair = TransitionPair(
+        winner=one.x[rows, at],
+        loser=two.x[rows, at],
+        winner_next=one.x[rows, at + 1],
+        loser_next=two.x[rows, at + 1],
+        t=one.t[rows, at],
+        t_previous=one.t_previous[rows, at],
+        conditioning=stacked(prompts, index.tolist()),
+    )
+    return TransitionBatch(
+        pair=pair,
+        reference=LogLikelihood(*(side[rows, at] for side in judged.reference)),
+        made_by=LogLikelihood(one.log_density[rows, at], two.log_density[rows, at]),
+        label=judged.label[rows],
+        rewards=judged.rewards[rows],
+        advantage=judged.advantage[rows],
+        weight=torch.ones(len(items)),
+        index=index,
+    )
+
+
+@torch.no_grad()
+def densities(made: Trajectory, predictor: Predictor, given: Given, sampling: Sampling) -> Tensor:
+    """Log-densities [N, S] of all transitions of ``made`` under another model; 0 where a transition has no noise."""
+    predictor = Guided(predictor, given.unconditional, sampling.guidance) if sampling.guidance != 1.0 else predictor
+    schedule, out = given.policy.schedule, torch.zeros_like(made.log_density)
+    items = made.has_noise.nonzero()
+    for low in range(0, len(items), given.sampling_batch):
+        rows, at = items[low : low + given.sampling_batch].T
+        out[rows, at] = _density(made, rows, at, predictor, schedule, given, sampling.eta).to(out)
+    return out
+
+
+def _density(
+    made: Trajectory, rows: Tensor, at: Tensor, predictor: Predictor, schedule: NoiseSchedule, given: Given, eta: float
+) -> Tensor:
+    x_t, x_next = made.x[rows, at].to(given.device), made.x[rows, at + 1].to(given.device)
+    t, t_previous = made.t[rows, at].to(given.device), made.t_previous[rows, at].to(given.device)
+    conditioning = {k: v.to(given.device) for k, v in stacked(given.prompts, made.index[rows].tolist()).items()}
+    return schedule.log_density(x_next, x_t, predictor(x_t, t, conditioning), t, t_previous, eta).cpu()
+
+
+def stacked(prompts: Prompts, index: Sequence[int]) -> Conditioning:
+    """The conditioning [B, ...] of some prompts."""
+    found = {i: prompts.conditioning(i) for i in dict.fromkeys(index)}
+    return {name: torch.stack([found[i][name] for i in index]) for name in found[index[0]]}
+
+
+def _shuffled(seed: int, n: int, *where: int) -> np.ndarray:
+    return np.random.default_rng([seed, _STREAMS["order"], *where]).permutation(n)
+
+
+def _seed(seed: int, stream: str, side: int, position: int) -> int:
+    return int(np.random.SeedSequence([seed, _STREAMS[stream], side, position]).generate_state(1)[0])

@@ -1,0 +1,341 @@
+"""From settings to what a run gives its objective: data encoded, judges loaded, the network ready to be trained.
+
+pairs, or pictures      opened, encoded once, deduplicated, with a judge's scores where one is named
+prompts                 of objectives that sample for themselves
+feedback                stored trajectories with people's choices, and their prompts as they were encoded then
+reference               the frozen start: the adapter switched off, or a second network
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.loader import LoaderSettings, PairLoader
+from diffalign.data.open import open_pairs
+from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
+from diffalign.data.table import PairTable
+from diffalign.data.transform import Transform
+from diffalign.errors import UserError
+from diffalign.learner import Given, Processes
+from diffalign.objectives._about import PROMPTS
+from diffalign.protocols import Predictor
+from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.sources.stored import Stored
+from diffalign.weights import TrainedWeights
+from pipelines import families, feedback
+from pipelines.config import TrainSettings
+from pipelines.families._encoding import digest
+from pipelines.judge_options import load_judges
+from pipelines.progress import Bar
+from pipelines.prompts import Prompt, read_prompts
+from pipelines.rewarding import PictureJudge, pair_scores, score_range
+from pipelines.tiny.model import pairs_path as tiny_pairs_path
+from reward_models._judge import Scorer
+
+CACHE_FOLDER = "cache"
+PROMPT_FOLDER = "cache-prompts"
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
+"""Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs and nothing else: encoders are gone by now."""
+
+    family: Any
+    weights: TrainedWeights
+    reference: Predictor
+    base_digest: str  # of the network before alignment: the reference's identity
+    cache: PairCache | None
+    prompts: PromptCache | None
+    judges: Mapping[str, Scorer]
+    train_rows: list[int]
+    validation_rows: list[int]
+    feedback: Stored | None = None
+    start_lora: str | None = None  # digest of the adapter that training goes on from
+
+    @property
+    def data_digest(self) -> str:
+        """One short name for everything the encoded data depend on."""
+        parts = [cache.fingerprint for cache in (self.cache, self.prompts) if cache is not None]
+        parts += [self.feedback.fingerprint()] if self.feedback else []
+        plain = parts[0] if len(parts) == 1 else parts
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+    def stats(self) -> dict[str, Any]:
+        """Counts for the card."""
+        return {**(self.cache or self.prompts).stats(), **(self.feedback.stats() if self.feedback else {})}
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def samples_itself(settings: TrainSettings) -> bool:
+    """Whether the objective makes its pictures from prompts."""
+    return PROMPTS in settings.objective.about.data
+
+
+def open_data(settings: TrainSettings) -> PairTable | None:
+    """The pairs or pictures, not yet decoded; None where there are only prompts.
+
+    Raises:
+        UserError: they are of a kind that the objective does not learn from.
+    """
+    if settings.pairs is None or settings.feedback is not None:
+        return None
+    data, about = settings.data, settings.objective.about
+    table = open_pairs(pairs_path(settings.pairs), split=data.split, ties=data.ties, columns=data.columns, scores=data.scores)
+    if PROMPTS not in about.data and table.kind not in about.data:
+        raise UserError(f"{table.description}: this objective learns from {' or '.join(about.data)}, and these are {table.kind}.")
+    return table
+
+
+def pairs_path(pairs: str) -> str:
+    """``tiny`` names the shipped pairs; anything else is taken as it is."""
+    return str(tiny_pairs_path()) if pairs == "tiny" else pairs
+
+
+def prompts_to_sample(settings: TrainSettings, table: PairTable | None) -> list[str]:
+    """The prompts of an objective that samples: its own list, or the pairs' captions, each once."""
+    where = settings.train_prompts
+    if where == "tiny":
+        return tiny_prompts()
+    found = [p.text for p in read_prompts(where)] if where else [pair.prompt for pair in table]
+    return list(dict.fromkeys(found))
+
+
+def tiny_prompts() -> list[str]:
+    """Captions of the tiny world's train split."""
+    from pipelines.tiny import scenes
+
+    return scenes.captions(TINY_PROMPTS, seed=TINY_PROMPT_SEED, split="train")
+
+
+def held_out_prompts(where: str, count: int) -> list[Prompt]:
+    """``count`` prompts; ``tiny`` means captions of the tiny world's test split, which no training saw."""
+    if where == "tiny":
+        from pipelines.tiny import scenes
+
+        return [Prompt(text) for text in scenes.captions(count, seed=2026)]
+    return read_prompts(where)[:count]
+
+
+def open_feedback(settings: TrainSettings) -> Stored | None:
+    """The trajectories with people's choices. Raises UserError if they are not as they should be."""
+    return None if settings.feedback is None else Stored.open(settings.feedback)
+
+
+def start_adapter(settings: TrainSettings) -> families.SavedAdapter | None:
+    """The adapter that training goes on from, read but not attached. Raises UserError if it is none of ours."""
+    return None if settings.start_lora is None else families.read_adapter(settings.start_lora)
+
+
+def training_judges(settings: TrainSettings) -> dict[str, Scorer]:
+    """The judges of training, loaded; none if none is named, or if people chose."""
+    chosen = settings.reward
+    wanted = chosen.reward and settings.feedback is None
+    return load_judges(",".join(chosen.reward), chosen.reward_options) if wanted else {}
+
+
+# ------------------------------------------------------------------------------------------------------------- prepare
+
+
+def load_model(settings: TrainSettings, say: Say) -> Any:
+    """The checkpoint as something to train."""
+    dtype = _weights_dtype(settings)
+    expected = None if settings.prediction_type == "auto" else settings.prediction_type
+    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config)
+    say(f"{settings.model}: {family.name}, {family.denoiser.schedule.prediction_type} prediction, {dtype}")
+    return family
+
+
+def _weights_dtype(settings: TrainSettings) -> str:
+    return PRECISIONS[settings.compute.mixed_precision] if settings.adapter == "lora" else "float32"
+
+
+def prepare(
+    settings: TrainSettings, table: PairTable | None, family: Any, accelerator: Accelerator, say: Say, progress: bool = True
+) -> Prepared:
+    """Encode the data (or open the cache), let go of the encoders, attach what is trained.
+
+    Raises:
+        UserError: data, feedback or an adapter to go on from do not fit each other or the model.
+    """
+    sampling, judges = samples_itself(settings), training_judges(settings)
+    base_digest, saved, stored = digest(family.network), start_adapter(settings), open_feedback(settings)
+    if stored is not None:
+        precision = settings.compute.mixed_precision
+        here = feedback.made_by_model(base_digest, saved, _weights_dtype(settings), precision)
+        feedback.refuse_another_model(stored, here, settings.model, str(settings.start_lora) if saved else None)
+        say(feedback.describe(stored))
+    with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
+        family.encoder.to(accelerator.device)
+        cache = _encode_pairs(settings, table, family, say, bar.advance) if table is not None and not sampling else None
+        prompts = _encode_prompts(settings, table, family, bar.advance, stored) if sampling else None
+        if cache is not None and judges:
+            cache.scores = _judged(table, cache, judges, say, bar.advance)
+    _tell_of_long_prompts(family, (cache or prompts).prompts, say)
+    family.release_encoders(keep_decoder=sampling and stored is None)
+    train_rows, validation_rows = [], []
+    if cache is not None:
+        train_rows, validation_rows = split_rows(cache.prompts, settings.data.validation_pairs, settings.seed)
+        kind = "pairs" if cache.kind == "pairs" else "pictures"
+        say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {len(cache.skipped)} skipped")
+    elif stored is None:
+        say(f"{len(prompts)} prompts to sample for")
+    reference = _attach(settings, family, accelerator, saved)
+    return Prepared(
+        family,
+        TrainedWeights(family.network),
+        reference,
+        base_digest,
+        cache,
+        prompts,
+        judges,
+        train_rows,
+        validation_rows,
+        stored,
+        saved.digest if saved else None,
+    )
+
+
+def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: Say, progress: Callable) -> PairCache:
+    data = settings.data
+    say(table.description)
+    cache = build_cache(
+        table,
+        family.encoder,
+        data.cache or settings.output / CACHE_FOLDER,
+        Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed),
+        batch_size=data.encode_batch,
+        max_unreadable=data.max_unreadable,
+        progress=progress,
+    )
+    for origin, reason in cache.skipped[:10]:
+        say(f"skipped {origin}: {reason}")
+    return cache
+
+
+def _encode_prompts(
+    settings: TrainSettings, table: PairTable | None, family: Any, progress: Callable, stored: Stored | None = None
+) -> PromptCache:
+    if stored is not None:
+        return feedback.open_prompts(stored, family.encoder)
+    texts, folder = prompts_to_sample(settings, table), settings.data.cache or settings.output / PROMPT_FOLDER
+    return build_prompt_cache(texts, family.encoder, folder, batch_size=settings.data.encode_batch, progress=progress)
+
+
+def _judged(table: PairTable, cache: PairCache, judges: Mapping[str, Scorer], say: Say, progress: Callable) -> Tensor:
+    """A judge's scores of the encoded pairs."""
+    if len(judges) > 1:
+        raise UserError(f"The data's pairs are scored by one judge; --reward names {len(judges)}: {', '.join(judges)}.")
+    say(f"{len(cache)} pairs are judged by {next(iter(judges))}")
+    return pair_scores(table, cache.rows(), judges, progress)
+
+
+def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
+    cut = family.truncated(sorted(set(prompts)))
+    if cut:
+        say(f"{len(cut)} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
+
+
+def split_rows(prompts: list[str], validation_pairs: int, seed: int) -> tuple[list[int], list[int]]:
+    """Rows for training and for validation; a prompt is in one of them only, and at most half of the rows are held out."""
+    wanted = min(validation_pairs, len(prompts) // 2)
+    rows_of: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(row)
+    order = np.random.default_rng([seed, 7]).permutation(len(rows_of))
+    groups, held_out = list(rows_of.values()), set()
+    for k in order:
+        if len(held_out) + len(groups[k]) <= wanted:
+            held_out.update(groups[k])
+    return [r for r in range(len(prompts)) if r not in held_out], sorted(held_out)
+
+
+def _attach(
+    settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None = None
+) -> Predictor:
+    """Make parameters trainable, place everything on the device, and return the reference."""
+    compute, lora = settings.compute, settings.lora
+    frozen = None
+    if settings.adapter == "lora":
+        family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=settings.seed)
+        if saved is not None:
+            family.load_adapter(saved)
+    else:
+        frozen = family.frozen_copy(getattr(torch, PRECISIONS[compute.mixed_precision]))
+        family.train_fully()
+    family.set_attention(compute.attention)
+    family.set_channels_last(compute.channels_last)
+    family.set_gradient_checkpointing(compute.gradient_checkpointing)
+    family.network.to(accelerator.device).train()
+    family.denoiser = family.denoiser.with_network(accelerator.prepare_model(family.network))
+    if frozen is None:
+        return AdapterOff(family.denoiser)
+    frozen.network.to(accelerator.device)
+    return Frozen(frozen)
+
+
+# --------------------------------------------------------------------------------------------------------------- given
+
+
+def loader_settings(settings: TrainSettings, prepared: Prepared) -> LoaderSettings:
+    """How pairs are visited."""
+    return LoaderSettings(
+        batch_size=settings.batch.batch_size,
+        accumulation=settings.batch.accumulation,
+        seed=settings.seed,
+        prompt_dropout=settings.data.prompt_dropout,
+        flip=settings.data.flip,
+        latent_mode=settings.data.latents == "mode",
+        train_steps=len(prepared.family.denoiser.schedule),
+        curriculum=settings.data.curriculum,
+        curriculum_stages=settings.data.curriculum_stages,
+        curriculum_cumulative=settings.data.curriculum_cumulative,
+        steps=settings.loop.steps,
+    )
+
+
+def given(settings: TrainSettings, prepared: Prepared, processes: Processes, device: torch.device) -> Given:
+    """Everything an objective may ask for."""
+    family, cache, prompts = prepared.family, prepared.cache, prepared.prompts
+    pairs = judge = None
+    if cache is not None:
+        loader = loader_settings(settings, prepared)
+        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world)
+    if prompts is not None and prepared.judges:
+        judge = PictureJudge(family.encoder.decode, prepared.judges, prompts.prompts, settings.reward.rollout_batch)
+    resolution = settings.data.resolution or family.resolution
+    return Given(
+        policy=family.denoiser,
+        weights=prepared.weights,
+        start=prepared.reference,
+        reference=Past(family.denoiser, prepared.weights) if settings.loop.round_reference == "round" else None,
+        latent_shape=cache.latent_shape if cache is not None else family.latent_shape(resolution),
+        pairs=pairs,
+        kind=cache.kind if cache is not None else "pairs",
+        prompts=prompts,
+        unconditional={name: value[None] for name, value in (cache or prompts).conditioning(None).items()},
+        judge=judge,
+        feedback=prepared.feedback,
+        score_range=score_range(getattr(cache, "scores", None)),
+        batch_size=settings.batch.batch_size,
+        accumulation=settings.batch.accumulation,
+        sampling_batch=settings.reward.rollout_batch,
+        seed=settings.seed,
+        device=device,
+        processes=processes,
+    )

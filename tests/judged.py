@@ -1,0 +1,222 @@
+"""What tests give to an objective beside the network: scored pairs, single pictures, prompts, a judge that looks at latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from worlds import PairsInMemory, given, small_denoiser
+
+from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
+from diffalign.learner import Given, Kind, Learner
+from diffalign.objectives.d3po import D3PO
+from diffalign.objectives.ddpo import DDPO
+from diffalign.objectives.diffusion_dpo import DiffusionDPO
+from diffalign.objectives.diffusion_dro import DiffusionDRO
+from diffalign.objectives.ipo import IPO
+from diffalign.objectives.kto import KTO
+from diffalign.objectives.mapo import MaPO
+from diffalign.objectives.seppo import SePPO
+from diffalign.objectives.sft import SFT
+from diffalign.objectives.smpo import SmPO
+from diffalign.optimisation import OptimiserSettings
+from diffalign.references import AdapterOff, Frozen
+from diffalign.train import LoopSettings, Together, Trainer
+from pipelines.families import _lora
+from pipelines.families.stable_diffusion import UNetDenoiser
+
+SEED = 5
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class ScoredPairs(PairsInMemory):
+    """Pairs with a judge's scores, the last without. Their extremes are 0 and 1."""
+
+    def __init__(self, n: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(n, seed, dtype)
+        self.scores = torch.rand(n, 2, generator=torch.Generator().manual_seed(seed + 1))
+        self.scores[0] = torch.tensor([1.0, 0.0])
+        self.scores[-1] = float("nan")
+
+
+class PicturesInMemory(PairsInMemory):
+    """Lone pictures, each on both sides of its pair; every third is a bad one."""
+
+    def __init__(self, n: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(n, seed, dtype)
+        self._means["loser"] = self._means["winner"]
+        self.labels = [float(i % 3 != 0) for i in range(n)]
+
+
+class PromptsInMemory:
+    """Encoded prompts without pictures."""
+
+    def __init__(self, n: int = 5, dtype: torch.dtype = torch.float32) -> None:
+        self.prompts = [f"prompt {i}" for i in range(n)]
+        self._text = torch.randn((n + 1, 7, 32), generator=torch.Generator().manual_seed(8)).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def conditioning(self, index: int | None) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self._text[-1 if index is None else index]}
+
+
+def brightness(latents: Tensor, prompts: Sequence[int]) -> Tensor:
+    """A judge: the mean of the first channel, a little more for later prompts."""
+    return (latents[:, 0].double().mean(dim=(1, 2)) + 0.1 * torch.as_tensor(prompts, dtype=torch.float64))[:, None]
+
+
+PAIRS_OF: dict[str, Callable[..., PairsInMemory]] = {"pairs": ScoredPairs, "pictures": PicturesInMemory}
+
+
+# ------------------------------------------------------------------------------------------------- objectives, made small
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective, and what it learns from."""
+
+    objective: Any
+    batch: int = 2
+    accumulation: int = 1
+    kind: Kind = "pairs"
+
+
+ROLLED = {"rollout_steps": 3, "guidance": 2.0}
+"""Three transitions, of which the first two have a density."""
+CASES = {
+    "diffusion-dpo": Case(DiffusionDPO(beta=500)),
+    "sft": Case(SFT()),
+    "ipo": Case(IPO(beta=500)),
+    "mapo": Case(MaPO()),
+    "kto": Case(KTO(beta=200)),
+    "kto of pictures": Case(KTO(beta=200), kind="pictures"),
+    "smpo": Case(SmPO(beta=500, inversion_steps=3)),
+    "smpo as ddim-inpo": Case(SmPO(beta=500, smoothing="label", gamma=1, inversion_steps=3, renoise=0, inversion_eta=0.1)),
+    "seppo": Case(SePPO(beta=500, round_steps=3, **ROLLED)),
+    "diffusion-dro": Case(DiffusionDRO(margin=0.05, refresh=3, buffer=5, rollout_steps=3)),
+    "d3po": Case(D3PO(round_pairs=3, round_epochs=1, **ROLLED), accumulation=1),
+    "ddpo": Case(DDPO(clip=0.1, round_pairs=3, least=2, **ROLLED), accumulation=1),
+}
+
+
+def moved(network: torch.nn.Module, by: float = 2e-3, seed: int = 7) -> None:
+    """Push what is trained a little way off, the same way for the same seed."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.requires_grad:
+                p.add_(by * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p))
+
+
+def things_given(
+    policy: UNetDenoiser, start: Any, case: Case, dtype: torch.dtype = torch.float64, rows: int = 10, **more: Any
+) -> Given:
+    """All that a run can give, in memory."""
+    pairs, prompts = PAIRS_OF[case.kind](12, dtype=dtype), PromptsInMemory(dtype=dtype)
+    processes = more.get("processes")
+    settings = LoaderSettings(batch_size=case.batch, accumulation=case.accumulation, seed=SEED)
+    where = (processes.rank, processes.world) if processes else (0, 1)
+    scored = isinstance(pairs, ScoredPairs)
+    defaults = {
+        "kind": case.kind,
+        "prompts": prompts,
+        "unconditional": {name: value[None] for name, value in prompts.conditioning(None).items()},
+        "judge": brightness,
+        "score_range": (0.0, 1.0) if scored else None,
+        "batch_size": case.batch,
+        "accumulation": case.accumulation,
+        "sampling_batch": 5,
+        "seed": SEED,
+    }
+    return given(policy, start, PairLoader(pairs, range(rows), settings, *where), **{**defaults, **more})
+
+
+def at_work(
+    objective: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    by: float = 0.0,
+    batch: int = 4,
+    accumulation: int = 1,
+    kind: Kind = "pairs",
+    **more: Any,
+) -> tuple[Learner, Given]:
+    """An objective at work on a policy that is ``by`` away from its start, fully trained."""
+    policy, start = small_denoiser(dtype), Frozen(small_denoiser(dtype))
+    moved(policy.network, by)
+    all_given = things_given(policy, start, Case(objective, batch, accumulation, kind), dtype, **more)
+    return objective.learner(all_given), all_given
+
+
+def first_batch(learner: Learner, step: int = 0) -> Any:
+    """The first micro-batch of a step."""
+    return next(iter(learner.source.steps(step, step + 1)))[0]
+
+
+def rows_of(thing: Any, rows: Sequence[int]) -> Any:
+    """The rows of a batch, whatever it is made of."""
+    if isinstance(thing, Tensor):
+        return thing[list(rows)]
+    if isinstance(thing, Mapping):
+        return {name: rows_of(value, rows) for name, value in thing.items()}
+    if is_dataclass(thing):
+        return replace(thing, **{f.name: rows_of(getattr(thing, f.name), rows) for f in fields(thing)})
+    return thing
+
+
+def gradients(loss: Tensor, network: torch.nn.Module) -> Tensor:
+    """All of them in one vector; zero where a parameter has no part in the loss."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(trained, found, strict=True)])
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+def make_trainer(
+    output: Path,
+    case: Case,
+    *,
+    lora: bool,
+    steps: int = 4,
+    dtype: torch.dtype = torch.float32,
+    learning_rate: float = 1e-3,
+    accelerator: Accelerator | None = None,
+    dropout: float = 0.0,
+    report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
+) -> Trainer:
+    """A run on the small UNet; everything about it is a function of the arguments."""
+    accelerator = accelerator or Accelerator(cpu=True)
+    torch.manual_seed(3)
+    denoiser = small_denoiser(dtype)
+    if lora:
+        _lora.attach(denoiser.network, rank=4, alpha=8, targets=("to_q", "to_v"), dropout=dropout, seed=1)
+        denoiser.network.to(dtype)
+    denoiser.network.train()
+    denoiser = denoiser.with_network(accelerator.prepare_model(denoiser.network))
+    start = AdapterOff(denoiser) if lora else Frozen(small_denoiser(dtype))
+    all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator))
+    output.mkdir(parents=True, exist_ok=True)
+    held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], LoaderSettings(case.batch, seed=SEED), 2)
+    return Trainer(
+        learner=case.objective.learner(all_given),
+        policy=denoiser,
+        validation=held_out,
+        accelerator=accelerator,
+        output=output,
+        loop=LoopSettings(steps=steps, checkpoint_every=2, validate_every=2),
+        optimiser=OptimiserSettings(learning_rate=learning_rate),
+        identity={},
+        report=report,
+        weights=all_given.weights,
+    )
