@@ -33,13 +33,15 @@ import torch
 from step import SHAPES, build_pipeline
 from torch import Tensor, nn
 
+from diffalign.learner import Given
 from diffalign.objectives.d3po import D3PO
 from diffalign.references import AdapterOff
 from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import DRO, Sampling, Trajectory, rollout
-from diffalign.sources.rounds import JudgedPairs, transitions
+from diffalign.sources.rounds import JudgedPairs, densities, transitions
 from diffalign.types import Conditioning
+from diffalign.weights import TrainedWeights
 
 GUIDANCE, STEPS, PROMPTS = 5.0, 20, 8
 
@@ -102,11 +104,21 @@ class Bench:
         self.prompts = Prompts(torch.randn(PROMPTS + 1, 40, SHAPES[shape]["text"]))
         self.empty = {"encoder_hidden_states": self.prompts.text[-1:]}
         self.objective = D3PO(rollout_steps=STEPS, guidance=GUIDANCE)
-        made = self.sampled(range(2), batch=2, prompts=[0, 0])
-        one, two = made.rows([0]), made.rows([1])
-        self.judged = JudgedPairs(
-            one, two, (one.log_density, two.log_density), *(torch.ones(1), torch.zeros(1, 2), torch.zeros(1, 2))
+        self.given = Given(
+            policy=self.policy,
+            weights=TrainedWeights(family.network),
+            start=self.start,
+            latent_shape=self.shape,
+            prompts=self.prompts,
+            unconditional=self.empty,
         )
+        made = self.sampled(range(2), batch=2, prompts=[0, 0])
+        self.judge(made, made.log_density)  # the policy at the round's beginning, which made them, is the reference
+
+    def judge(self, made: Trajectory, reference: Tensor) -> None:
+        """Learn from two trajectories from now on: the first is the better one."""
+        nothing = torch.zeros(1, 2)
+        self.judged = JudgedPairs(made.rows([0]), made.rows([1]), (reference[:1], reference[1:]), torch.ones(1), nothing, nothing)
 
     def sampled(self, seeds: range, batch: int, prompts: list[int], how: Sampling | None = None) -> Trajectory:
         conditioning = {"encoder_hidden_states": self.prompts.text[:-1]}
@@ -163,6 +175,9 @@ class Bench:
 
     def walk_ours(self) -> None:
         self.sampled(range(16), 16, list(range(8)) * 2, DRO)
+
+
+__all__ = ["Bench", "densities", "measure"]
 
 
 def measure(shape: str, rounds: int, batch: int) -> list[dict[str, Any]]:

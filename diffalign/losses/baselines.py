@@ -41,28 +41,6 @@ def _wide(values: Tensor) -> Tensor:
     return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
-class MismatchedMean:
-    """``max(0, mean)`` of the latest batch of mismatched samples: KTO's estimate of KL(policy || reference)."""
-
-    watches: ClassVar[Watched] = "mismatched"
-
-    def __init__(self) -> None:
-        self._value = torch.zeros(())
-
-    @property
-    def value(self) -> Tensor:
-        return self._value
-
-    def update(self, values: Tensor) -> None:
-        self._value = _wide(values).mean().clamp(min=0.0)
-
-    def state_dict(self) -> dict[str, float]:
-        return {"value": float(self._value)}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._value = torch.tensor(state["value"], dtype=torch.float64)
-
-
 class Zero:
     """No baseline at all."""
 
@@ -79,10 +57,8 @@ class Zero:
         """Nothing was learnt."""
 
 
-class BatchMean:
-    """``max(0, mean)`` of the latest batch's own log-ratios: what the released Diffusion-KTO takes for the KL. Costs nothing."""
-
-    watches: ClassVar[Watched] = "sides"
+class _LatestMean:
+    """``max(0, mean)`` of what was watched in the latest batch."""
 
     def __init__(self) -> None:
         self._value = torch.zeros(())
@@ -99,6 +75,18 @@ class BatchMean:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self._value = torch.tensor(state["value"], dtype=torch.float64)
+
+
+class MismatchedMean(_LatestMean):
+    """``max(0, mean)`` of the latest batch of mismatched samples: KTO's estimate of KL(policy || reference)."""
+
+    watches: ClassVar[Watched] = "mismatched"
+
+
+class BatchMean(_LatestMean):
+    """``max(0, mean)`` of the latest batch's own log-ratios: what the released Diffusion-KTO takes for the KL. Costs nothing."""
+
+    watches: ClassVar[Watched] = "sides"
 
 
 class RunningMean:
