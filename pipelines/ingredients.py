@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from pipelines.families._encoding import digest
 from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
 from pipelines.prompts import Prompt, read_prompts
-from pipelines.rewarding import PictureJudge, pair_scores, score_range
+from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
 from pipelines.tiny.model import pairs_path as tiny_pairs_path
 from reward_models._judge import Scorer
 
@@ -60,7 +60,7 @@ class Prepared:
     base_digest: str  # of the network before alignment: the reference's identity
     cache: PairCache | None
     prompts: PromptCache | None
-    judges: Mapping[str, Scorer]
+    judges: Judges
     train_rows: list[int]
     validation_rows: list[int]
     feedback: Stored | None = None
@@ -142,9 +142,11 @@ def start_adapter(settings: TrainSettings) -> families.SavedAdapter | None:
     return None if settings.start_lora is None else families.read_adapter(settings.start_lora)
 
 
-def training_judges(settings: TrainSettings) -> dict[str, Scorer]:
-    """The judges of training, loaded; none if none is named, or if people chose."""
+def training_judges(settings: TrainSettings, function: RewardFunction | None = None) -> Judges:
+    """The judges of training, loaded; none if none is named, or if people chose. A ``function`` takes the place of any."""
     chosen = settings.reward
+    if function is not None:
+        return {name: function for name in chosen.reward}
     wanted = chosen.reward and settings.feedback is None
     return load_judges(",".join(chosen.reward), chosen.reward_options) if wanted else {}
 
@@ -166,14 +168,20 @@ def _weights_dtype(settings: TrainSettings) -> str:
 
 
 def prepare(
-    settings: TrainSettings, table: PairTable | None, family: Any, accelerator: Accelerator, say: Say, progress: bool = True
+    settings: TrainSettings,
+    table: PairTable | None,
+    family: Any,
+    accelerator: Accelerator,
+    say: Say,
+    progress: bool = True,
+    judge: RewardFunction | None = None,
 ) -> Prepared:
     """Encode the data (or open the cache), let go of the encoders, attach what is trained.
 
     Raises:
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
     """
-    sampling, judges = samples_itself(settings), training_judges(settings)
+    sampling, judges = samples_itself(settings), training_judges(settings, judge)
     base_digest, saved, stored = digest(family.network), start_adapter(settings), open_feedback(settings)
     if stored is not None:
         precision = settings.compute.mixed_precision
@@ -237,8 +245,10 @@ def _encode_prompts(
     return build_prompt_cache(texts, family.encoder, folder, batch_size=settings.data.encode_batch, progress=progress)
 
 
-def _judged(table: PairTable, cache: PairCache, judges: Mapping[str, Scorer], say: Say, progress: Callable) -> Tensor:
+def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progress: Callable) -> Tensor:
     """A judge's scores of the encoded pairs."""
+    if not all(isinstance(judge, Scorer) for judge in judges.values()):
+        raise UserError("A function rewards what is sampled; the data's pairs are scored by a judge, by its name (reward=...).")
     if len(judges) > 1:
         raise UserError(f"The data's pairs are scored by one judge; --reward names {len(judges)}: {', '.join(judges)}.")
     say(f"{len(cache)} pairs are judged by {next(iter(judges))}")

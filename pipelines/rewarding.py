@@ -19,6 +19,10 @@ from diffalign.errors import UserError
 from reward_models._judge import Scorer
 from reward_models.base import JudgeError
 
+RewardFunction = Callable[[Tensor, Sequence[str]], Any]
+"""Somebody's own judge: pictures [N, 3, H, W] in [0, 1] and their prompts to N numbers, larger is better."""
+Judges = Mapping[str, Scorer | RewardFunction]
+
 
 class PictureJudge:
     """``diffalign.learner.Judge``: rewards [N, R] of clean latents, one column for each judge.
@@ -26,9 +30,7 @@ class PictureJudge:
     ``decode`` turns latents into pictures [n, 3, H, W] in [0, 1], ``batch`` of them at a time.
     """
 
-    def __init__(
-        self, decode: Callable[[Tensor], Tensor], judges: Mapping[str, Scorer], prompts: Sequence[str], batch: int
-    ) -> None:
+    def __init__(self, decode: Callable[[Tensor], Tensor], judges: Judges, prompts: Sequence[str], batch: int) -> None:
         self._decode, self._judges, self._prompts, self._batch = decode, judges, prompts, batch
 
     def __call__(self, latents: Tensor, index: Sequence[int]) -> Tensor:
@@ -42,13 +44,38 @@ class PictureJudge:
         return rewards
 
 
-def rewards_of(judges: Mapping[str, Scorer], pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-    """[N, R] float64 for pictures [N, 3, H, W] in [0, 1]. Nothing is cached: no picture comes twice."""
+def rewards_of(judges: Judges, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    """[N, R] float64 for pictures [N, 3, H, W] in [0, 1], larger is better. Nothing is cached: no picture comes twice.
+
+    Raises:
+        UserError: a judge cannot judge these, or a function gives something else than a number for each picture.
+    """
+    ours = {name: judge for name, judge in judges.items() if isinstance(judge, Scorer)}
     try:
-        scores = reward_models.score(judges, list(pictures), list(prompts), cache=False, progress=False)
+        scores = reward_models.score(ours, list(pictures), list(prompts), cache=False, progress=False) if ours else {}
     except JudgeError as error:
         raise UserError(f"Pictures cannot be rewarded: {error}.") from error
-    return torch.tensor([list(scores[name]) for name in judges], dtype=torch.float64).T
+    scores |= {name: _asked(name, judge, pictures, prompts) for name, judge in judges.items() if name not in ours}
+    columns = [torch.as_tensor(scores[name]).double() * direction(judge) for name, judge in judges.items()]
+    return torch.stack(columns, dim=1)
+
+
+def _asked(name: str, judge: RewardFunction, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    said = judge(pictures, list(prompts))
+    try:
+        numbers = torch.as_tensor(said).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"The function {name} should give numbers; it gave {type(said).__name__} ({error}).") from error
+    if numbers.shape != (len(prompts),):
+        raise UserError(
+            f"The function {name} should give {len(prompts)} numbers, one for each picture; got {list(numbers.shape)}."
+        )
+    return numbers
+
+
+def direction(judge: Scorer | RewardFunction) -> float:
+    """1 where larger is better, as it is of functions; -1 where smaller is."""
+    return -1.0 if isinstance(judge, Scorer) and not judge.info.higher_is_better else 1.0
 
 
 def pair_scores(
@@ -68,7 +95,7 @@ def pair_scores(
             scores = reward_models.score(judge, pictures, [pair.prompt for _, pair in shown], progress=False)
         except (JudgeError, UnreadableImage) as error:
             raise UserError(f"{table.description} cannot be judged: {error}.") from error
-        out += next(iter(scores.values())).tolist()
+        out += (direction(next(iter(judge.values()))) * next(iter(scores.values()))).tolist()
         if progress:
             progress("judging", low + len(pairs), len(rows))
     return torch.tensor(out, dtype=torch.float32).view(-1, 2)

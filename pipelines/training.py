@@ -35,6 +35,7 @@ from pipelines.ingredients import CACHE_FOLDER, PROMPT_FOLDER, Prepared, Say, he
 from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
 from pipelines.progress import Bar, TrainingBar
+from pipelines.rewarding import RewardFunction
 from pipelines.sampling import SAMPLING_FILE
 from reward_models._judge import Scorer
 
@@ -90,7 +91,7 @@ def to_yaml(objective: str, settings: TrainSettings) -> str:
 # ------------------------------------------------------------------------------------------------------------- prepare
 
 
-def preflight(settings: TrainSettings) -> None:
+def preflight(settings: TrainSettings, judge: RewardFunction | None = None) -> None:
     """Everything that can be known to be wrong before the model is loaded.
 
     Raises:
@@ -103,7 +104,7 @@ def preflight(settings: TrainSettings) -> None:
         )
     if e.prompts:
         load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
-    ingredients.training_judges(settings)
+    ingredients.training_judges(settings, judge)
     ingredients.open_feedback(settings)
     ingredients.start_adapter(settings)
     if settings.optimiser.eight_bit:
@@ -174,7 +175,14 @@ def start_accelerator(settings: TrainSettings) -> Accelerator:
 
 
 def train(
-    name: str, settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, say: Say = print, progress: bool = True
+    name: str,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+    progress: bool = True,
+    judge: RewardFunction | None = None,
 ) -> Finished:
     """Run an objective from settings to the exported result.
 
@@ -182,6 +190,7 @@ def train(
         name: an objective of ``diffalign.objectives``, such as ``diffusion-dpo``.
         resume: go on from the newest checkpoint of the output folder.
         overwrite: replace the run that is there.
+        judge: a function that rewards what an on-line objective samples, in place of the judge that the settings name.
 
     Raises:
         UserError: model, data, output folder or device are not as they should be.
@@ -189,7 +198,7 @@ def train(
     """
     start = time.perf_counter()
     check_output(settings.output, resume=resume, overwrite=overwrite)
-    preflight(settings)
+    preflight(settings, judge)
     accelerator = start_accelerator(settings)
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
@@ -197,7 +206,7 @@ def train(
     accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
     if accelerator.is_main_process:
         claim_output(settings.output, to_yaml(name, settings), resume=resume, overwrite=overwrite)
-    prepared = ingredients.prepare(settings, table, family, accelerator, say, progress)
+    prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
     if accelerator.log_with:
         accelerator.init_trackers(settings.compute.tracker)
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
@@ -215,13 +224,22 @@ def train(
 
 
 def align(
-    name: str, *, recipe: str | None = None, resume: bool = False, overwrite: bool = False, progress: bool = True, **options: Any
+    name: str,
+    *,
+    recipe: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    judge: RewardFunction | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The main job in one call: ``align("diffusion-dpo", recipe="tiny", output="runs/first", steps=100)``.
 
     Args:
         name: the objective.
         recipe: a shipped recipe to start from.
+        judge: of on-line objectives, a function of your own from pictures [N, 3, H, W] in [0, 1] and their N prompts to N
+            rewards; otherwise name one (``reward="pickscore"``).
         options: any setting by its short name, as on the command line (``learning_rate=1e-4``, ``rank=8``).
 
     Returns:
@@ -234,8 +252,10 @@ def align(
 
     objective = objectives.load(name).Objective
     base = recipes.load(name, recipe) if recipe else {}
+    if judge is not None:
+        options["reward"] = (getattr(judge, "__name__", type(judge).__name__),)  # for the record
     settings = config.resolve(config.merge(base, config.placed(options, objective)), objective)
-    train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
+    train(name, settings, resume=resume, overwrite=overwrite, progress=progress, judge=judge)
     return json.loads((settings.output / SUMMARY_FILE).read_text())
 
 

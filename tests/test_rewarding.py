@@ -1,0 +1,103 @@
+"""Judges in training: people's own functions, several at once, which way is better, and pictures that nobody can judge."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from miniature import save_untrained
+
+import reward_models
+from diffalign.errors import UserError
+from pipelines.rewarding import PictureJudge, direction, rewards_of, score_range
+from pipelines.training import align
+from reward_models.base import RewardInfo
+
+PICTURES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a", "b", "c"]
+
+
+def redness(pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return pictures[:, 0].mean(dim=(1, 2)) - pictures[:, 2].mean(dim=(1, 2))
+
+
+def test_functions_and_judges_stand_side_by_side_in_their_order() -> None:
+    jpeg = reward_models.load("jpeg")
+    rewards = rewards_of({"red": redness, "jpeg": jpeg}, PICTURES, PROMPTS)
+    assert rewards.shape == (3, 2) and rewards.dtype == torch.float64
+    torch.testing.assert_close(rewards[:, 0], redness(PICTURES, PROMPTS).double())
+    torch.testing.assert_close(rewards[:, 1], jpeg.score(list(PICTURES), PROMPTS).double())
+
+
+def test_smaller_is_turned_into_larger() -> None:
+    jpeg = reward_models.load("jpeg")
+    before = rewards_of({"jpeg": jpeg}, PICTURES, PROMPTS)
+    assert direction(jpeg) == 1.0 and direction(redness) == 1.0
+    jpeg.info = RewardInfo(name="jpeg", needs_prompt=False, higher_is_better=False, description="the same, upside down")
+    assert direction(jpeg) == -1.0
+    torch.testing.assert_close(rewards_of({"jpeg": jpeg}, PICTURES, PROMPTS), -before)
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        (lambda pictures, prompts: [1.0, 2.0], "should give 3 numbers, one for each picture; got \\[2\\]"),
+        (lambda pictures, prompts: "very nice", "should give numbers; it gave str"),
+        (lambda pictures, prompts: torch.zeros(3, 2), "got \\[3, 2\\]"),
+    ],
+)
+def test_a_function_that_gives_something_else_is_told(judge, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        rewards_of({"mine": judge}, PICTURES, PROMPTS)
+
+
+def test_a_picture_without_a_number_stops_training_with_its_prompt() -> None:
+    judge = PictureJudge(lambda z: z, {"mine": lambda pictures, prompts: [0.0, math.nan, 1.0]}, PROMPTS, batch=2)
+    with pytest.raises(UserError, match="The judge mine gives no number for a picture of 'b'"):
+        judge(PICTURES, [0, 1, 2])
+
+
+def test_latents_are_decoded_a_few_at_a_time_and_keep_their_order() -> None:
+    seen = []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(len(latents))
+        return latents.clamp(0, 1)
+
+    judge = PictureJudge(decode, {"red": redness}, PROMPTS, batch=2)
+    torch.testing.assert_close(judge(PICTURES, [2, 0, 1])[:, 0], redness(PICTURES, PROMPTS).double())
+    assert seen == [2, 1]
+
+
+def test_the_range_of_scores_ignores_what_is_not_there() -> None:
+    assert score_range(torch.tensor([[1.0, math.nan], [3.0, 2.0]])) == (1.0, 3.0)
+    assert score_range(None) is None and score_range(torch.full((2, 2), 5.0)) is None
+    assert score_range(torch.full((2, 2), math.nan)) is None
+
+
+ONLINE = {"steps": 1, "batch_size": 4, "accumulation": 1, "round_pairs": 1, "rollout_steps": 2, "rank": 2, "prompts": "none"}
+
+
+def test_a_function_of_ones_own_rewards_training(tmp_path: Path) -> None:
+    model = save_untrained(tmp_path / "model")
+    (tmp_path / "p.txt").write_text("a red circle\na blue star\n")
+    shown = []
+
+    def mine(pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        shown.append((tuple(pictures.shape[:2]), float(pictures.min()) >= 0 and float(pictures.max()) <= 1, sorted(set(prompts))))
+        return redness(pictures, prompts)
+
+    common = {"model": str(model), "train_prompts": str(tmp_path / "p.txt"), "progress": False, **ONLINE}
+    summary = align("d3po", judge=mine, output=str(tmp_path / "run"), **common)
+    assert shown and shown[0][0] == (2, 3) and shown[0][1] and set(shown[0][2]) <= {"a red circle", "a blue star"}
+    assert summary["steps"] == 1 and "mine" in (tmp_path / "run" / "config.yaml").read_text()
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(line["reward"])
+
+
+def test_pairs_are_not_scored_by_a_function(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="A function rewards what is sampled"):
+        align("smpo", recipe="tiny", judge=redness, output=str(tmp_path / "run"), steps=1, prompts="none", progress=False)
