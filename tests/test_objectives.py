@@ -961,3 +961,12 @@ def test_ipo_wants_a_margin_of_a_half_and_no_more() -> None:
 def test_scores_of_the_test_data_span_the_given_range() -> None:
     known = ScoredPairs().scores
     assert known[~known.isnan()].aminmax() == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("objective", "own"), [(D3PO, "clipped"), (DiffusionDRO, "margin")])
+@pytest.mark.parametrize("extra", [{"divergence": "js"}, {"sft_weight": 0.1}, {"loss_options": {"noise": 0.1}}])
+def test_settings_that_would_do_nothing_are_refused(objective, own: str, extra: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(extra))} would do nothing: the loss '{own}' is the objective's own"):
+        objective(**extra)
+    options = extra if "loss_options" in extra else {**extra, "loss_options": {"noise": 0.1}}
+    assert objective(loss="rdpo", **options).chosen().name == "rdpo"

@@ -69,6 +69,13 @@ class LossChoice:
         return losses.load(self.loss, extras, **own | losses.read_options(self.loss, self.loss_options or {}))
 
 
+def refuse_extras(choice: LossChoice, own: str) -> None:
+    """Raise ValueError for settings of the family's losses beside a loss that is not one of them: they would do nothing."""
+    idle = [name for name in ("divergence", "sft_weight", "loss_options") if getattr(choice, name) not in ("reverse-kl", 0, None)]
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would do nothing: the loss {own!r} is the objective's own; name another one")
+
+
 def looks_back(loss: losses.Loss) -> bool:
     """Whether a loss needs a reference in training."""
     return bool(loss.needs & {"ratio", "reference", "baseline"})

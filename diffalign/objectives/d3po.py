@@ -44,7 +44,7 @@ from diffalign.learner import Given, Learner, Processes
 from diffalign.likelihood import log_ratio, transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
-from diffalign.objectives._denoising import LossChoice, refuse_unfit
+from diffalign.objectives._denoising import LossChoice, refuse_extras, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.solvers import Guided
@@ -78,7 +78,9 @@ class D3PO(LossChoice):
         check_options(self)
         if self.reference not in ("round", "start"):
             raise ValueError(f"reference is one of round, start; got {self.reference!r}")
-        if self.loss != "clipped":
+        if self.loss == "clipped":
+            refuse_extras(self, "clipped")
+        else:
             self.chosen()
 
     @property

@@ -41,7 +41,7 @@ from diffalign.learner import Given, Learner
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
-from diffalign.objectives._denoising import DenoisingLosses, LossChoice, plainly_noised, refuse_unfit
+from diffalign.objectives._denoising import DenoisingLosses, LossChoice, plainly_noised, refuse_extras, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.schedule import NoiseSchedule
 from diffalign.settings import check_options, option
@@ -70,7 +70,9 @@ class DiffusionDRO(LossChoice):
     def __post_init__(self) -> None:
         check_options(self)
         self.sampling  # noqa: B018  checks what it is made of
-        if self.loss != "margin":
+        if self.loss == "margin":
+            refuse_extras(self, "margin")
+        else:
             self.chosen()
 
     @property

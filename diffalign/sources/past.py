@@ -41,6 +41,9 @@ class Bank:
     def append(self, weights: Weights) -> None:
         self._held.append(weights)
 
+    def clear(self) -> None:
+        self._held = []
+
     def state_dict(self) -> dict[str, Any]:
         return {"held": [dict(weights) for weights in self._held]}
 
@@ -74,11 +77,19 @@ class SelfSampled:
         for step, batches in zip(range(start, stop), self._given.pairs.steps(start, stop), strict=True):
             round_, within = divmod(step, self._round_steps)
             if within == 0:
-                self.bank.append(self._given.weights.copy("cpu"))
+                self._join()
             if round_ != self._round:
                 self._round = round_
                 self.reference.become(self.bank[chosen(self._choice, len(self.bank), round_, self._given.seed)])
             yield self._with_losers(batches, step)
+
+    def _join(self) -> None:
+        """The policy as it is joins the bank, if it will ever be asked for; so do only those stay that may be."""
+        if self._choice == "first" and len(self.bank):
+            return
+        if self._choice == "last":
+            self.bank.clear()
+        self.bank.append(self._given.weights.copy("cpu"))
 
     def _with_losers(self, batches: Sequence[PairBatch], step: int) -> Sequence[PairBatch]:
         given, sizes = self._given, [len(batch) for batch in batches]
