@@ -315,7 +315,7 @@ def test_pairs_of_data_with_scores_may_lack_theirs() -> None:
 
 
 def test_smpo_without_scores_says_what_can_be_done() -> None:
-    with pytest.raises(UserError, match=r"smooths labels by a judge's scores, which these data do not have.*--judge.*relabel"):
+    with pytest.raises(UserError, match=r"smooths labels by a judge's scores, which these data do not have.*--reward.*relabel"):
         at_work(SmPO(), score_range=None)
     with pytest.raises(UserError, match="--smoothing label --gamma 1"):
         at_work(SmPO(score_low=0.1), score_range=None)

@@ -513,7 +513,7 @@ def test_what_cannot_be_a_round_is_refused() -> None:
         at_work(d3po(), accumulation=4)
     with pytest.raises(UserError, match="steps of 4 pairs"):
         at_work(d3po(), accumulation=2, processes=Alone(world=2))
-    with pytest.raises(UserError, match="needs a judge to reward pictures by \\(--judge\\)"):
+    with pytest.raises(UserError, match="needs a judge to reward pictures by \\(--reward\\)"):
         at_work(d3po(), judge=None)
     with pytest.raises(UserError, match="needs prompts to sample for"):
         at_work(d3po(), prompts=None)

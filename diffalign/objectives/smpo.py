@@ -101,7 +101,7 @@ class SmPO(LossChoice):
         low, high = (low if self.score_low is None else self.score_low), (high if self.score_high is None else self.score_high)
         if self.smoothing == "scores" and (low is None or high is None):
             raise UserError(
-                "SmPO smooths labels by a judge's scores, which these data do not have. Name a judge (--judge), use data that "
+                "SmPO smooths labels by a judge's scores, which these data do not have. Name a judge (--reward), use data that "
                 "`diffalign relabel` wrote (--scores), or take people's labels as they are (--smoothing label --gamma 1)."
             )
         return denoising_learner(

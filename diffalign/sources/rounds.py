@@ -113,7 +113,7 @@ class Rounds:
     """
 
     def __init__(self, given: Given, sampling: Sampling, plan: RoundPlan, verdict: Verdict) -> None:
-        given.require(prompts="prompts to sample for", judge="a judge to reward pictures by (--judge)")
+        given.require(prompts="prompts to sample for", judge="a judge to reward pictures by (--reward)")
         self._at_once = given.accumulation * given.processes.world  # pairs per optimizer step
         if plan.pairs % self._at_once:
             raise UserError(
