@@ -39,7 +39,7 @@ from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
-from pipelines.tiny.model import pairs_path as tiny_pairs_path
+from pipelines.tiny.shipped import pairs_called
 from reward_models._judge import Scorer
 
 CACHE_FOLDER = "cache"
@@ -96,15 +96,10 @@ def open_data(settings: TrainSettings) -> PairTable | None:
     if settings.pairs is None or settings.feedback is not None:
         return None
     data, about = settings.data, settings.objective.about
-    table = open_pairs(pairs_path(settings.pairs), split=data.split, ties=data.ties, columns=data.columns, scores=data.scores)
+    table = open_pairs(pairs_called(settings.pairs), split=data.split, ties=data.ties, columns=data.columns, scores=data.scores)
     if PROMPTS not in about.data and table.kind not in about.data:
         raise UserError(f"{table.description}: this objective learns from {' or '.join(about.data)}, and these are {table.kind}.")
     return table
-
-
-def pairs_path(pairs: str) -> str:
-    """``tiny`` names the shipped pairs; anything else is taken as it is."""
-    return str(tiny_pairs_path()) if pairs == "tiny" else pairs
 
 
 def prompts_to_sample(settings: TrainSettings, table: PairTable | None) -> list[str]:

@@ -322,3 +322,11 @@ def test_only_the_best_are_held(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(relabel_top._Search, "_take", watched)
     best(tiny, tmp_path / "top.parquet", 4, "jpeg")
     assert max(held) == 4 and len(held) > 50
+
+
+def test_the_shipped_pairs_go_by_their_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "experts.parquet"
+    assert cli.main(["relabel", "tiny", "--judges", "jpeg", "--top", "3", "--out", str(out), "--no-cache"]) == 0
+    assert pq.read_table(out).num_rows == 3
+    assert cli.main(["data", "check", "tiny"]) == 0
+    assert "1000" in capsys.readouterr().out

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read everything; report counts, sizes, ties, duplicates and whatever cannot be read",
         description="Exit status 0 if the data can be used, 1 if more pairs (or single pictures) than the limit cannot.",
     )
-    check.add_argument("path", metavar="PATH", help="a file, a folder, or the id of a data set on the Hugging Face hub")
+    check.add_argument("path", metavar="PATH", help="a file, a folder, the id of a data set on the Hugging Face hub, or tiny")
     check.add_argument("--split", default="train", help="which split, where there are several (default: %(default)s)")
     check.add_argument("--ties", choices=("keep", "drop"), default="keep", help="pairs with label 1/2 (default: %(default)s)")
     check.add_argument("--scores", metavar="JUDGE", help="the judge whose scores to read, as `diffalign relabel` called it")
@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
     from diffalign.data.open import open_pairs
     from diffalign.data.validate import check, contact_sheet
     from pipelines.progress import Bar
+    from pipelines.tiny.shipped import pairs_called
 
     columns = parse_columns(args.columns)
-    table = open_pairs(args.path, split=args.split, ties=args.ties, columns=columns, scores=args.scores)
+    table = open_pairs(pairs_called(args.path), split=args.split, ties=args.ties, columns=columns, scores=args.scores)
     with Bar(unit="picture") as bar:
         report = check(table, progress=bar.advance)
     print(report.to_text())

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.sampling_options import whole
 
     parser.description = "The human's labels stay as they are unless --labels says otherwise. The first of --judges decides."
-    parser.add_argument("data", metavar="DATA", help="a file, a folder, or the id of a data set on the Hugging Face hub")
+    parser.add_argument("data", metavar="DATA", help="a file, a folder, the id of a data set on the Hugging Face hub, or tiny")
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="a .parquet with the pictures inside, or .jsonl/.csv/.tsv with paths"
     )
@@ -59,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.judge_options import judges_from, parse_judges, scoring_arguments
     from pipelines.progress import Bar
     from pipelines.relabel import check_request, relabel
+    from pipelines.tiny.shipped import pairs_called
 
     check_options(args)
-    table = open_pairs(args.data, split=args.split, columns=parse_columns(args.columns))
+    table = open_pairs(pairs_called(args.data), split=args.split, columns=parse_columns(args.columns))
     if args.top is not None:
         return _write_top(args, table)
     wishes = {"labels": args.labels, "overwrite": args.overwrite}

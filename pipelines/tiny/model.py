@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pipelines.tiny import scenes
+from pipelines.tiny import scenes, shipped
 from reward_models import oracle
 
 MAX_TOKENS = 40
@@ -146,4 +146,4 @@ def checkpoint_path() -> Path:
 
 def pairs_path() -> Path:
     """The shipped preference pairs, in the format of Pick-a-Pic v2."""
-    return Path(__file__).parent / "pairs.parquet"
+    return shipped.PAIRS
