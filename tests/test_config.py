@@ -136,7 +136,8 @@ def test_settings_that_do_not_go_together_are_refused(name: str, tree: dict, mes
     ],
 )
 def test_rounds_of_the_loop_where_they_mean_something(name: str, tree: dict) -> None:
-    config.resolve({**NEEDED, **tree}, objectives.load(name).Objective)
+    loop = config.resolve({**NEEDED, **tree}, objectives.load(name).Objective).loop
+    assert {key: getattr(loop, key) for key in tree["loop"]} == tree["loop"]
 
 
 def test_unknown_settings_in_a_file_name_the_nearest() -> None:

@@ -40,7 +40,8 @@ for name, case in cases.items():
         folder = Path(sys.argv[1]) / str(dtype).removeprefix("torch.") / name
         rate = 2e-4 if lora else 2e-5
         make_trainer(folder, case, lora=lora, dtype=dtype, accelerator=accelerator, learning_rate=rate).run()
-print("processes", world)
+if accelerator.is_main_process:  # two at once would print into each other
+    print("processes", world)
 """
 NAMES = (
     "smpo",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from judged import CASES, Case, make_trainer
+from worlds import assert_same
 
 from diffalign import objectives
 from diffalign.errors import UserError
@@ -45,22 +46,6 @@ def last_state(folder: Path) -> dict[str, Any]:
     found = sorted((folder / "checkpoints").glob("checkpoint-*"))[-1]
     assert found.name == "checkpoint-00000004"
     return {p.stem: torch.load(p, weights_only=True) for p in found.glob("*.pt")}
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == other, where
 
 
 def numbers(folder: Path) -> list[dict]:

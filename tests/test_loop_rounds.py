@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from judged import CASES, PAIRS_OF, SEED, Case, things_given
 from miniature import save_untrained, write_pairs
 from torch import nn
-from worlds import small_denoiser
+from worlds import assert_same, small_denoiser
 
 from diffalign.data.loader import LoaderSettings, validation_batches
 from diffalign.errors import UserError
@@ -75,21 +75,6 @@ def saved(folder: Path, step: int) -> dict[str, Any]:
 def lines(folder: Path, kind: str = "train") -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["kind"] == kind]
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == other, where
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -61,3 +62,20 @@ class PairsInMemory:
 
     def conditioning(self, pair_index: int | None) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self._text[-1 if pair_index is None else pair_index]}
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equal to the bit, in every tensor and value of two saved states."""
+    assert type(one) is type(other), where
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where

@@ -7,7 +7,7 @@ A genuine CLIP of 1.7 million parameters (``reward_models.tiny_pickscore``), in 
    Each batch also holds captions that are wrong in one word, for in the tiny world any two captions are far apart otherwise.
    Where CLIP has 400 million pictures for that, this one has minutes; so a linear head, thrown away afterwards, also has to
    tell what was drawn: which shapes in which colours, where they are, and in what style. The same head reads the captions, so
-   that both towers come to say "this one is left" in the same way; by contrast alone left and right were never learnt.
+   that both towers come to say "this one is left" in the same way; with pictures alone read, left and right were not learnt.
 2. It learns what people prefer, by Pick-a-Pic's loss on the votes of the synthetic people: the cross-entropy between
    (label_0, label_1), a tie being (0.5, 0.5), and the softmax of the two pictures' scores for their caption.
 
