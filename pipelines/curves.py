@@ -59,6 +59,8 @@ def _training(panel: Any, rows: dict[str, list[dict[str, Any]]], column: str, ti
     panel.plot(steps, values, color="0.8", linewidth=0.8)
     panel.plot(steps, _smooth(values))
     panel.set(title=title, xlabel="optimizer step")
+    if not any(values):
+        panel.set_ylim(0, 1)  # a flat zero, not a magnified one
 
 
 def _loss(panel: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
