@@ -164,12 +164,18 @@ def run(variants: Sequence[Variant], seeds: Sequence[int], budget: float, folder
             print(f"{path.name} done, {steps} steps", flush=True)
 
 
-def run_noise(seeds: Sequence[int], budget: float, folder: Path) -> None:
+def noisy_name(level: float, name: str) -> str:
+    """Of a result of the sweep. Without noise, an objective's own recipe has been run already."""
+    plain = level == 0 and not NOISY[name].options
+    return NOISY[name].objective if plain else f"noise{round(100 * level):02d}-{name}"
+
+
+def run_noise(names: Sequence[str], seeds: Sequence[int], budget: float, folder: Path) -> None:
     """The same for labels of which a share is flipped."""
     for level in NOISE_LEVELS:
         pairs = flipped_pairs(level, folder)
-        for variant in NOISY.values():
-            named = Variant(f"noise{round(100 * level):02d}-{variant.name}", variant.objective, variant.options)
+        for variant in (NOISY[name] for name in names):
+            named = Variant(noisy_name(level, variant.name), variant.objective, variant.options)
             cache_folder = str(folder / "caches" / pairs.stem)
             run([named], seeds, budget, folder, pairs=str(pairs), cache=cache_folder)
 
@@ -212,6 +218,7 @@ class Line:
     seeds: int
     steps: int
     win: Any  # diffalign.evaluate.WinRate by the oracle
+    by_seed: tuple[float, ...]  # the same rate of each seed alone: the interval is over captions and does not hold their spread
     judge: Any  # WinRate by the miniature PickScore
     taste: float
     faithfulness: float
@@ -240,21 +247,28 @@ def _line(name: str, found: Sequence[dict[str, Any]], base: dict[str, Any]) -> L
     def mean(key: str) -> float:
         return float(np.mean([np.mean(r[key]) for r in found]))
 
-    diversity = mean("diversity") / base["diversity"]
-    steps = found[0]["steps"]
     return Line(
-        name, len(found), steps, won("utility"), won("judge"), mean("taste"), mean("faithfulness"), mean("drift"), diversity
+        name=name,
+        seeds=len(found),
+        steps=found[0]["steps"],
+        win=won("utility"),
+        by_seed=tuple(win_rate(base["utility"], r["utility"], groups=captions()).rate for r in found),
+        judge=won("judge"),
+        taste=mean("taste"),
+        faithfulness=mean("faithfulness"),
+        drift=mean("drift"),
+        diversity=mean("diversity") / base["diversity"],
     )
 
 
-HEAD = ("objective", "steps", "win rate (95 %)", "taste", "faith", "judge's win rate", "drift", "diversity")
+HEAD = ("objective", "steps", "win rate (95 %)", "by seed", "taste", "faith", "judge's win rate", "drift", "diversity")
 
 
 def as_markdown(rows: Sequence[Line], base: dict[str, Any]) -> str:
     """The table."""
     table = [HEAD, ("---",) * len(HEAD)]
     table.append(
-        ("base", "", "50 %", f"{np.mean(base['taste']):.3f}", f"{np.mean(base['faithfulness']):.3f}", "50 %", "0", "1.00")
+        ("base", "", "50 %", "", f"{np.mean(base['taste']):.3f}", f"{np.mean(base['faithfulness']):.3f}", "50 %", "0", "1.00")
     )
     for r in rows:
         win = f"{100 * r.win.rate:.1f} % ({100 * r.win.low:.1f}-{100 * r.win.high:.1f})"
@@ -263,6 +277,7 @@ def as_markdown(rows: Sequence[Line], base: dict[str, Any]) -> str:
             r.name,
             str(r.steps),
             win,
+            ", ".join(f"{100 * rate:.0f}" for rate in r.by_seed),
             f"{r.taste:.3f}",
             f"{r.faithfulness:.3f}",
             judge,
@@ -281,8 +296,7 @@ def report(folder: Path) -> None:
     print(as_markdown(rows, base))
     _draw_objectives(rows, base, folder / "objectives.png")
     noisy = {
-        name: [(level, line) for level in NOISE_LEVELS for line in lines(folder, [f"noise{round(100 * level):02d}-{name}"])]
-        for name in NOISY
+        name: [(level, line) for level in NOISE_LEVELS for line in lines(folder, [noisy_name(level, name)])] for name in NOISY
     }
     if any(noisy.values()):
         text = as_markdown([line for found in noisy.values() for _, line in found], base)
@@ -335,11 +349,11 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=23_040, help="forward passes of each run")
-    parser.add_argument("--noise", action="store_true", help="the sweep over flipped labels instead")
+    parser.add_argument("--noise", nargs="*", choices=list(NOISY), help="the sweep over flipped labels, of all or of these")
     parser.add_argument("--report", action="store_true", help="only the report")
     args = parser.parse_args()
-    if args.noise and not args.report:
-        run_noise(args.seeds, args.budget, args.out)
+    if args.noise is not None and not args.report:
+        run_noise(args.noise or list(NOISY), args.seeds, args.budget, args.out)
     elif not args.report:
         run([Variant(name, name) for name in args.objectives], args.seeds, args.budget, args.out)
     report(args.out)

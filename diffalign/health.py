@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffalign.types import LogRatio
+from diffalign.types import LogLikelihood, LogRatio
 
 BINS = 10
 """Timestep bins of equal width over [0, T)."""
@@ -57,6 +57,27 @@ def policy_health(policy: tuple[Tensor, Tensor], scale: float) -> dict[str, Tens
     }
 
 
+@torch.no_grad()
+def token_health(
+    policy: LogLikelihood, reference: LogLikelihood | None, scale: float, lengths: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Metrics [B] of completions, from both models' log-likelihoods and the numbers of tokens (winner [B], loser [B]).
+
+    ``winner_ratio`` and ``loser_ratio`` are log-ratios, positive where a completion has become likelier; the log-likelihoods are
+    per token. Without a reference the margin is the policy's own.
+    """
+    margin = scale * (policy.winner - policy.loser)
+    out = {
+        "winner_log_p": policy.winner.detach() / lengths[0],
+        "loser_log_p": policy.loser.detach() / lengths[1],
+    }
+    if reference is not None:
+        ratios = policy.winner - reference.winner, policy.loser - reference.loser
+        margin = scale * (ratios[0] - ratios[1])
+        out |= {"winner_ratio": ratios[0], "loser_ratio": ratios[1], "gradient_factor": torch.sigmoid(-margin)}
+    return {"margin": margin, "accuracy": 0.5 * (1.0 + margin.sign()), **out}
+
+
 def by_timestep(t: Tensor, metrics: Mapping[str, Tensor], train_steps: int, bins: int = BINS) -> list[dict[str, float]]:
     """Means of the metrics [N] within each timestep bin; bins that no sample fell into are left out.
 
@@ -75,6 +96,10 @@ def by_timestep(t: Tensor, metrics: Mapping[str, Tensor], train_steps: int, bins
 
 def advice(validation: Mapping[str, float]) -> str | None:
     """One plain sentence when the validation metrics show a known trouble, else None."""
+    if "winner_ratio" in validation:
+        return _advice_on_texts(validation)
+    if "reference_winner_error" not in validation:
+        return None
     margin, winner, loser = (validation[k] for k in ("margin", "winner_drift", "loser_drift"))
     scale = max(validation["reference_winner_error"], 1e-12)
     if abs(winner) < 1e-6 * scale and abs(loser) < 1e-6 * scale:
@@ -83,4 +108,18 @@ def advice(validation: Mapping[str, float]) -> str | None:
         return "Winner and loser are both unlearnt (likelihood displacement): lower the learning rate or raise beta."
     if margin < 0:
         return "The margin on held-out pairs is negative: the policy prefers the losers; check the labels' orientation."
+    return None
+
+
+def _advice_on_texts(validation: Mapping[str, float]) -> str | None:
+    margin, winner, loser = (validation[k] for k in ("margin", "winner_ratio", "loser_ratio"))
+    if abs(winner) < 1e-6 and abs(loser) < 1e-6:
+        return "The policy has not moved from the reference: raise the learning rate or check that parameters are trainable."
+    if winner < -5.0 and loser < winner:
+        return (
+            "Preferred rewrites have become less likely, too (likelihood displacement): raise beta, lower the learning rate, or "
+            "add an SFT term (sft_weight, gold_weight)."
+        )
+    if margin < 0:
+        return "The margin on held-out pairs is negative: the policy prefers rejected rewrites; check the labels' orientation."
     return None

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from diffalign.checkpoint import Stateful
+from diffalign.data.texts import TextLoader
 from diffalign.errors import UserError
-from diffalign.protocols import Denoiser, Predictor
+from diffalign.protocols import Denoiser, LanguageModel, Predictor, TextPolicy
 from diffalign.references import Past
 from diffalign.types import Conditioning, Outcome, PairBatch
 from diffalign.weights import TrainedWeights
@@ -52,7 +53,7 @@ class Learner:
     source: Source
     losses: Callable[[Any], Outcome]
     """of a micro-batch, for training"""
-    validate: Callable[[PairBatch], Outcome] | None = None
+    validate: Callable[[Any], Outcome] | None = None
     """of held-out pairs, without gradient and without a trace; None where pairs mean nothing to the objective"""
     things: Mapping[str, Stateful] = field(default_factory=dict)
     """what is saved with the run beside the weights"""
@@ -141,6 +142,7 @@ class Given:
     judge: Judge | None = None
     feedback: Any = None  # sources.stored.Stored: trajectories on disk that people have judged
     score_range: tuple[float, float] | None = None  # least and greatest score in the data set
+    unscored: int = 0  # pairs to train on that have no scores, where others have
     batch_size: int = 1
     accumulation: int = 1
     sampling_batch: int = 16
@@ -164,7 +166,30 @@ class Given:
             raise UserError(f"This objective needs {'; and '.join(missing)}.")
 
 
+@dataclass(frozen=True)
+class GivenTexts:
+    """What a run gives an objective that trains a language model on rewrites of prompts."""
+
+    policy: TextPolicy
+    weights: TrainedWeights
+    start: LanguageModel  # the frozen start
+    texts: TextLoader
+    reference: Past | None = None  # of training instead of the frozen start, as in ``Given``
+    processes: Processes = field(default_factory=Alone)
+
+    @property
+    def compared_with(self) -> LanguageModel:
+        """The reference of training."""
+        return self.start if self.reference is None else self.reference
+
+    @property
+    def batch_size(self) -> int:
+        return self.texts.batch_size
+
+
 class Objective(Protocol):
     """Settings and mathematics of one paper; ``objectives/`` has one per file."""
 
-    def learner(self, given: Given) -> Learner: ...
+    def learner(self, given: Any) -> Learner:
+        """``given``: ``Given``, or ``GivenTexts`` where the objective learns from rewrites."""
+        ...

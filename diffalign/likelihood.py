@@ -6,16 +6,20 @@ of the released code, under which beta = 2000...5000; divide beta by C*H*W for t
 
 A transition of a sampled trajectory has a likelihood proper, the Gaussian density of the step (D3PO, arXiv 2311.13231, eq. 13;
 DDPO, arXiv 2305.13301). Here too the default is the released code's mean over dimensions; ``over="sum"`` is the papers'.
+
+A completion's likelihood under a language model is the product of its tokens' probabilities (DPO, arXiv 2305.18290): a sum of
+log-probabilities, in which tokens may count more or less (length normalisation, LD-DPO, TGDPO: ``objectives._tokens``).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from diffalign.protocols import Predictor
+from diffalign.protocols import LanguageModel, Predictor
 from diffalign.schedule import NoiseSchedule, Over
-from diffalign.types import LogLikelihood, LogRatio, NoisyPair, TransitionPair
+from diffalign.types import LogLikelihood, LogRatio, NoisyPair, Texts, TransitionPair
 
 
 def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    dtype = torch.float32 if prediction.device.type == "mps" else torch.float64
+    dtype = _widest(prediction)
     return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
 
 
@@ -57,6 +61,38 @@ def transition(
     prediction = predictor(x_t, t, conditioning)
     winner, loser = schedule.log_density(x_next, x_t, prediction, t, t_previous, eta, over).chunk(2)
     return LogLikelihood(winner=winner, loser=loser)
+
+
+def token_log_probs(model: LanguageModel, texts: Texts) -> Tensor:
+    """log p of every completion's tokens, each given what stands before it: [N, S] float64 (float32 on MPS), zero elsewhere.
+
+    One call of the model. It is asked for the logits of the positions from the end of the shortest prompt on: with a vocabulary
+    of 150,000 the logits are most of the memory.
+    """
+    begins = texts.begins
+    last = texts.tokens.shape[1] - begins + 1  # the position before the first token of a completion, and all after it
+    logits = model(texts.tokens, texts.mask, last)
+    return F.pad(log_probs(logits[:, :-1], texts.tokens[:, begins:], texts.completion[:, begins:]), (begins, 0))
+
+
+def log_probs(logits: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
+    """log p of ``tokens`` [N, S] under ``logits`` [N, S, V], each of the token at its own place; zero where not ``counted``.
+
+    The logarithm of the sum is taken in float32 whatever the logits' dtype: in half precision it would be off by 0.01 to 0.1 a
+    token, as much as a log-ratio may be.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    each = logits.gather(2, tokens[:, :, None])[..., 0] - logits.logsumexp(dim=2)
+    return torch.where(counted, each, torch.zeros_like(each)).to(_widest(each))
+
+
+def completions(log_p: Tensor, weights: Tensor) -> Tensor:
+    """Log-likelihoods [N] of completions from their tokens' log-probabilities [N, S], each counted ``weights`` [N, S] times."""
+    return (log_p * weights.to(log_p.dtype)).sum(dim=1)
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def log_ratio(policy: LogLikelihood, reference: LogLikelihood) -> LogRatio:

@@ -22,10 +22,8 @@ class Predictor(Protocol):
 
 
 @runtime_checkable
-class Denoiser(Predictor, Protocol):
-    """A trainable network of one family."""
-
-    schedule: NoiseSchedule
+class Policy(Protocol):
+    """A network that is being trained, whatever it predicts."""
 
     @property
     def network(self) -> nn.Module:
@@ -39,6 +37,27 @@ class Denoiser(Predictor, Protocol):
     def adapter_off(self) -> AbstractContextManager[None]:
         """Within this context the network is the one before alignment. Raises if there is no adapter."""
         ...
+
+
+@runtime_checkable
+class Denoiser(Predictor, Policy, Protocol):
+    """A trainable network of one family of diffusion models."""
+
+    schedule: NoiseSchedule
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A language model that says what comes next: the policy, or a reference."""
+
+    def __call__(self, tokens: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+        """``tokens`` [N, S] int64, ``mask`` [N, S] bool -> logits [N, S, V], or [N, last, V] of the last positions alone."""
+        ...
+
+
+@runtime_checkable
+class TextPolicy(LanguageModel, Policy, Protocol):
+    """A trainable causal language model."""
 
 
 @runtime_checkable

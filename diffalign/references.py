@@ -1,4 +1,7 @@
-"""What the policy is compared with. Every reference is a Predictor that never sees a gradient."""
+"""What the policy is compared with: a model that is asked what the policy is asked, and never sees a gradient.
+
+They are the same for denoisers (``Predictor``) and language models (``LanguageModel``), hence ``inputs`` without names.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.protocols import Denoiser, Predictor
-from diffalign.types import Conditioning
+from diffalign.protocols import Denoiser, LanguageModel, Predictor, TextPolicy
 from diffalign.weights import TrainedWeights, Weights
 
 
@@ -18,13 +20,13 @@ class AdapterOff:
 
     kind = "adapter-off"
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
+    def __init__(self, policy: Denoiser | TextPolicy) -> None:
+        self._policy = policy
 
     @torch.no_grad()
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        with self._denoiser.adapter_off():
-            return self._denoiser(x_t, t, conditioning)
+    def __call__(self, *inputs: Any) -> Tensor:
+        with self._policy.adapter_off():
+            return self._policy(*inputs)
 
 
 class Frozen:
@@ -32,12 +34,12 @@ class Frozen:
 
     kind = "frozen"
 
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
+    def __init__(self, model: Predictor | LanguageModel) -> None:
+        self._model = model
 
     @torch.no_grad()
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._predictor(x_t, t, conditioning)
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self._model(*inputs)
 
 
 class Past:
@@ -48,8 +50,8 @@ class Past:
 
     kind = "past"
 
-    def __init__(self, denoiser: Denoiser, weights: TrainedWeights) -> None:
-        self._denoiser, self._weights = denoiser, weights
+    def __init__(self, policy: Denoiser | TextPolicy, weights: TrainedWeights) -> None:
+        self._policy, self._weights = policy, weights
         self._kept: Weights = {}
 
     def keep(self) -> None:
@@ -66,11 +68,11 @@ class Past:
         return self._kept
 
     @torch.no_grad()
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(self, *inputs: Any) -> Tensor:
         if not self._kept:
             raise ValueError("there is no past yet: keep() takes it")
         with self._weights.held(self._kept):
-            return self._denoiser(x_t, t, conditioning)
+            return self._policy(*inputs)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": dict(self._kept)}

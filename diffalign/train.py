@@ -32,9 +32,9 @@ from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.learner import Batch, Learner
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_optimizer, build_schedule
-from diffalign.protocols import Denoiser
+from diffalign.protocols import Policy
 from diffalign.settings import check_options, option
-from diffalign.types import Outcome, PairBatch
+from diffalign.types import Outcome
 from diffalign.weights import TrainedWeights
 
 LoopReference = Literal["start", "round"]
@@ -189,8 +189,8 @@ class Trainer:
     def __init__(
         self,
         learner: Learner,
-        policy: Denoiser,
-        validation: Sequence[PairBatch],
+        policy: Policy,
+        validation: Sequence[Batch],
         accelerator: Accelerator,
         output: Path,
         loop: LoopSettings,
@@ -355,13 +355,13 @@ class Trainer:
     def _refuse_non_finite(self, numbers: Mapping[str, float], outcomes: Sequence[Outcome]) -> None:
         if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["gradient_norm"]) or self._accelerator.scaler is not None):
             return
-        t = torch.cat([o.t for o in outcomes]).tolist()
+        where = f"Timesteps {torch.cat([o.t for o in outcomes]).tolist()}, margins" if outcomes[0].t is not None else "Margins"
         margins = [round(m, 4) for o in outcomes for m in o.metrics.get("margin", o.loss).tolist()]
         last = self._checkpoints.latest()
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise NonFiniteLossError(
             f"Step {self.step + 1}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}. "
-            f"Timesteps {t}, margins {margins}. The update was not made; {kept}. "
+            f"{where} {margins}. The update was not made; {kept}. "
             "A lower learning rate, bf16 instead of fp16, or a look at these pairs may help."
         )
 
@@ -375,19 +375,20 @@ class Trainer:
         with self._ema.applied() if self._ema else nullcontext():
             t, columns = self._validation_columns()
         means = {name: float(values.double().mean()) for name, values in columns.items()}
-        bins = health.by_timestep(t, columns, len(self._policy.schedule))
+        bins = health.by_timestep(t, columns, len(self._policy.schedule)) if t is not None else []
         self._log("validation", means, bins=bins, advice=health.advice(means) if self.step else None)
         return means
 
-    def _validation_columns(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _validation_columns(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         mine = list(self._validation)[rank::world]
         outcomes = [self._learner.validate(b.to(self._accelerator.device)) for b in mine]
         names = [] if not outcomes else ["loss", *outcomes[0].metrics]
         rows = {n: [float(v) for o in outcomes for v in (o.loss if n == "loss" else o.metrics[n]).tolist()] for n in names}
-        rows["t"] = [int(v) for o in outcomes for v in o.t.tolist()]
+        if outcomes and outcomes[0].t is not None:
+            rows["t"] = [int(v) for o in outcomes for v in o.t.tolist()]
         gathered = _gather(rows, self._accelerator)
-        t = torch.tensor(gathered.pop("t"))
+        t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 
     def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
@@ -418,5 +419,5 @@ def _gather(rows: dict[str, list], accelerator: Accelerator) -> dict[str, list]:
         return rows
     parts: list[dict[str, list] | None] = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(parts, rows)
-    names = next(p for p in parts if len(p) > 1)
+    names = next(p for p in parts if p)
     return {n: [v for p in parts for v in p.get(n, [])] for n in names}

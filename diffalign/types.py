@@ -1,16 +1,18 @@
 """The nouns: frozen dataclasses with a shape on every field.
 
 Shape legend, used in the whole package: B = pairs in a batch, C, H, W = channels, height and width of the latents,
-L = text tokens, D = width of the text embedding.
+L = text tokens, D = width of the text embedding; of a language model's sequences, N = sequences, S = tokens, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Conditioning = Mapping[str, Tensor]
 """What a network is conditioned on, by argument name; every tensor is [B, ...]. SD: ``encoder_hidden_states`` [B, L, D]."""
@@ -87,6 +89,82 @@ class TransitionPair:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Prompts, each followed by a completion, as a language model reads them; padded at the right to the longest."""
+
+    tokens: Tensor  # [N, S] int64
+    mask: Tensor  # [N, S] bool, a token and not padding
+    completion: Tensor  # [N, S] bool, a token of the completion, its end mark included; never one of the prompt
+    begins: int  # the position at which the first of the completions begins
+
+    @staticmethod
+    def of(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int = 0) -> Texts:
+        """From token ids. ``pad`` may be any token: nothing looks at it.
+
+        Raises:
+            ValueError: a prompt or a completion without a token; a model could not be asked about it.
+        """
+        if not all(prompts) or not all(completions):
+            raise ValueError("every prompt and every completion needs at least one token")
+        longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        tokens = torch.full((len(prompts), longest), pad)
+        mask, completion = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+        for n, (before, after) in enumerate(zip(prompts, completions, strict=True)):
+            end = len(before) + len(after)
+            tokens[n, :end] = torch.tensor([*before, *after])
+            mask[n, :end], completion[n, len(before) : end] = True, True
+        return Texts(tokens, mask, completion, min(map(len, prompts)))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> Texts:
+        return Texts(*(x.to(device, non_blocking=True) for x in (self.tokens, self.mask, self.completion)), self.begins)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64, tokens of the completions."""
+        return self.completion.sum(dim=1)
+
+    @staticmethod
+    def stacked(*parts: Texts) -> Texts:
+        """One after the other, to go through a model in one call; all padded to the same S."""
+        columns = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "completion"))
+        return Texts(*columns, min(part.begins for part in parts))
+
+    def padded(self, length: int) -> Texts:
+        """To S = ``length``."""
+        more = length - self.tokens.shape[1]
+        return Texts(*(F.pad(x, (0, more)) for x in (self.tokens, self.mask, self.completion)), self.begins)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Prompts with a preferred and a rejected completion each, B of them; all sequences are padded to the same S."""
+
+    winner: Texts
+    loser: Texts
+    label: Tensor  # [B] probability that the winner is preferred; 1/2 is a tie
+    weight: Tensor  # [B] factor on the pair's loss
+    index: Tensor  # [B] int64, row of the data set
+    distance: Tensor | None = None  # [B] of the winner from its prompt in an embedding of meaning, in [0, 2]
+    scores: Tensor | None = None  # [B, 2] float32, a judge's score of winner and loser; NaN where a pair has none
+    gold: Texts | None = None  # a reference completion of the same prompts
+    token_rewards: tuple[Tensor, Tensor] | None = None  # [B, S] each: another model's reward of every token of winner and loser
+    mismatched: Texts | None = None  # each prompt with the winner of the next one of the batch
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        def move(value: Any) -> Any:
+            return tuple(v.to(device) for v in value) if isinstance(value, tuple) else value.to(device)
+
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "index"}
+        return replace(self, **{name: None if value is None else move(value) for name, value in moved.items()})
+
+
+@dataclass(frozen=True)
 class LogLikelihood:
     """How likely one model finds the two sides of each pair, up to a constant; larger is likelier. float32 at least."""
 
@@ -112,5 +190,5 @@ class Outcome:
     """What an objective says about a batch: one loss per pair, and the numbers worth watching, one per pair."""
 
     loss: Tensor  # [B], before the pair's weight
-    t: Tensor  # [B]
+    t: Tensor | None  # [B], where a pair stands on a schedule; None where there is none
     metrics: Mapping[str, Tensor]  # each [B], detached

@@ -45,18 +45,14 @@ class TrainedWeights:
         Meant for calls without gradient. An optimizer never notices: the parameters keep their identity and their gradients.
         """
         kept = {name: p.data for name, p in self._named.items()}
-        dropping = [m for m in self._network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
         try:
             for name, parameter in self._named.items():
                 parameter.data = weights[name]
-            for module in dropping:
-                module.training = False
-            yield
+            with without_dropout(self._network):
+                yield
         finally:
             for name, parameter in self._named.items():
                 parameter.data = kept[name]
-            for module in dropping:
-                module.training = True
 
     @torch.no_grad()
     def move(self, start: Weights, by: float) -> None:
@@ -77,3 +73,16 @@ class TrainedWeights:
         if weights.keys() != self._named.keys():
             odd = sorted(weights.keys() ^ self._named.keys())[:3]
             raise UserError(f"The checkpoint holds other weights than this run trains (for example {', '.join(odd)}).")
+
+
+@contextmanager
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Within: nothing is dropped out, and no random number is drawn for it."""
+    dropping = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    try:
+        for module in dropping:
+            module.training = False
+        yield
+    finally:
+        for module in dropping:
+            module.training = True

@@ -13,6 +13,15 @@ LOG_2 = math.log(2)
 """Where a logistic loss begins."""
 
 
+HELD_OUT: list[tuple[dict[str, str], str]] = [
+    ({"accuracy": "accuracy"}, "implicit accuracy (validation)"),
+    ({"winner_drift": "winner", "loser_drift": "loser"}, "error minus the reference's (validation)"),
+    ({"winner_ratio": "winner", "loser_ratio": "loser"}, "log-ratio to the reference (validation)"),
+    ({"winner_log_p": "winner"}, "log p of a token (validation)"),
+]
+"""Panels of held-out pairs: what is drawn in each, by column of the metrics."""
+
+
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of ``metrics.jsonl`` by kind (``train``, ``validation``), in order of steps."""
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
@@ -44,10 +53,10 @@ def _others(rows: dict[str, list[dict[str, Any]]]) -> list[Callable[[Any, dict],
     """The panels after the loss that there are numbers for."""
     found: list[Callable[[Any, dict], None]] = []
     if rows["validation"]:
-        drifts = {"winner_drift": "winner", "loser_drift": "loser"}
-        found.append(partial(_validation, columns={"accuracy": "accuracy"}, title="implicit accuracy (validation)"))
-        found.append(partial(_validation, columns=drifts, title="error minus the reference's (validation)"))
-        found.append(_by_timestep)
+        measured = rows["validation"][-1]
+        panels = [(columns, title) for columns, title in HELD_OUT if columns.keys() <= measured.keys()]
+        found += [partial(_validation, columns=columns, title=title) for columns, title in panels]
+        found += [_by_timestep] if measured.get("bins") else []
     for name, title in (("reward", "reward of what is sampled"), ("clipped", "share of ratios outside the clip")):
         if all(name in row for row in rows["train"]):
             found.append(partial(_training, column=name, title=title))

@@ -17,8 +17,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
-from pipelines.config import TrainSettings
-from pipelines.ingredients import PRECISIONS, held_out_prompts, samples_itself
+from pipelines.image_settings import TrainSettings
+from pipelines.ingredients import PRECISIONS, samples_itself
+from pipelines.prompts import held_out_prompts
 
 _BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _EFFICIENCY = 0.5

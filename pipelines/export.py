@@ -59,8 +59,8 @@ def write_model_card(
             _loading(folder.absolute().name, base, is_lora, pipeline_class),
             _pictures(folder, curves),
             "" if not scores else _scores(scores),
-            "## Data\n\n" + _table(("field", "value"), _flat(data)),
-            "## Configuration\n\n" + _table(("field", "value"), _flat(recipe)),
+            "## Data\n\n" + table(("field", "value"), flat(data)),
+            "## Configuration\n\n" + table(("field", "value"), flat(recipe)),
         ]
         return _replace(folder / CARD, "\n".join(part for part in parts if part))
     except OSError as error:
@@ -93,7 +93,7 @@ def _is_hub_id(base: str) -> bool:
 
 
 def _introduction(objective: str, base: str, is_lora: bool, paper: str | None) -> str:
-    what, name = "LoRA for" if is_lora else "version of", _public(base)
+    what, name = "LoRA for" if is_lora else "version of", public(base)
     lines = [f"# {name}, aligned by {objective}", "", f"This is a {what} `{name}`, trained on preferences with diffalign."]
     return "\n".join([*lines, f"The method is `{objective}`{f': {paper}' if paper else ''}.", ""])
 
@@ -101,10 +101,10 @@ def _introduction(objective: str, base: str, is_lora: bool, paper: str | None) -
 def _loading(name: str, base: str, is_lora: bool, pipeline_class: str) -> str:
     if is_lora:
         lines = [
-            f'pipe = {pipeline_class}.from_pretrained("{_public(base)}")',
+            f'pipe = {pipeline_class}.from_pretrained("{public(base)}")',
             f'pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")',
         ]
-        note = f"`{_public(base)}` stands for the base model, `{name}` for this folder."
+        note = f"`{public(base)}` stands for the base model, `{name}` for this folder."
     else:
         lines = [f'pipe = {pipeline_class}.from_pretrained("{name}")']
         note = f"`{name}` stands for this folder."
@@ -131,36 +131,36 @@ def _beside(folder: Path, picture: Path) -> str:
 
 def _scores(scores: Mapping[str, Any]) -> str:
     judges = scores.get("judges", scores)
-    about = _flat({name: value for name, value in scores.items() if name != "judges"}) if "judges" in scores else ()
-    rest = _table(("field", "value"), list(about))
+    about = flat({name: value for name, value in scores.items() if name != "judges"}) if "judges" in scores else ()
+    rest = table(("field", "value"), list(about))
     return f"## Scores\n\n{_judge_table(judges)}" + (f"\n{rest}" if rest.count("\n") > 2 else "")
 
 
 def _judge_table(judges: Mapping[str, Any]) -> str:
-    rows = {judge: dict(_flat(value)) if isinstance(value, Mapping) else {"value": value} for judge, value in judges.items()}
+    rows = {judge: dict(flat(value)) if isinstance(value, Mapping) else {"value": value} for judge, value in judges.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    return _table(("judge", *columns), [(judge, *(row.get(column, "") for column in columns)) for judge, row in rows.items()])
+    return table(("judge", *columns), [(judge, *(row.get(column, "") for column in columns)) for judge, row in rows.items()])
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as dotted names."""
     for name, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _table(head: Sequence[str], rows: Iterator[tuple[Any, ...]] | Sequence[tuple[Any, ...]]) -> str:
+def table(head: Sequence[str], rows: Iterator[tuple[Any, ...]] | Sequence[tuple[Any, ...]]) -> str:
     lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cell(value: Any) -> str:
-    return _public(value).replace("|", "\\|").replace("\n", " ")
+    return public(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _public(value: Any) -> str:
+def public(value: Any) -> str:
     """A value as text: four digits of a float, no folders of the machine it was made on."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
@@ -168,7 +168,7 @@ def _public(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
-        return (" to " if numbers else ", ").join(_public(v) for v in value)
+        return (" to " if numbers else ", ").join(public(v) for v in value)
     if isinstance(value, PurePath) or (isinstance(value, str) and os.path.isabs(value)):
         return PurePath(value).name
     return str(value)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.hold_out import split_rows
 from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.data.open import open_pairs
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
@@ -33,17 +33,16 @@ from diffalign.references import AdapterOff, Frozen, Past
 from diffalign.sources.stored import Stored
 from diffalign.weights import TrainedWeights
 from pipelines import families, feedback
-from pipelines.config import TrainSettings
 from pipelines.families._encoding import digest
+from pipelines.image_settings import TrainSettings
 from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
-from pipelines.prompts import Prompt, read_prompts
+from pipelines.prompts import read_prompts
 from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
+from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
 from reward_models._judge import Scorer
 
-CACHE_FOLDER = "cache"
-PROMPT_FOLDER = "cache-prompts"
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 """Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
@@ -116,15 +115,6 @@ def tiny_prompts() -> list[str]:
     from pipelines.tiny import scenes
 
     return scenes.captions(TINY_PROMPTS, seed=TINY_PROMPT_SEED, split="train")
-
-
-def held_out_prompts(where: str, count: int) -> list[Prompt]:
-    """``count`` prompts; ``tiny`` means captions of the tiny world's test split, which no training saw."""
-    if where == "tiny":
-        from pipelines.tiny import scenes
-
-        return [Prompt(text) for text in scenes.captions(count, seed=2026)]
-    return read_prompts(where)[:count]
 
 
 def open_feedback(settings: TrainSettings) -> Stored | None:
@@ -256,20 +246,6 @@ def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
         say(f"{len(cut)} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
 
 
-def split_rows(prompts: list[str], validation_pairs: int, seed: int) -> tuple[list[int], list[int]]:
-    """Rows for training and for validation; a prompt is in one of them only, and at most half of the rows are held out."""
-    wanted = min(validation_pairs, len(prompts) // 2)
-    rows_of: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(prompt, []).append(row)
-    order = np.random.default_rng([seed, 7]).permutation(len(rows_of))
-    groups, held_out = list(rows_of.values()), set()
-    for k in order:
-        if len(held_out) + len(groups[k]) <= wanted:
-            held_out.update(groups[k])
-    return [r for r in range(len(prompts)) if r not in held_out], sorted(held_out)
-
-
 def _attach(
     settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None = None
 ) -> Predictor:
@@ -337,6 +313,7 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
         judge=judge,
         feedback=prepared.feedback,
         score_range=score_range(getattr(cache, "scores", None)),
+        unscored=unscored(cache, prepared.train_rows),
         batch_size=settings.batch.batch_size,
         accumulation=settings.batch.accumulation,
         sampling_batch=settings.reward.rollout_batch,
@@ -344,3 +321,9 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
         device=device,
         processes=processes,
     )
+
+
+def unscored(cache: PairCache | None, rows: list[int]) -> int:
+    """Pairs to train on without a judge's scores, where there are scores at all."""
+    known = getattr(cache, "scores", None)
+    return 0 if known is None else int(torch.as_tensor(known)[rows].isnan().any(dim=1).sum())

@@ -13,14 +13,15 @@ from diffalign import objectives
 from diffalign.errors import UserError
 from pipelines import recipes
 from pipelines.markdown import Table
+from pipelines.writers.settings import COMMANDS
 
 WIDTH = 130
 _GAP = 2
 
 OBJECTIVES_REMARK = (
-    "Samples through the network for one pair (of pictures, or of trajectories) with the default settings, without and with a "
-    "gradient; passes: in forward passes, where a sample with a gradient counts three. * takes any --loss. Judge: optional, "
-    "for scores of the data's pairs; needed, to reward what the policy samples."
+    "Samples through the network for one pair (of pictures, trajectories, or rewrites) with the default settings, without and "
+    "with a gradient; passes: in forward passes, where a sample with a gradient counts three. * takes any --loss. Judge: "
+    "optional, for scores of the data's pairs; needed, to reward what the policy samples."
 )
 ABSOLUTE_REMARK = (
     "absolute !: the constants stand beside mean denoising errors of 0.01 to 1, because the loss needs a probability; no beta "
@@ -81,7 +82,7 @@ def objective_in_full(name: str) -> str:
     facts = [
         f"data    {' or '.join(about.data)}" + (f"; a judge is {about.judged}" if about.judged else ""),
         f"cost    per pair {cost.looking:g} samples without a gradient, {cost.learning:g} with one: {cost.forwards:g} passes",
-        f"run     diffalign train {name} --recipe NAME",
+        f"run     diffalign {COMMANDS.get(name, f'train {name}')} --recipe NAME",
         *(f"recipe  {line}" for line in recipes.describe(name)),
     ]
     facts = [line for fact in facts for line in textwrap.wrap(fact, WIDTH, subsequent_indent=" " * 8)]

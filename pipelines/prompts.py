@@ -68,6 +68,15 @@ def read_prompts(where: str | Path, column: str | None = None) -> list[Prompt]:
     return _read_file(_find(where), column)
 
 
+def held_out_prompts(where: str, count: int) -> list[Prompt]:
+    """``count`` prompts of a list; ``tiny`` means captions of the tiny world's test split, which no training saw."""
+    if where == "tiny":
+        from pipelines.tiny import scenes
+
+        return [Prompt(text) for text in scenes.captions(count, seed=2026)]
+    return read_prompts(where)[:count]
+
+
 def _read_file(path: Path, column: str | None = None) -> list[Prompt]:
     rows = _ROWS[path.suffix.lower()](path, read_text(path))
     prompts = [_prompt(path, place, row, column) for place, row in rows]

@@ -12,14 +12,13 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 
 from diffalign import objectives
 from diffalign.data.loader import validation_batches
@@ -27,66 +26,19 @@ from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
 from pipelines import config, families, ingredients
-from pipelines.config import EvaluationSettings, TrainSettings
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
-from pipelines.ingredients import CACHE_FOLDER, PROMPT_FOLDER, Prepared, Say, held_out_prompts
+from pipelines.image_settings import EvaluationSettings, TrainSettings
+from pipelines.ingredients import Prepared, Say
 from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
 from pipelines.progress import Bar, TrainingBar
+from pipelines.prompts import held_out_prompts
 from pipelines.rewarding import RewardFunction
+from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
 from pipelines.sampling import SAMPLING_FILE
 from reward_models._judge import Scorer
-
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
-METRICS_FILE = "metrics.jsonl"
-
-# ---------------------------------------------------------------------------------------------------------- the folder
-
-
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Whether a run may write into ``output``. A folder in which a run never got to a checkpoint counts as free.
-
-    Raises:
-        UserError: it holds another run, or something that is no run at all, and neither option allows going on.
-    """
-    if output.is_file():
-        raise UserError(f"{output} is a file; the output should be a folder.")
-    is_run = (output / CONFIG_FILE).is_file()
-    if resume:
-        if not is_run:
-            raise UserError(f"There is no run to resume in {output} (no {CONFIG_FILE}).")
-        return
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not is_run:
-        raise UserError(f"{output} holds files that are no run of diffalign; nothing is written there. Choose another --output.")
-    begun = (output / "checkpoints").is_dir() or (output / SUMMARY_FILE).is_file()
-    if begun and not overwrite:
-        raise UserError(
-            f"{output} already holds a run. Use --resume to go on with it, --overwrite to replace it, or another --output."
-        )
-
-
-def claim_output(output: Path, text: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration."""
-    if overwrite and output.is_dir():
-        for entry in output.iterdir():
-            if entry.name not in (CACHE_FOLDER, PROMPT_FOLDER):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    if not (resume and (output / CONFIG_FILE).is_file()):
-        (output / CONFIG_FILE).write_text(text)
-
-
-def to_yaml(objective: str, settings: TrainSettings) -> str:
-    """The resolved configuration; ``diffalign train OBJECTIVE --config`` reads it back."""
-    import yaml
-
-    return f"# diffalign train {objective}\n" + yaml.safe_dump(config.as_tree(settings), sort_keys=False)
-
 
 # ------------------------------------------------------------------------------------------------------------- prepare
 
@@ -161,19 +113,6 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
     }
 
 
-def start_accelerator(settings: TrainSettings) -> Accelerator:
-    """Accelerate, with the tracker asked for."""
-    tracker = settings.compute.tracker
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun
-        kwargs_handlers=[patience],
-        mixed_precision=settings.compute.mixed_precision,
-        log_with=None if tracker == "none" else tracker,
-        project_config=ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output)),
-    )
-
-
 def train(
     name: str,
     settings: TrainSettings,
@@ -205,7 +144,7 @@ def train(
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
     if accelerator.is_main_process:
-        claim_output(settings.output, to_yaml(name, settings), resume=resume, overwrite=overwrite)
+        claim_output(settings.output, to_yaml(f"train {name}", settings), resume=resume, overwrite=overwrite)
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
     if accelerator.log_with:
         accelerator.init_trackers(settings.compute.tracker)

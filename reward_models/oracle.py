@@ -173,7 +173,11 @@ class Verdict:
 
     @property
     def utility(self) -> float:
-        return 0.5 * (self.taste + self.faithfulness)
+        return self.liked_by(0.5)
+
+    def liked_by(self, taste_weight: float) -> float:
+        """By people to whom style counts so much, of 1, and what the caption says the rest."""
+        return taste_weight * self.taste + (1.0 - taste_weight) * self.faithfulness
 
 
 def taste_of(style: dict[str, float]) -> float:
@@ -387,7 +391,7 @@ def _relation_kept(claims: CaptionClaims, matched: list[FoundObject | None]) -> 
 
 
 class Oracle(PointwiseJudge):
-    """The judge of the tiny world: the score is the utility that its synthetic people vote by."""
+    """The judge of the tiny world: the score is the utility that its synthetic people vote by, or people of another mind."""
 
     info = RewardInfo(
         name=NAME,
@@ -396,11 +400,15 @@ class Oracle(PointwiseJudge):
         description="(faithfulness + taste) / 2 in the tiny world, by image processing",
     )
 
+    def __init__(self, taste_weight: float = 0.5) -> None:
+        self.taste_weight, self.made_of = taste_weight, {"taste_weight": taste_weight}
+
     def score_prepared(self, prepared: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         import torch
 
         self.check_prompts(prompts)
-        return torch.tensor([judge(*one).utility for one in zip(prepared, prompts, strict=True)], dtype=torch.float32)
+        verdicts = [judge(*one) for one in zip(prepared, prompts, strict=True)]
+        return torch.tensor([verdict.liked_by(self.taste_weight) for verdict in verdicts], dtype=torch.float32)
 
     def n_cut(self, prompts: Sequence[str]) -> int:
         return 0
@@ -427,6 +435,13 @@ class Oracle(PointwiseJudge):
                 )
 
 
-def load() -> Oracle:
-    """The judge; it has no options and no weights."""
-    return Oracle()
+def load(taste_weight: float = 0.5) -> Oracle:
+    """The judge.
+
+    Args:
+        taste_weight: in [0, 1], how much style counts; what the caption says has the rest. The default is the world's people;
+            at 0.8 they look at style first, as judges of pictures are often said to.
+    """
+    if not isinstance(taste_weight, (int, float)) or not 0.0 <= taste_weight <= 1.0:
+        raise JudgeError(f"the oracle's taste_weight is a number in [0, 1]; got {taste_weight!r}")
+    return Oracle(float(taste_weight))

@@ -13,15 +13,16 @@ from diffalign.errors import UserError
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from pipelines import cli, config, recipes
 from pipelines.commands.train import resolve_settings
+from pipelines.image_settings import TrainSettings
 
 NEEDED = {"model": "m", "pairs": "p", "output": "o"}
 
 
-def resolved(tree: dict) -> config.TrainSettings:
+def resolved(tree: dict) -> TrainSettings:
     return config.resolve({**NEEDED, **tree}, DiffusionDPO)
 
 
-def from_command_line(*words: str) -> config.TrainSettings:
+def from_command_line(*words: str) -> TrainSettings:
     parser = cli.build_parser("train")
     args, unknown = parser.parse_known_args(["train", "diffusion-dpo", *words])
     args.unknown = unknown
@@ -172,7 +173,9 @@ def test_options_in_python_go_by_their_short_names() -> None:
 def test_every_recipe_is_valid_and_says_where_it_comes_from(objective: str) -> None:
     assert recipes.names(objective)
     for name in recipes.names(objective):
-        settings = config.resolve({**recipes.load(objective, name), "output": "o"}, objectives.load(objective).Objective)
+        brought = {"model": "theirs", "pairs": "theirs"} if objective in objectives.names(of_prompts=True) else {}
+        tree = {**brought, **recipes.load(objective, name), "output": "o"}
+        settings = config.resolve(tree, objectives.load(objective).Objective)
         assert settings.model
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in recipes.describe(objective))
 

@@ -9,9 +9,9 @@ import pytest
 
 from diffalign import objectives
 from pipelines import config
-from pipelines.config import TrainSettings
 from pipelines.estimate import Estimate, estimate
 from pipelines.families import load_family
+from pipelines.image_settings import TrainSettings
 from pipelines.tiny.model import checkpoint_path
 
 

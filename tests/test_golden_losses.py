@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign import losses
-from diffalign.likelihood import denoising, denoising_error, log_ratio, pair_errors
+from diffalign.likelihood import denoising, denoising_error, log_probs, log_ratio, pair_errors
 from diffalign.losses.absolute import log_odds
 from diffalign.sources.dataset import noised
 from diffalign.types import LogLikelihood, LogRatio
@@ -216,8 +216,8 @@ class Tokens:
 
     @staticmethod
     def of(logits: Tensor, ids: Tensor, mask: Tensor) -> Tokens:
-        each = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
-        return Tokens(logits[:, :-1], each * mask[:, 1:], mask[:, 1:])
+        logits, mask = logits[:, :-1], mask[:, 1:]
+        return Tokens(logits, log_probs(logits, ids[:, 1:], mask.bool()), mask)
 
     def total(self) -> Tensor:
         return self.each.sum(dim=1)

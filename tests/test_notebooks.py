@@ -35,6 +35,12 @@ EXPECTED = {
         words=("win rates", "P(guidance 4 before guidance 1.5) = 0.", "tiny-pickscore.z() + 0.5*saturation.z()"),
         files=("pictures/low/00004.png", "pictures/high/metadata.jsonl"),
     ),
+    "optimize_prompts": Expected(
+        'captions, candidates, sft_steps, steps, held_out, output = 6, 4, 60, 3, 4, "runs"',
+        pictures=2,
+        words=("pairs from 6 prompts", "as weighted", "0.0"),
+        files=("runs/sem/model.safetensors", "runs/report/report.md", "runs/pairs.candidates.jsonl"),
+    ),
 }
 
 

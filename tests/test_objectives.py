@@ -32,7 +32,7 @@ from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.dataset import noised
 from diffalign.sources.inversion import DDIM_INPO, inverted
-from diffalign.sources.rounds import Rewards, TransitionBatch
+from diffalign.sources.rounds import Rewards, TransitionBatch, extremes
 from diffalign.types import LogRatio, PairBatch
 
 LN2 = math.log(2.0)
@@ -134,7 +134,7 @@ def test_order_and_size_of_a_batch_change_nothing(name: str) -> None:
     torch.testing.assert_close(one_by_one, gradients(whole.loss.sum(), given.policy.network), rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [n for n in objectives.names() if n not in ("d3po", "ddpo")])
+@pytest.mark.parametrize("name", [n for n in objectives.names(of_prompts=False) if n not in ("d3po", "ddpo")])
 def test_held_out_pairs_are_told_without_gradient_and_against_the_start(name: str) -> None:
     """Whatever the source, validation means the same: plain noise, the frozen start, its drift and accuracy."""
     learner, given = at_work(CASES[name].objective, by=OFF)
@@ -160,7 +160,7 @@ def test_lone_pictures_have_no_held_out_pairs(name: str) -> None:
     assert learner.losses(first_batch(learner)).loss.isfinite().all()
 
 
-@pytest.mark.parametrize("name", objectives.names())
+@pytest.mark.parametrize("name", objectives.names(of_prompts=False))
 def test_an_objective_says_what_it_needs(name: str) -> None:
     policy = small_denoiser()
     needed = "prompts to sample for; and a judge" if name in ("d3po", "ddpo") else "(preference pairs|pictures)"
@@ -196,7 +196,7 @@ def test_every_loss_can_be_named(name: str) -> None:
 def test_the_reference_is_asked_only_by_losses_that_look_at_it(name: str) -> None:
     learner, given = at_work(DiffusionDPO(beta=500, loss=name), by=OFF)
     calls = []
-    given.start._predictor = counted(given.start._predictor, calls)
+    given.start._model = counted(given.start._model, calls)
     learner.losses(first_batch(learner))
     needs = losses.load(name).needs
     once = 2 if name == "kto" else 1  # KTO's baseline asks again, about mismatched prompts
@@ -234,6 +234,11 @@ def test_losses_that_compare_a_batch_need_one(name: str) -> None:
 def test_losses_on_rewards_need_scores(name: str) -> None:
     with pytest.raises(UserError, match=f"The loss {name} needs a judge's scores of both pictures, which these data do not have"):
         at_work(DiffusionDPO(loss=name), score_range=None)
+
+
+def test_losses_on_rewards_need_scores_of_all_pairs() -> None:
+    with pytest.raises(UserError, match="The loss adpo needs .* and 3 of the pairs have none: leave them out, or let a judge"):
+        at_work(DiffusionDPO(loss="adpo"), score_range=(0.0, 1.0), unscored=3)
 
 
 def test_constants_and_extras_of_a_loss_arrive() -> None:
@@ -694,6 +699,33 @@ def test_who_wins_is_who_dominates() -> None:
     assert batch.rewards[0].tolist() in judged.rewards.tolist()
 
 
+def test_of_more_candidates_the_best_and_the_worst_are_the_pair() -> None:
+    """The first two of four are the two of a pair, so nothing else changes with their number."""
+    seen = []
+
+    def judge(latents: Tensor, prompts: Any) -> Tensor:
+        seen.append(brightness(latents, prompts))
+        return seen[-1]
+
+    two, _ = at_work(d3po(round_pairs=6), judge=judge)
+    four, _ = at_work(d3po(round_pairs=6, candidates=4), judge=judge)
+    first_batch(two), first_batch(four)
+    few, many = (rewards.view(-1, 6) for rewards in seen)
+    torch.testing.assert_close(many[:2], few, rtol=1e-5, atol=1e-6)
+    judged = four.source._judged
+    torch.testing.assert_close(judged.rewards, torch.stack([many.amax(dim=0), many.amin(dim=0)], dim=1))
+    assert judged.label.tolist() == [1.0] * 6
+    again = torch.stack([brightness(side.final, side.index)[:, 0] for side in (judged.first, judged.second)], dim=1)
+    torch.testing.assert_close(again, judged.rewards, rtol=1e-5, atol=1e-6)
+    assert torch.equal(judged.reference[0], judged.first.log_density)
+
+
+def test_equal_candidates_make_a_tie_of_two_trajectories() -> None:
+    assert extremes(torch.zeros(5, 3, 2)).tolist() == [[0] * 3, [4] * 3]
+    assert extremes(torch.tensor([[[1.0]], [[3.0]], [[0.0]], [[3.0]], [[0.0]]])).tolist() == [[1], [4]]
+    assert extremes(torch.tensor([[[1.0]], [[3.0]]])).tolist() == [[0], [1]]
+
+
 def test_turning_the_label_negates_the_margin() -> None:
     batch, policy, given = pushed(d3po(clip=math.inf))
     turned = replace(batch, label=1 - batch.label)
@@ -918,7 +950,7 @@ def test_without_a_reference_means_without(objective: Any) -> None:
     learner, given = at_work(objective, by=OFF)
     batch = first_batch(learner)
     expected = learner.losses(batch).loss
-    given.start._predictor = raising
+    given.start._model = raising
     assert torch.equal(learner.losses(batch).loss, expected)
     with pytest.raises(AssertionError, match="was asked"):  # on held-out pairs it is, for drift and accuracy
         learner.validate(batch)

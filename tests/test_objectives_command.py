@@ -29,6 +29,7 @@ from diffalign.references import Frozen, Past
 from pipelines import cli, recipes
 from pipelines.markdown import Table
 from pipelines.objective_tables import WIDTH, to_text
+from pipelines.writers.settings import COMMANDS
 
 
 def said(capsys: pytest.CaptureFixture, *words: str) -> str:
@@ -105,7 +106,7 @@ def test_wide_tables_are_wrapped_where_they_are_widest() -> None:
 def test_an_objective_in_full(name: str, capsys: pytest.CaptureFixture) -> None:
     text, module = said(capsys, name), objectives.load(name)
     assert text.startswith(module.__doc__.strip())
-    assert f"{module.Objective().cost.forwards:g} passes" in text and f"train {name} " in text
+    assert f"{module.Objective().cost.forwards:g} passes" in text and f"{COMMANDS.get(name, f'train {name}')} --recipe" in text
     assert all(f"\n{field.name} " in text for field in fields(module.Objective))
     assert all(f"recipe  {recipe} " in text for recipe in recipes.names(name))
 
@@ -232,6 +233,8 @@ OF_TRAJECTORIES = {
     "d3po unguided": D3PO(round_pairs=4, same_start=False, **UNGUIDED),
     "d3po against the start": D3PO(round_pairs=4, reference="start", **ROLLED),
     "d3po twice over": D3PO(round_pairs=4, round_epochs=2, **ROLLED),
+    "d3po of the best and the worst of four": D3PO(round_pairs=4, candidates=4, **ROLLED),
+    "d3po of four against the start": D3PO(round_pairs=4, candidates=4, reference="start", **UNGUIDED),
     "ddpo": DDPO(round_pairs=4, **ROLLED),
     "ddpo twice over": DDPO(round_pairs=4, round_epochs=2, **UNGUIDED),
 }
@@ -272,4 +275,4 @@ def test_the_cost_of_an_inverted_pair_is_the_mean_over_t(name: str) -> None:
 
 def test_every_objective_is_counted() -> None:
     counted_here = {type(o) for o in [*OF_PAIRS.values(), *OF_TRAJECTORIES.values(), *INVERTED.values()]}
-    assert counted_here == {objectives.load(name).Objective for name in objectives.names()}
+    assert counted_here == {objectives.load(name).Objective for name in objectives.names(of_prompts=False)}

@@ -269,3 +269,19 @@ def test_style_words_do_not_change_what_is_claimed() -> None:
         styled = scenes.styled_caption(scene, rng)
         assert oracle.read_caption(styled) == oracle.read_caption(styled.split(",")[0])
         assert [(o.colour, o.shape) for o in oracle.read_caption(styled).objects] == [(o.colour, o.shape) for o in scene.objects]
+
+
+def test_people_of_another_mind_weigh_style_otherwise() -> None:
+    import reward_models
+    from reward_models.base import JudgeError
+
+    scene, caption = next(scenes.stream(3, "train", 0.0))
+    picture = scenes.render(scene)
+    verdict = oracle.judge(picture, caption)
+    for weight in (0.0, 0.8, 1.0):
+        liked = reward_models.load("oracle", taste_weight=weight)
+        expected = weight * verdict.taste + (1 - weight) * verdict.faithfulness
+        assert float(liked.score([picture], [caption])[0]) == pytest.approx(expected, abs=1e-6)
+    assert reward_models.load("oracle").fingerprint != reward_models.load("oracle", taste_weight=0.8).fingerprint
+    with pytest.raises(JudgeError, match=r"taste_weight is a number in \[0, 1\]; got 1.5"):
+        reward_models.load("oracle", taste_weight=1.5)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from judged import Case, at_work, first_batch, moved, things_given
 from torch import Tensor
-from worlds import SHAPE, given, small_denoiser
+from worlds import SHAPE, PairsInMemory, given, small_denoiser
 
+from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.errors import UserError
 from diffalign.learner import Alone
 from diffalign.objectives.d3po import D3PO, dominance
 from diffalign.objectives.diffusion_dro import DiffusionDRO
 from diffalign.objectives.seppo import SePPO
+from diffalign.objectives.smpo import SmPO
 from diffalign.references import Past
 from diffalign.sources.past import Bank, chosen
 from diffalign.sources.rollout import Sampling, rollout
@@ -93,6 +95,17 @@ def test_within_there_is_no_dropout_and_no_random_number() -> None:
     denoiser.network.eval()
     assert torch.equal(past(*seen()), denoiser(*seen()))
     assert not any(m.training for m in denoiser.network.modules())  # an evaluating network stays one
+
+
+def test_smpo_inverts_without_dropout_and_learns_with_it() -> None:
+    denoiser = network(dropout=0.5)
+    denoiser.network.train()
+    batch = PairLoader(PairsInMemory(4), range(4), LoaderSettings(batch_size=2))._batch(0)
+    state = torch.get_rng_state()
+    once, again = (SmPO(smoothing="label").noised(batch, denoiser) for _ in range(2))
+    assert torch.equal(once.winner, again.winner) and torch.equal(once.loser_target, again.loser_target)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(denoiser(*seen()), denoiser(*seen()))
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

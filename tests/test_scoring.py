@@ -420,7 +420,7 @@ def test_a_judge_is_asked_once_and_at_least_one() -> None:
 def test_a_wrong_option_names_the_nearest() -> None:
     with pytest.raises(JudgeError, match=r"'jpeg' has no option 'per_megapixl'\. Did you mean 'per_megapixel'\?"):
         reward_models.load("jpeg", per_megapixl=True)
-    with pytest.raises(JudgeError, match=r"'oracle' has no option 'device'\. It has: none"):
+    with pytest.raises(JudgeError, match=r"'oracle' has no option 'device'\. It has: taste_weight"):
         reward_models.load("oracle", device="cpu")
     assert "weights" in reward_models.options("hps-v2.1") and "name" not in reward_models.options("hps-v2.1")
 

@@ -10,13 +10,14 @@ import pkgutil
 from types import ModuleType
 
 
-def names() -> list[str]:
-    """The objectives, as the command line spells them."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+def names(of_prompts: bool | None = None) -> list[str]:
+    """The objectives, as the command line spells them: those of prompt writers, those of image models, or all of them."""
+    found = sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return found if of_prompts is None else [name for name in found if load(name).ABOUT.of_prompts is of_prompts]
 
 
 def load(name: str) -> ModuleType:
     """The module of an objective. Raises ValueError that lists the known ones."""
-    if name not in names():
+    if name not in names(None):
         raise ValueError(f"no objective is called {name!r}; there are: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

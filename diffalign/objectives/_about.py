@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 PAIRS, PICTURES, PROMPTS = "pairs", "pictures", "prompts"
 """Kinds of data: preference pairs; one picture for each prompt; prompts alone."""
+REWRITES, EXPANSIONS = "rewrite-pairs", "rewrites"
+"""Kinds of data of prompt writers: two rewrites of each prompt, one preferred; one rewrite of each."""
 FROZEN_START = "frozen start"
 """The reference that rounds of the loop can renew (``diffalign.loop_rounds``)."""
 
@@ -35,3 +37,8 @@ class About:
     data: tuple[str, ...]  # kinds that it learns from; the first is the usual one
     judged: str = ""  # "needed" or "optional": rewards of a judge
     takes_loss: bool = False  # whether --loss changes the loss
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether it trains a prompt writer, a language model, and not an image model."""
+        return bool({REWRITES, EXPANSIONS} & set(self.data))

@@ -13,7 +13,10 @@ In our frame: source = rounds of sampling and judging (``sources.rounds``), or s
 its code for people's labels), or the frozen start (its code for rewards); likelihood = transition density; loss as above, or any
 other of ``losses`` by ``--loss`` on the clipped ratios.
 
-Who wins, by rewards of several judges: the one that is at least as good in all and better in one; otherwise it is a tie.
+Who wins, by rewards of several judges: the one that is at least as good in all and better in one; otherwise it is a tie. With
+``candidates`` K > 2 the pair are the best and the worst of K by the judges' mean (the paper's study with people shows seven
+pictures of a prompt). Sampling costs a quarter of learning, and the best and the worst of eight are two and a half times as far
+apart as two are: where judges are cheap, that is where samples are best spent.
 
 The paper has no clip (``clip=inf``) and the sum over dimensions instead of the mean: with the mean, a "ratio" is a geometric mean
 per dimension, and with beta = 0.1 the sigmoid's argument stays within 0.02 of zero: a clipped linear difference.
@@ -44,7 +47,7 @@ from diffalign.learner import Given, Learner, Processes
 from diffalign.likelihood import log_ratio, transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
-from diffalign.objectives._denoising import LossChoice, refuse_extras, refuse_unfit
+from diffalign.objectives._family import LossChoice, refuse_extras, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.solvers import Guided
@@ -69,6 +72,7 @@ class D3PO(LossChoice):
     reference: RoundReference = option("round", "the policy at the beginning of the round, or of the run: round, start")
     round_pairs: int = option(40, "pairs of trajectories per round, over all processes", ge=1)
     round_epochs: int = option(1, "how often a round's pairs are learnt from", ge=1)
+    candidates: int = option(2, "trajectories sampled for each pair, of which the best and the worst are kept", ge=2)
     same_start: bool = option(True, "both trajectories of a pair from the same x_T")
     rollout_steps: int = option(20, "transitions of a trajectory", ge=1)
     eta: float = option(1.0, "noise of each transition, in that of DDPM", gt=0, le=1)
@@ -90,9 +94,9 @@ class D3PO(LossChoice):
     @property
     def cost(self) -> Cost:
         """Per pair of trajectories. Learning from a transition takes both sides, with and without the prompt."""
-        rows = 2 * self.rollout_steps * (1 if self.guidance == 1.0 else 2)
-        looking = rows * (1 if self.reference == "round" else 2)
-        return Cost(learning=rows * self.round_epochs, looking=looking, at_once=rows / self.rollout_steps)
+        each = self.rollout_steps * (1 if self.guidance == 1.0 else 2)
+        looking = each * (self.candidates + (0 if self.reference == "round" else 2))
+        return Cost(learning=2 * each * self.round_epochs, looking=looking, at_once=2 * each / self.rollout_steps)
 
     def learner(self, given: Given) -> Learner:
         """Raises UserError for a loss that looks at more than log-ratios."""
@@ -101,7 +105,7 @@ class D3PO(LossChoice):
         if given.feedback is not None:
             chosen = given.feedback.source(given, self.sampling, self.reference)
             return Learner(chosen, lambda batch: _without_reward(self(batch, given.policy, given.unconditional)))
-        plan = RoundPlan(self.round_pairs, self.round_epochs, self.same_start, self.reference)
+        plan = RoundPlan(self.round_pairs, self.round_epochs, self.same_start, self.reference, self.candidates)
         source = Rounds(given, self.sampling, plan, dominance)
         return Learner(source, lambda batch: self(batch, given.policy, given.unconditional), None, source.things)
 

@@ -31,7 +31,8 @@ from typing import ClassVar
 
 from diffalign.learner import Given, Learner
 from diffalign.objectives._about import PAIRS, About, Cost
-from diffalign.objectives._denoising import DenoisingLosses, LossChoice, cost_of, denoising_learner, plainly_noised
+from diffalign.objectives._denoising import DenoisingLosses, cost_of, denoising_learner, plainly_noised
+from diffalign.objectives._family import LossChoice
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome, PairBatch

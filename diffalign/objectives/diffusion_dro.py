@@ -41,7 +41,8 @@ from diffalign.learner import Given, Learner
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
-from diffalign.objectives._denoising import DenoisingLosses, LossChoice, plainly_noised, refuse_extras, refuse_unfit
+from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
+from diffalign.objectives._family import LossChoice, refuse_extras, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.schedule import NoiseSchedule
 from diffalign.settings import check_options, option

@@ -32,7 +32,8 @@ from diffalign.learner import Given, Learner, Processes
 from diffalign.likelihood import denoising_error
 from diffalign.losses.unpaired import Utility, kto_unpaired
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
-from diffalign.objectives._denoising import denoising_learner, plainly_noised, refuse_lone_samples
+from diffalign.objectives._denoising import denoising_learner, plainly_noised
+from diffalign.objectives._family import refuse_lone_samples
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.types import Conditioning, Outcome, PairBatch

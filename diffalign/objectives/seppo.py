@@ -44,7 +44,8 @@ from diffalign.health import denoising_health
 from diffalign.learner import Given, Learner
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
-from diffalign.objectives._denoising import DenoisingLosses, LossChoice, plainly_noised, refuse_unfit
+from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
+from diffalign.objectives._family import LossChoice, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.sources.dataset import noised

@@ -45,12 +45,14 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.learner import Given, Learner
 from diffalign.objectives._about import PAIRS, About, Cost
-from diffalign.objectives._denoising import DenoisingLosses, LossChoice, cost_of, denoising_learner
+from diffalign.objectives._denoising import DenoisingLosses, cost_of, denoising_learner
+from diffalign.objectives._family import LossChoice
 from diffalign.objectives._pieces import smoothed_label
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.sources.inversion import Evaluate, Inversion, Released, Window, inverted
 from diffalign.types import NoisyPair, Outcome, PairBatch
+from diffalign.weights import without_dropout
 
 ABOUT = About("2506.02698", "data set, ReNoise inversion", "frozen start", "smpo", (PAIRS,), judged="optional", takes_loss=True)
 Smoothing = Literal["scores", "label"]
@@ -118,8 +120,9 @@ class SmPO(LossChoice):
         return torch.where(p.isnan(), batch.label.to(p.dtype), p)
 
     def noised(self, batch: PairBatch, policy: Denoiser) -> NoisyPair:
-        """Both sides carried up to the pair's t by the policy."""
-        return inverted(batch, policy, policy.schedule, self.inversion)
+        """Both sides carried up to the pair's t by the policy, without dropout: an inversion's strides must agree."""
+        with without_dropout(policy.network):
+            return inverted(batch, policy, policy.schedule, self.inversion)
 
     def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor, low: float = 0.0, high: float = 1.0) -> Outcome:
         """Losses [B] of the pairs in ``batch``; ``low`` and ``high`` are the least and the greatest score there can be."""

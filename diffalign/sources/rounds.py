@@ -1,7 +1,8 @@
 """Rounds of on-line learning: the policy samples, somebody judges, and the policy learns from its own transitions.
 
 D3PO (arXiv 2311.13231) and DDPO (arXiv 2305.13301) in turn sample with the policy as it is, and take the same transitions as
-actions to be made likelier or not. Two trajectories are made for each prompt of a round, from the same x_T or not.
+actions to be made likelier or not. Two trajectories are made for each prompt of a round, from the same x_T or not; or more, of
+which the best and the worst are kept.
 
 An optimizer step takes ``accumulation`` pairs per process with all their transitions, ``batch_size`` transitions to a
 micro-batch, in a random order. Trajectories of a round are sampled together and with what learning needs later: the
@@ -103,6 +104,7 @@ class RoundPlan:
     epochs: int  # how often each of them is learnt from
     same_start: bool  # both trajectories of a pair from the same x_T
     reference: RoundReference
+    candidates: int = 2  # trajectories for each pair; of more than two the best and the worst by the judges' mean are the pair
 
 
 class Rounds:
@@ -154,17 +156,19 @@ class Rounds:
         positions = [round_ * self._plan.pairs + i for i in mine]
         prompts = [self._order.row(position) for position in positions]
         made = self._trajectories(positions, prompts)
-        rewards = given.judge(made.final, prompts * 2)  # [2N, R]
-        first, second = (made.rows(slice(k * len(mine), (k + 1) * len(mine))) for k in (0, 1))
-        reference = self._reference_densities(made)
-        said = Rewards(rewards.view(2, len(mine), -1).transpose(0, 1), prompts, positions, round_)
+        rewards = given.judge(made.final, prompts * self._plan.candidates).view(self._plan.candidates, len(mine), -1)
+        chosen = extremes(rewards)  # [2, N]
+        kept = made.rows((chosen * len(mine) + torch.arange(len(mine))).flatten())
+        first, second = (kept.rows(slice(k * len(mine), (k + 1) * len(mine))) for k in (0, 1))
+        reference = self._reference_densities(kept)
+        said = Rewards(rewards[chosen, torch.arange(len(mine))].transpose(0, 1), prompts, positions, round_)
         label, advantage = self._verdict(said, given.processes)
         return JudgedPairs(first, second, reference.chunk(2), label, said.values.mean(dim=2), advantage)
 
     def _trajectories(self, positions: Sequence[int], prompts: Sequence[int]) -> Trajectory:
-        """All first ones, then all second ones."""
+        """All first ones, then all second ones, and so on."""
         given, seeds, starts = self._given, [], []
-        for side in (0, 1):
+        for side in range(self._plan.candidates):
             seeds += [_seed(given.seed, "trajectory", side, position) for position in positions]
             starts += [_seed(given.seed, "start", 0 if self._plan.same_start else side, position) for position in positions]
         return rollout(
@@ -175,17 +179,28 @@ class Rounds:
             shape=given.latent_shape,
             seeds=seeds,
             start_seeds=starts,
-            index=list(range(len(prompts))) * 2,
+            index=list(range(len(prompts))) * self._plan.candidates,
             unconditional=given.unconditional,
             batch_size=given.sampling_batch,
             device=given.device,
-        ).labelled(torch.tensor(list(prompts) * 2))
+        ).labelled(torch.tensor(list(prompts) * self._plan.candidates))
 
     def _reference_densities(self, made: Trajectory) -> Tensor:
         """[2N, S]. The policy at the round's beginning made the trajectories: its densities are there already."""
         if self._plan.reference == "round":
             return made.log_density
         return densities(made, self._given.start, self._given, self._sampling)
+
+
+def extremes(rewards: Tensor) -> Tensor:
+    """[2, N] int64: of K candidates' rewards [K, N, R] the numbers of the best and the worst by their mean; of two, 0 and 1.
+
+    Equal ones: the best is the first of them and the worst the last, so that a pair is never one trajectory twice.
+    """
+    if len(rewards) == 2:
+        return torch.tensor([[0], [1]]).expand(2, rewards.shape[1])
+    mean = rewards.mean(dim=2)
+    return torch.stack([mean.argmax(dim=0), len(mean) - 1 - mean.flip(0).argmin(dim=0)])
 
 
 def micro_batches(judged: JudgedPairs, pairs: Sequence[int], given: Given, step: int) -> list[TransitionBatch]:

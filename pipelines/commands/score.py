@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.judge_options import judges_from, scoring_arguments
     from pipelines.progress import Bar
     from pipelines.score_journal import Journal
+    from pipelines.shares import processes
     from reward_models.base import JudgeError
 
     out = scoring.check_output(args.out, args.overwrite)
@@ -94,19 +95,6 @@ def sheet_from(args: argparse.Namespace, required: bool = False) -> Any:
 
     options = {"column": args.column, "image_column": args.image_column, "split": args.split, "required": required}
     return sheet_of(args.folders, args.prompts, **options)
-
-
-def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:
-    """This process among those that ``accelerate launch`` started: (number, of how many), a barrier, its device."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return (0, 1), lambda: None, None
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    return (state.process_index, state.num_processes), state.wait_for_everyone, str(state.device)
 
 
 def _told(bar: Any) -> Callable[[int, int], None]:

@@ -14,16 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.set_defaults(takes_unknown=True)
     sub = parser.add_subparsers(dest="objective_name", metavar="OBJECTIVE", required=True)
-    for name in objectives.names():
+    for name in objectives.names(of_prompts=False):
         module = objectives.load(name)
         own = sub.add_parser(name, help=f"{module.__doc__.splitlines()[0]}", description=module.__doc__.splitlines()[0])
-        _add_run_options(own)
+        add_run_options(own)
         from pipelines import config
 
         config.add_options(own, module.Objective)
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to run")
     group.add_argument("--recipe", metavar="NAME", help="start from a shipped recipe (`--recipe list` shows them)")
     group.add_argument(
@@ -72,6 +72,6 @@ def resolve_settings(args: argparse.Namespace) -> Any:
 def _dry_run(name: str, settings: Any) -> int:
     from pipelines import estimate, training
 
-    print(training.to_yaml(name, settings))
+    print(training.to_yaml(f"train {name}", settings))
     print(estimate.estimate(settings).to_text())
     return 0

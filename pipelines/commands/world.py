@@ -1,4 +1,4 @@
-"""``diffalign world``: the tiny world's pictures, captions, preference pairs, checkpoint and judge."""
+"""``diffalign world``: the tiny world's pictures, captions, preference pairs, checkpoint, judge and writer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-HELP = "draw the tiny world's scenes and captions, make preference pairs, train and check its checkpoint and its judge"
+HELP = "draw the tiny world's scenes and captions, make preference pairs, train its checkpoint, judge and writer"
 
 SPLITS = ("train", "validation", "test")
 
@@ -52,10 +52,21 @@ JUDGE_OPTIONS: dict[str, tuple[type, str]] = {
 }
 """The fields of ``pipelines.tiny.train_pickscore.JudgeTraining``, in the same way."""
 
+WRITER_OPTIONS: dict[str, tuple[type, str]] = {
+    "seed": (int, "seed of captions and weights"),
+    "steps": (int, "steps"),
+    "batch": (int, "rows of 128 tokens per step"),
+    "learning_rate": (float, "peak learning rate"),
+    "captions": (int, "captions of one subject on a page, at most"),
+    "styled": (float, "share of captions with style words"),
+    "lists": (float, "share of pages that list words in any order instead, more than once"),
+}
+"""The fields of ``pipelines.tiny.train_writer.WriterTraining``, in the same way."""
+
 
 LEAST = {"seed": 0, "sampled": 0, "candidates": 2}
 """Least values of the whole numbers among the options above that may not begin at 1."""
-SHARES = {"styled", "broken"}
+SHARES = {"styled", "broken", "lists"}
 
 
 # --------------------------------------------------------------------------------------------------------------- arguments
@@ -89,7 +100,7 @@ def _number(most: float = math.inf) -> Callable[[str], float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The seven jobs of ``diffalign world``."""
+    """The eight jobs of ``diffalign world``."""
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
     _add_draw(jobs.add_parser("draw", help="draw scenes with their captions (no model)"))
     _add_captions(jobs.add_parser("captions", help="write different plain captions, one a line (no model)"))
@@ -99,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_train_judge(jobs.add_parser("train-judge", help="train the miniature PickScore from nothing"))
     words = "count how often the miniature PickScore agrees with the oracle on held-out pairs; status 1 if below the bar"
     _add_check_judge(jobs.add_parser("check-judge", help=words))
+    _add_train_writer(jobs.add_parser("train-writer", help="pretrain the miniature writer of prompts from nothing"))
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +170,10 @@ def _add_train_judge(parser: argparse.ArgumentParser) -> None:
     _add_training(parser, JUDGE_OPTIONS, "judge")
 
 
+def _add_train_writer(parser: argparse.ArgumentParser) -> None:
+    _add_training(parser, WRITER_OPTIONS, "writer")
+
+
 def _add_training(parser: argparse.ArgumentParser, options: dict[str, tuple[type, str]], what: str) -> None:
     parser.add_argument("--output", type=Path, required=True, help=f"folder for the {what}")
     parser.add_argument("--overwrite", action="store_true", help="write over what is in the folder")
@@ -193,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the request cannot be met (too many captions, a folder in use, an unwritable path, a wrong model).
     """
     jobs = {"draw": _draw, "captions": _captions, "pairs": _pairs, "train": _train, "check": _check}
-    jobs |= {"train-judge": _train_judge, "check-judge": _check_judge}
+    jobs |= {"train-judge": _train_judge, "check-judge": _check_judge, "train-writer": _train_writer}
     return jobs[args.job](args)
 
 
@@ -274,6 +290,14 @@ def _train_judge(args: argparse.Namespace) -> int:
 
     _check_output(args)
     train(args.output, JudgeTraining(**_given(args, *JUDGE_OPTIONS)), say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _train_writer(args: argparse.Namespace) -> int:
+    from pipelines.tiny.train_writer import WriterTraining, train
+
+    _check_output(args)
+    train(args.output, WriterTraining(**_given(args, *WRITER_OPTIONS)), say=lambda line: print(line, flush=True))
     return 0
 
 

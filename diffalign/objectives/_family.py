@@ -1,0 +1,123 @@
+"""What all objectives that take a loss of the family share: which loss it is, what it may ask for, and the loss at work.
+
+An objective's likelihoods come from somewhere (denoising errors, transitions, tokens); from there on the same things happen:
+
+    w, l = x_policy - x_reference            the two log-ratios
+    loss(w, l; label, scale, baseline ...)   one number per pair
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign import losses
+from diffalign.errors import UserError
+from diffalign.learner import Alone, Processes
+from diffalign.losses.baselines import Baseline
+from diffalign.losses.divergences import Divergence
+from diffalign.settings import check_options, option
+from diffalign.types import LogLikelihood, LogRatio
+
+
+class BatchSizes(Protocol):
+    """Of what a run gives its objective, all that is asked here."""
+
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """Which loss looks at the two log-ratios. ``diffalign objectives --losses`` lists them."""
+
+    loss: str = option("dpo", "loss on the two log-ratios; `diffalign objectives --losses` lists them")
+    loss_options: dict[str, float | str] = option(None, "constants of that loss, as name=value")  # type: ignore[assignment]
+    divergence: Divergence = option("reverse-kl", "divergence that ties the policy to the reference")
+    divergence_alpha: float = option(0.5, "order of the alpha divergence; 1 is reverse-kl")
+    sft_weight: float = option(0.0, "weight of an added SFT term on the winner, in units of beta", ge=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.chosen()
+
+    def chosen(self, **own: float) -> losses.Loss:
+        """The loss; ``own`` are its constants that the objective itself has settings for.
+
+        Raises:
+            ValueError: an unknown name, constant or value.
+        """
+        extras = losses.Extras(self.divergence, self.divergence_alpha, self.sft_weight)
+        return losses.load(self.loss, extras, **own | losses.read_options(self.loss, self.loss_options or {}))
+
+
+def refuse_extras(choice: LossChoice, own: str) -> None:
+    """Raise ValueError for settings of the family's losses beside a loss that is not one of them: they would do nothing."""
+    idle = [name for name in ("divergence", "sft_weight", "loss_options") if getattr(choice, name) not in ("reverse-kl", 0, None)]
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would do nothing: the loss {own!r} is the objective's own; name another one")
+
+
+def looks_back(loss: losses.Loss) -> bool:
+    """Whether a loss needs a reference in training."""
+    return bool(loss.needs & {"ratio", "reference", "baseline"})
+
+
+def refuse_lone_samples(baseline: Baseline | None, given: BatchSizes) -> None:
+    """Raise UserError for a baseline that exchanges the prompts of a batch where there is nothing to exchange."""
+    if baseline is not None and baseline.watches == "mismatched" and given.batch_size < 2:
+        raise UserError("A baseline of mismatched prompts needs a batch_size of at least 2.")
+
+
+def refuse_unfit(loss: losses.Loss, shown: set[str], given: BatchSizes) -> None:
+    """For objectives that show a loss less than DPO does: say before anything is sampled what could not be computed.
+
+    Raises:
+        UserError: the loss looks at more than ``shown`` (fields of ``losses.Evidence``), or needs larger batches.
+    """
+    if more := sorted(loss.needs - shown - {"label"}):
+        raise UserError(f"The loss {loss.name} looks at more than this objective can show it: {', '.join(more)}.")
+    refuse_small_batches(loss, given)
+
+
+def refuse_small_batches(loss: losses.Loss, given: BatchSizes) -> None:
+    """Raise UserError for a loss that compares the pairs of a batch where there is one pair in it."""
+    if loss.mixes_batch and given.batch_size < 2:
+        raise UserError(f"The loss {loss.name} compares the pairs of a batch: batch_size must be at least 2.")
+
+
+class LossAtWork:
+    """A loss of the family with the scale of its likelihoods, and the baseline it measures against, if it has one."""
+
+    def __init__(
+        self, loss: losses.Loss, scale: float, baseline: Baseline | None = None, processes: Processes | None = None
+    ) -> None:
+        self.loss, self.scale, self.baseline = loss, scale, baseline
+        self._processes = processes or Alone()
+
+    @torch.no_grad()
+    def learn(self, ratio: LogRatio, mismatched: Callable[[], LogRatio]) -> None:
+        """Bring the baseline up to date with a training batch of all processes. ``mismatched`` is asked only if it is watched."""
+        if self.baseline is None:
+            return
+        if self.baseline.watches == "margins":
+            values = ratio.margin
+        else:
+            sides = mismatched() if self.baseline.watches == "mismatched" else ratio
+            values = torch.cat([sides.winner, sides.loser])
+        self.baseline.update(self._processes.gather(values))
+
+    def __call__(
+        self,
+        label: Tensor,
+        policy: LogLikelihood,
+        reference: LogLikelihood | None,
+        ratio: LogRatio | None,
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        """Losses [B]. ``reference`` and ``ratio`` are None where nobody was asked; ``scores`` [B, 2] are a judge's."""
+        value = None if self.baseline is None else self.baseline.value.to(policy.winner.device)
+        return self.loss(losses.Evidence(label, ratio, policy, reference, scores, value), self.scale)

@@ -1,0 +1,353 @@
+"""``diffalign prompts``: a language model that rewrites prompts so that they score better and still mean the same.
+
+build      preferences between rewrites: a writer proposes, a generator draws, judges choose
+sft        teach a writer to imitate rewrites
+train      teach it what is preferred and means the same, by Sem-DPO
+rewrite    rewrite a prompt, or a file of them
+evaluate   plain prompts against what writers make of them
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "prompts that score better and still mean the same"
+OBJECTIVES = {"sft": "prompt-sft", "train": "sem-dpo"}
+WRITER = "'tiny', a folder (of a run, too), or a hub id of a causal language model"
+GENERATOR = "what draws: 'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+EMBEDDING = "embedding of meaning: clip, clip-h, tiny, or a folder or hub id of a text encoder (default clip)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The five commands and their options."""
+    parser.set_defaults(takes_unknown=True)
+    sub = parser.add_subparsers(dest="prompts_command", metavar="COMMAND", required=True)
+    for name, (add, run_it, text) in _COMMANDS.items():
+        own = sub.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        own.set_defaults(run_prompts=run_it)
+        if name not in OBJECTIVES:  # these bring their own
+            own.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        add(own)
+
+
+def run(args: argparse.Namespace) -> int:
+    from diffalign.errors import UserError
+
+    if args.unknown and args.prompts_command not in OBJECTIVES:  # training checks its own, and names the nearest
+        raise UserError(f"unknown arguments: {' '.join(args.unknown)}")
+    return args.run_prompts(args)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def _training(command: str) -> Any:
+    def add(parser: argparse.ArgumentParser) -> None:
+        from diffalign import objectives
+        from pipelines import config
+        from pipelines.commands.train import add_run_options
+
+        module = objectives.load(OBJECTIVES[command])
+        parser.description = module.__doc__.splitlines()[0]
+        parser.set_defaults(objective_name=OBJECTIVES[command])
+        add_run_options(parser)
+        config.add_options(parser, module.Objective)
+
+    return add
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pipelines import recipes
+    from pipelines.commands.train import resolve_settings
+
+    name = args.objective_name
+    if args.recipe == "list":
+        print("\n".join(recipes.describe(name)))
+        return 0
+    settings = resolve_settings(args)
+    if args.dry_run:
+        return _dry_run(name, settings)
+    from diffalign.checkpoint import INTERRUPTED_STATUS
+    from pipelines.writers import training
+
+    finished = training.train(name, settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+    return INTERRUPTED_STATUS if finished.interrupted else 0
+
+
+def _dry_run(name: str, settings: Any) -> int:
+    from pipelines.run_folder import to_yaml
+    from pipelines.writers import ingredients
+    from pipelines.writers.settings import COMMANDS
+
+    print(to_yaml(COMMANDS[name], settings))
+    table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, print)
+    rows = ingredients.encode(table, writer, settings.data, print)
+    print(table.description)
+    print(", ".join(f"{what}: {n}" for what, n in rows.counts.items()))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """How rewrites are looked for."""
+    from pipelines.sampling_options import whole
+
+    parser.add_argument("--template", help="rephrase, chat, or a text with {prompt} in it (default: as the writer was trained)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampled rewrites (default 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of sampled rewrites (default 1)")
+    parser.add_argument("--max-rewrite-tokens", type=whole(1), default=75, metavar="N", help="of a rewrite (default 75)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of everything that is drawn (default 0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of writer and generator")
+    parser.add_argument("--device", help="such as cuda, cuda:1 or cpu (default: the best there is)")
+
+
+def _add_drawing(parser: argparse.ArgumentParser, needed: bool = True) -> None:
+    """How rewrites are drawn and judged."""
+    from pipelines.sampling_options import whole
+
+    parser.add_argument("--generator", required=needed, help=GENERATOR)
+    parser.add_argument(
+        "--judges", required=needed, metavar="NAME,...", help="judges of the pictures, for the prompt that was typed"
+    )
+    options = {"nargs": "+", "action": "extend", "default": [], "metavar": "JUDGE.OPTION=VALUE"}
+    parser.add_argument("--judge-options", **options, help="what a judge is loaded with")
+    parser.add_argument("--pictures", type=whole(1), default=1, metavar="N", help="of each rewrite (default 1)")
+    parser.add_argument("--steps", type=whole(1), default=25, help="of drawing (default 25)")
+    parser.add_argument("--guidance-scale", type=float, help="of drawing (default: the generator's own)")
+    parser.add_argument("--sampler", default="ddim", help="ddim, dpm++, euler or 'as saved' (default ddim)")
+    parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N", help="pictures drawn together (default 16)")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    from pipelines.prompts import FORMATS, NAMES
+    from pipelines.sampling_options import whole
+
+    text = f"a {', '.join(FORMATS)} file, one of {', '.join(NAMES)}, or tiny"
+    parser.add_argument("--prompts", required=True, help=text)
+    parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
+    parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
+
+
+def _prompts(args: argparse.Namespace, split: str) -> list[str]:
+    from pipelines.prompts import read_prompts
+
+    if args.prompts == "tiny":
+        from pipelines.tiny import scenes
+
+        return scenes.captions(args.count or 500, seed={"train": 11, "test": 2026}[split], split=split)
+    return [prompt.text for prompt in read_prompts(args.prompts, args.column)][: args.count]
+
+
+def _studio(args: argparse.Namespace) -> Any:
+    from pipelines import families
+    from pipelines.judge_options import load_judges
+    from pipelines.sampling import sampler_name
+    from pipelines.writers.studio import Sampling, Studio
+
+    judges = load_judges(args.judges, args.judge_options, args.device)
+    pipe = families.load_pipeline(args.generator, dtype=args.dtype, device=args.device)
+    drawing = {"guidance_scale": args.guidance_scale, "sampler": sampler_name(args.sampler), "batch_size": args.batch_size}
+    return Studio(pipe, judges, Sampling(args.pictures, args.seed, args.steps, **drawing))
+
+
+def _writer(where: str, args: argparse.Namespace) -> Any:
+    import torch
+
+    from pipelines.writers.writer import Writer
+
+    place = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Writer.load(where, dtype=args.dtype, template=args.template).to(place)
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    from pipelines.sampling_options import whole
+
+    _add_prompts(parser)
+    parser.add_argument("--writer", required=True, help=WRITER)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the pairs: .jsonl or .parquet")
+    parser.add_argument("--candidates", type=whole(2), default=8, metavar="K", help="rewrites of each prompt (default 8)")
+    parser.add_argument(
+        "--ways",
+        default="sample,diverse-beam",
+        help="how they are found: sample, beam, diverse-beam (default: the first and third)",
+    )
+    parser.add_argument("--with-prompt", action="store_true", help="the prompt itself is a candidate, too")
+    parser.add_argument(
+        "--min-gap", type=float, default=1.0, help="between best and worst, in usual differences of two rewrites (default 1)"
+    )
+    parser.add_argument("--max-distance", type=float, help="rewrites further from their prompt are never chosen")
+    parser.add_argument("--embedding", default="clip", help=EMBEDDING)
+    parser.add_argument("--chunk", type=whole(1), default=8, help="prompts between two saves (default 8)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, and drop candidates of another build")
+    _add_writing(parser)
+    _add_drawing(parser)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from pipelines.progress import Bar
+    from pipelines.semantics import load_embedding
+    from pipelines.shares import processes
+    from pipelines.writers import build
+
+    build.check_out(args.out, args.overwrite)
+    share, wait, device = processes()
+    args.device = args.device or device
+    ways = tuple(way.strip() for way in args.ways.split(",") if way.strip())
+    drawing = {"temperature": args.temperature, "top_p": args.top_p, "max_rewrite_tokens": args.max_rewrite_tokens}
+    proposing = build.Proposing(args.candidates, ways, seed=args.seed, with_prompt=args.with_prompt, **drawing)
+    prompts = _prompts(args, "train")
+    with Bar(shown=share[0] == 0, unit="prompt") as bar:
+        built = build.build(
+            prompts,
+            _writer(args.writer, args),
+            _studio(args),
+            load_embedding(args.embedding, device=args.device),
+            args.out,
+            proposing=proposing,
+            pairing=build.Pairing(args.min_gap, args.max_distance),
+            chunk=args.chunk,
+            overwrite=args.overwrite,
+            share=share,
+            wait=wait,
+            progress=bar.advance,
+        )
+    if built is not None:
+        print(built.to_text())
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- rewriting
+
+
+def _add_rewrite(parser: argparse.ArgumentParser) -> None:
+    from pipelines.sampling_options import whole
+
+    parser.add_argument("texts", nargs="*", metavar="PROMPT", help="prompts; or name a list with --prompts")
+    parser.add_argument("--prompts", help="a file of prompts, or a list by name")
+    parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
+    parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
+    parser.add_argument("--writer", required=True, help=WRITER)
+    parser.add_argument("-n", type=whole(1), default=1, help="rewrites of each prompt (default 1)")
+    parser.add_argument("--way", default="sample", choices=("sample", "beam", "diverse-beam"), help="how (default sample)")
+    parser.add_argument("--draw", type=whole(1), help="candidates to choose from (default: 4 for each, where there is a choice)")
+    parser.add_argument("--max-distance", type=float, help="never further from the prompt than this; else the prompt itself")
+    parser.add_argument("--embedding", help=f"{EMBEDDING.removesuffix(' (default clip)')} (default: none without --max-distance)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a .jsonl or .csv file; without one, to the terminal")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    _add_writing(parser)
+    _add_drawing(parser, needed=False)
+
+
+def _rewrite(args: argparse.Namespace) -> int:
+    from diffalign.errors import UserError
+    from pipelines.progress import Bar
+    from pipelines.semantics import load_embedding
+    from pipelines.writers import rewriting
+    from pipelines.writers.optimizer import PromptOptimizer
+
+    if bool(args.texts) == bool(args.prompts):
+        raise UserError("Give prompts on the command line, or a list with --prompts: one of the two.")
+    if bool(args.generator) != bool(args.judges):
+        raise UserError("--generator draws rewrites and --judges choose among them: give both, or neither.")
+    rewriting.check_out(args.out, args.overwrite)
+    prompts = args.texts or _prompts(args, "test")
+    name = args.embedding or ("clip" if args.max_distance is not None else None)
+    embedding = load_embedding(name, device=args.device) if name else None
+    optimizer = PromptOptimizer(_writer(args.writer, args), embedding, _studio(args) if args.generator else None)
+    options = {
+        "n": args.n,
+        "how": args.way,
+        "seed": args.seed,
+        "max_distance": args.max_distance,
+        "draw": args.draw,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_rewrite_tokens": args.max_rewrite_tokens,
+    }
+    with Bar(shown=len(prompts) > 8, unit="prompt") as bar:
+        found = rewriting.rewritten(optimizer, prompts, bar.advance, **options)
+    if args.out is None:
+        print(rewriting.to_text(found))
+    else:
+        rewriting.write(found, args.out)
+        print(f"{args.out}: {sum(map(len, found))} rewrites of {len(found)} prompts")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluating
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    from pipelines.sampling_options import whole
+
+    _add_prompts(parser)
+    parser.add_argument(
+        "--writers", required=True, metavar="NAME=WRITER,...", help="writers to compare, each with a name of its own"
+    )
+    parser.add_argument("--best-of", type=whole(2), metavar="N", help="and for each the best of N by the judges, for comparison")
+    parser.add_argument("--embedding", default="clip", help=EMBEDDING)
+    parser.add_argument("--delta", type=float, default=0.1, help="distance beyond which a rewrite has drifted (default 0.1)")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="report, numbers and pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
+    _add_writing(parser)
+    _add_drawing(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from pipelines import outputs
+    from pipelines.progress import Bar
+    from pipelines.semantics import load_embedding
+    from pipelines.writers import evaluation
+
+    outputs.check_folder(args.out, args.overwrite)
+    ways = []
+    for name, where in _named(args.writers).items():
+        writer, promised = _writer(where, args), evaluation.promised_by(where)
+        ways.append(evaluation.Way(name, writer, promised=promised))
+        ways += [evaluation.Way(f"{name}, best of {args.best_of}", writer, args.best_of)] if args.best_of else []
+    limits = {"delta": args.delta, "seed": args.seed, "max_rewrite_tokens": args.max_rewrite_tokens}
+    with Bar(unit="picture") as bar:
+        evaluation.evaluate(
+            _prompts(args, "test"),
+            ways,
+            _studio(args),
+            load_embedding(args.embedding, device=args.device),
+            args.out,
+            **limits,
+            overwrite=args.overwrite,
+            progress=bar.advance,
+        )
+    print((args.out / "report.md").read_text().split("\n## Pictures")[0])
+    return 0
+
+
+def _named(text: str) -> dict[str, str]:
+    """``sft=runs/sft,sem=runs/sem`` as writers by name; a writer without a name goes by its folder's."""
+    from diffalign.errors import UserError
+
+    out: dict[str, str] = {}
+    for item in (item.strip() for item in text.split(",") if item.strip()):
+        name, sign, where = item.partition("=")
+        name, where = (name, where) if sign else (Path(item).name, item)
+        if not name or not where or name in out:
+            raise UserError(f"--writers: found {item!r}; expected NAME=WRITER, each name once, as in sft=runs/sft,sem=runs/sem.")
+        out[name] = where
+    if not out:
+        raise UserError(f"--writers: found {text!r}; expected at least one, as in sft=runs/sft.")
+    return out
+
+
+_COMMANDS = {
+    "build": (_add_build, _build, "preferences between rewrites: a writer proposes, a generator draws, judges choose"),
+    "sft": (_training("sft"), _train, "teach a writer to imitate rewrites"),
+    "train": (_training("train"), _train, "teach a writer what is preferred and means the same, by Sem-DPO"),
+    "rewrite": (_add_rewrite, _rewrite, "rewrite a prompt, or a file of them"),
+    "evaluate": (_add_evaluate, _evaluate, "plain prompts against what writers make of them"),
+}

@@ -1,0 +1,213 @@
+"""What the configuration of an image model's run holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from diffalign.objectives._about import FROZEN_START, PROMPTS, About
+from diffalign.settings import check_options, option
+from pipelines.config import Schema, flag_of, merge
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """The low-rank adapter (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = option(16, "rank of the adapter", ge=1)
+    alpha: float = option(16.0, "the adapter's scale is alpha / rank", gt=0)
+    targets: tuple[str, ...] = option(("to_q", "to_k", "to_v", "to_out.0"), "modules that get an adapter (ends of their names)")
+    dropout: float = option(0.0, "dropout in the adapter", ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which pairs, and what is done to them before the network sees them."""
+
+    resolution: int | None = option(None, "pixels per side; by default the model's own", ge=8)
+    crop: Literal["center", "random"] = option("center", "one crop for both pictures of a pair")
+    flip: bool = option(False, "mirror half of the visits, both pictures together")
+    ties: Literal["keep", "drop"] = option("drop", "keep ties with label 1/2, or drop them")
+    split: str = option("train", "split of the data set")
+    columns: dict[str, str] = option(None, "other column names, as ours=theirs")  # type: ignore[assignment]
+    scores: str | None = option(None, "the judge whose scores the pairs carry, as `diffalign relabel` called it")
+    max_unreadable: float = option(0.01, "share of unreadable rows that is skipped before the run is refused", ge=0, le=1)
+    prompt_dropout: float = option(0.2, "share of the prompts replaced by the empty one", ge=0, le=1)
+    latents: Literal["sample", "mode"] = option("sample", "draw from the autoencoder's posterior, or take its mean")
+    validation_pairs: int = option(64, "pairs kept out of training for validation", ge=0)
+    validation_draws: int = option(4, "fixed (t, noise) draws per validation pair", ge=1)
+    curriculum: Literal["none", "margin"] = option("none", "margin: pairs that the judge tells apart most clearly come first")
+    curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
+    curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
+    cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
+    encode_batch: int = option(8, "pictures encoded at a time", ge=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSettings:
+    """How many pairs at a time."""
+
+    batch_size: int = option(1, "pairs per process and micro-step", ge=1)
+    accumulation: int = option(1, "micro-steps per optimizer step", ge=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """Judges in training: of what the policy samples (on-line objectives), or of the data's pairs (SmPO, MADPO, ADPO)."""
+
+    reward: tuple[str, ...] = option((), "judges by name, or LABEL=NAME; one for the data's pairs")
+    reward_options: tuple[str, ...] = option((), "what they are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
+    rollout_batch: int = option(16, "pictures sampled, decoded and judged at a time in training", ge=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeSettings:
+    """How the arithmetic is done."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the network; errors stay float32")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels")
+    channels_last: bool = option(False, "channels-last memory format for the UNet (helps on GPUs)")
+    tracker: str = option("tensorboard", "where metrics go, by Accelerate's name for it; none for the JSONL only")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The comparison with the base after training."""
+
+    prompts: str | None = option(None, "held-out prompts: a file or a set by name; none for no evaluation")
+    prompt_count: int = option(200, "how many of them", ge=1)
+    judges: tuple[str, ...] = option((), "judges by name, or LABEL=NAME")
+    judge_options: tuple[str, ...] = option((), "what judges are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
+    sampling_steps: int = option(25, "DDIM steps", ge=1)
+    guidance_scale: float = option(7.5, "classifier-free guidance", ge=0)
+    sampling_batch: int = option(8, "pictures sampled at a time", ge=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """A whole run. ``objective`` holds the settings of the objective named on the command line."""
+
+    model: str
+    output: Path
+    objective: Any
+    lora: LoraSettings
+    data: DataSettings
+    reward: RewardSettings
+    batch: BatchSettings
+    optimiser: Any  # diffalign.optimisation.OptimiserSettings
+    loop: Any  # diffalign.train.LoopSettings
+    compute: ComputeSettings
+    evaluation: EvaluationSettings
+    pairs: str | None = None
+    train_prompts: str | None = None
+    feedback: Path | None = None
+    start_lora: Path | None = None
+    single_file_config: str | None = None
+    adapter: Literal["lora", "full"] = "lora"
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+TOP_LEVEL = {
+    "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
+    "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
+    "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
+    "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
+    "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
+    "start_lora": "a LoRA that diffalign trained, to go on from; the frozen start stays the base model",
+    "output": "folder of the run",
+    "adapter": "train a LoRA or the whole network",
+    "prediction_type": "what the network predicts; auto reads it from the model",
+    "seed": "seed of everything",
+}
+
+
+def sections(objective: type) -> dict[str, type]:
+    """The sections of a configuration for one objective, in the order they are shown."""
+    from diffalign.optimisation import OptimiserSettings
+    from diffalign.train import LoopSettings
+
+    return {
+        "objective": objective,
+        "lora": LoraSettings,
+        "data": DataSettings,
+        "reward": RewardSettings,
+        "batch": BatchSettings,
+        "optimiser": OptimiserSettings,
+        "loop": LoopSettings,
+        "compute": ComputeSettings,
+        "evaluation": EvaluationSettings,
+    }
+
+
+def _with_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
+    """With how the trajectories to learn from were sampled, where nobody says otherwise."""
+    if not tree.get("feedback") or not getattr(objective, "learns_from_people", False):
+        return tree
+    from pipelines.feedback import sampling_settings
+
+    return merge({"objective": sampling_settings(tree["feedback"])}, tree)
+
+
+def _missing(tree: Mapping[str, Any], about: About) -> list[str]:
+    """What this objective learns from and was not given."""
+
+    def needed(path: str, text: str) -> str:
+        return f"{path}: needed but not given ({text}; {flag_of(path.split('.')[-1])})"
+
+    if PROMPTS not in about.data:
+        return [] if tree.get("pairs") else [needed("pairs", TOP_LEVEL["pairs"])]
+    if tree.get("feedback"):
+        return []
+    missing = [] if tree.get("train_prompts") or tree.get("pairs") else [needed("train_prompts", TOP_LEVEL["train_prompts"])]
+    if about.judged == "needed" and not dict(tree.get("reward") or {}).get("reward"):
+        missing.append(needed("reward.reward", "judges that reward what the policy samples"))
+    return missing
+
+
+def _contradictions(whole: Mapping[str, Any]) -> list[str]:
+    """Choices, an adapter, rounds of the loop or a curriculum, where the objective has no use for them."""
+    objective, data, loop = whole["objective"], whole["data"], whole["loop"]
+    samples, own = PROMPTS in objective.about.data, getattr(objective, "round_steps", 1)
+    out = []
+    if whole["feedback"] and not getattr(objective, "learns_from_people", False):
+        out.append("feedback: this objective does not learn from choices among rollouts; d3po does")
+    if whole["start_lora"] and whole["adapter"] == "full":
+        out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
+    if samples and data.curriculum != "none":
+        out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
+    if loop.round_reference == "round" and objective.about.reference != FROZEN_START:
+        found = objective.about.reference
+        out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")
+    if samples and loop.extrapolation:
+        out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
+    if loop.extrapolation and loop.round_every % own:
+        out.append(f"loop.round_every: should be a multiple of the objective's own round_steps, {own} (found {loop.round_every})")
+    return out
+
+
+SCHEMA = Schema(TrainSettings, TOP_LEVEL, sections, _missing, _contradictions, _with_feedback)

@@ -1,0 +1,508 @@
+"""Preferences between rewrites of a prompt, and pairs of plain and expanded prompts, as files that somebody has.
+
+    table = read_rewrites("pairs.jsonl")
+    table[0].prompt, table[0].chosen, table[0].rejected
+
+Rows come from JSON, JSON lines, CSV, TSV, Parquet, a data set saved on disk, or one of the hub. Texts may be plain, or
+conversations as TRL has them (lists of turns with role and content): then the last turn of the user is the prompt and the last
+one of the assistant the rewrite. Of a row that cannot be used the place and the reason are kept; a pair of twice the same
+rewrite teaches nothing and is left out, as is a row that was there before. Both are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from diffalign.data.open import TIES
+from diffalign.data.pairs import RowProblem, number_from, score_from
+from diffalign.data.readers import arrow, hub, listing, parquet, saved
+from diffalign.errors import UserError
+from pipelines import outputs
+
+ENDINGS = (".jsonl", ".ndjson", ".parquet")
+"""Of files that ``write_rewrites`` writes."""
+FORMS = (
+    "a .jsonl, .json, .csv, .tsv or .parquet file",
+    "a folder of parquet shards",
+    saved.FORM,
+    "the id of a data set on the Hugging Face hub (owner/name)",
+)
+
+
+@dataclass(frozen=True)
+class RewritePair:
+    """A prompt, two rewrites of it, and which of them was preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    label: float = 1.0  # probability that ``chosen`` is preferred, in [1/2, 1]
+    weight: float = 1.0  # factor on the pair's loss, >= 0
+    distance: float | None = None  # 1 - cos between prompt and ``chosen``, in [0, 2]
+    chosen_score: float | None = None  # a judge's
+    rejected_score: float | None = None
+    gold: str | None = None  # a reference rewrite, better than both
+    origin: str = field(default="", compare=False)  # file and row, for messages
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all other columns
+
+    @property
+    def tie(self) -> bool:
+        return self.label == 0.5
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A plain prompt and what somebody made of it, to be imitated."""
+
+    prompt: str
+    rewrite: str
+    weight: float = 1.0
+    origin: str = field(default="", compare=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+Row = TypeVar("Row", RewritePair, Expansion)
+
+
+@dataclass(frozen=True)
+class RewriteTable(Generic[Row]):
+    """The rows of a data set that can be used, in its order."""
+
+    rows: tuple[Row, ...]
+    where: str
+    left_out: Mapping[str, int]  # how many rows, by reason: ties, identical, repeated, unwanted, unusable
+    problems: tuple[RowProblem, ...]  # of each unusable row its place and reason
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def description(self) -> str:
+        """One line: where the data are, how many, and what was left out."""
+        left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
+        first = f" (the first: {self.problems[0]})" if self.problems else ""
+        return f"{self.where}: {len(self)} {'rewrites' if isinstance(self.rows[0], Expansion) else 'pairs'}{left}{first}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that training sees of the rows, however they are stored."""
+        sha = hashlib.sha256()
+        for row in self.rows:
+            sha.update(json.dumps(_seen(row)).encode())
+        return sha.hexdigest()
+
+
+def _seen(row: RewritePair | Expansion) -> list[Any]:
+    return [getattr(row, f.name) for f in fields(row) if f.compare]
+
+
+# ------------------------------------------------------------------------------------------------------------------- columns
+
+_PROMPT = ("prompt", "plain", "plain_prompt", "original", "original_prompt", "caption", "input", "instruction", "query", "text")
+_CHOSEN = ("chosen", "winner", "preferred", "chosen_rewrite", "chosen_prompt", "response_chosen")
+_REJECTED = ("rejected", "loser", "unpreferred", "rejected_rewrite", "rejected_prompt", "response_rejected")
+_REWRITE = ("rewrite", "rewritten", "expanded", "expansion", "expanded_prompt", "optimized", "optimized_prompt", "completion")
+_NUMBERS = {"label": ("label",), "weight": ("weight",)}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a row must have and may have: for each role of a column the names that it may go by."""
+
+    what: str
+    required: Mapping[str, tuple[str, ...]]
+    optional: Mapping[str, tuple[str, ...]]
+    talk: str  # the role whose column may hold the prompt, too, as the first part of a conversation
+
+    @property
+    def roles(self) -> Mapping[str, tuple[str, ...]]:
+        return {**self.required, **self.optional}
+
+
+_PAIRS = _Form(
+    "preferences between rewrites",
+    {"prompt": _PROMPT, "chosen": _CHOSEN, "rejected": _REJECTED},
+    {
+        **_NUMBERS,
+        "distance": ("distance", "chosen_distance"),
+        "chosen_score": ("chosen_score", "score_chosen"),
+        "rejected_score": ("rejected_score", "score_rejected"),
+        "gold": ("gold", "reference", "gold_rewrite"),
+    },
+    "chosen",
+)
+_EXPANSIONS = _Form(
+    "rewrites to imitate",
+    {"prompt": _PROMPT, "rewrite": (*_REWRITE, *_CHOSEN, "response", "output", "target", "messages")},
+    {**_NUMBERS, "rejected": _REJECTED},
+    "rewrite",
+)
+
+
+class _Rows(Protocol):
+    """As ``diffalign.data.table.Rows``, of which less is needed here."""
+
+    columns: tuple[str, ...]
+    description: str
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]: ...
+
+    def origin(self, index: int) -> str: ...
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rewrites(
+    where: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train", ties: str = "keep"
+) -> RewriteTable[RewritePair]:
+    """Preferences between rewrites: a file, a folder, or the id of a data set on the hub.
+
+    ``columns`` says which column plays a role (``{"prompt": "text", "gold": "best"}``) where the names differ from the usual
+    ones; columns without a role become ``provenance``. A ``label`` below 1/2 turns the pair round. ``ties="drop"`` leaves out
+    pairs with label 1/2.
+
+    Raises:
+        UserError: an unknown place, split, column or form of data, or no row that can be used.
+    """
+    if ties not in TIES:
+        raise UserError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}.")
+    return _table(where, split, columns or {}, _PAIRS, lambda cells, names: _pair(cells, names, ties))
+
+
+def read_expansions(
+    where: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train"
+) -> RewriteTable[Expansion]:
+    """Prompts with one rewrite each, for supervised fine-tuning; of preferences the preferred rewrite.
+
+    The column is called ``rewrite``, ``completion`` or ``chosen``, say, or ``messages`` where it is a conversation. Rows that a
+    ``label`` below 1/2 calls unwanted are left out.
+
+    Raises:
+        UserError: as ``read_rewrites``.
+    """
+    return _table(where, split, columns or {}, _EXPANSIONS, _expansion)
+
+
+class _LeftOut(Exception):
+    """A row that is as it should be and still not used; the message is the reason."""
+
+
+def _table(
+    where: str | Path,
+    split: str,
+    columns: Mapping[str, str],
+    form: _Form,
+    parse: Callable[[Mapping[str, Any], Mapping[str, str]], Row],
+) -> RewriteTable[Row]:
+    rows = _open(where, split)
+    names = _names(rows, form, columns)
+    known = set(form.roles)
+    others = [name for name in rows.columns if name not in names.values() and name not in known]
+    found: dict[str, Row] = {}
+    left_out = {"ties": 0, "identical": 0, "repeated": 0, "unwanted": 0}
+    problems = []
+    for index in range(len(rows)):
+        try:
+            row = _parsed(rows, index, names, others, parse)
+        except RowProblem as problem:
+            problems.append(problem)
+        except _LeftOut as reason:
+            left_out[str(reason)] += 1
+        else:
+            key = json.dumps(_seen(row))
+            left_out["repeated"] += key in found
+            found.setdefault(key, row)
+    table = RewriteTable(tuple(found.values()), rows.description, {**left_out, "unusable": len(problems)}, tuple(problems))
+    if not found:
+        why = ", ".join(f"{n} {reason}" for reason, n in table.left_out.items() if n) or "it has no rows"
+        first = f" The first that is unusable: {problems[0]}." if problems else ""
+        raise UserError(f"There are no {form.what} to use in {rows.description}: {why}.{first}")
+    return table
+
+
+def _parsed(
+    rows: _Rows,
+    index: int,
+    names: Mapping[str, str],
+    others: Sequence[str],
+    parse: Callable[[Mapping[str, Any], Mapping[str, str]], Row],
+) -> Row:
+    cells = rows.row(index, (*dict.fromkeys(names.values()), *others))
+    try:
+        row = parse({role: cells.get(name) for role, name in names.items()}, names)
+    except ValueError as error:
+        raise RowProblem(rows.origin(index), None, str(error)) from error
+    return replace(row, origin=rows.origin(index), provenance={name: cells.get(name) for name in others})
+
+
+def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, str]:
+    """Column name of every role that has one; a name given by the user comes before the usual ones."""
+    has = ", ".join(rows.columns) or "no columns"
+    for role, name in columns.items():
+        if role not in form.roles:
+            raise UserError(f"columns: {role!r} is not a role of a column; the roles are {', '.join(sorted(form.roles))}.")
+        if name not in rows.columns:
+            raise UserError(f"columns: {role}={name}, but {rows.description} has no column {name!r}. It has: {has}.")
+    names = {}
+    for role, usual in form.roles.items():
+        name = columns.get(role) or next((u for u in usual if u in rows.columns and u not in columns.values()), None)
+        if name is not None:
+            names[role] = name
+    lacking = [role for role in form.required if role not in names]
+    if lacking == ["prompt"] and _is_talk(rows, names[form.talk]):
+        return names  # the prompt is the first part of the conversation
+    if lacking:
+        needed = ", ".join(" or ".join(usual[:3]) for usual in form.required.values())
+        only = ""
+        if form is _PAIRS and all(any(u in rows.columns for u in usual) for usual in _EXPANSIONS.required.values()):
+            only = " One rewrite for each prompt can be imitated (supervised fine-tuning), but says nothing of preferences."
+        missing = f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing"
+        raise UserError(
+            f"{rows.description} does not have the columns that {form.what} need: {missing}. It has: {has}. Needed: {needed}; "
+            f"optional {', '.join(form.optional)}. If they go by other names, say which column plays which role "
+            f"(columns: role=name).{only}"
+        )
+    return names
+
+
+def _is_talk(rows: _Rows, column: str) -> bool:
+    """Whether the first readable cell of the column is a conversation."""
+    for index in range(len(rows)):
+        try:
+            return _turns(rows.row(index, (column,)).get(column)) is not None
+        except RowProblem:
+            continue
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------- rows
+
+
+def _pair(cells: Mapping[str, Any], names: Mapping[str, str], ties: str) -> RewritePair:
+    prompt = _prompt(cells, names, "chosen")
+    if "prompt" not in names and _prompt(cells, names, "rejected", or_else=prompt) != prompt:
+        raise ValueError(f"{names['chosen']} and {names['rejected']} answer different prompts")
+    chosen, rejected = (_text(cells[side], names[side], "assistant") for side in ("chosen", "rejected"))
+    gold = cells.get("gold")
+    gold = None if gold in (None, "", []) else _text(gold, names["gold"], "assistant")
+    scores = [score_from(cells.get(role), names.get(role, role)) for role in ("chosen_score", "rejected_score")]
+    label, distance = _label(cells, names), _distance(cells, names)
+    if label < 0.5:  # the distance was that of the other rewrite
+        chosen, rejected, scores, label, distance = rejected, chosen, scores[::-1], 1.0 - label, None
+    if label == 0.5 and ties == "drop":
+        raise _LeftOut("ties")
+    if chosen.split() == rejected.split():
+        raise _LeftOut("identical")
+    return RewritePair(prompt, chosen, rejected, label, _weight(cells, names), distance, *scores, gold)
+
+
+def _expansion(cells: Mapping[str, Any], names: Mapping[str, str]) -> Expansion:
+    prompt, side = _prompt(cells, names, "rewrite"), "rewrite"
+    if _label(cells, names) < 0.5:
+        if "rejected" not in names:
+            raise _LeftOut("unwanted")
+        side = "rejected"
+    return Expansion(prompt, _text(cells[side], names[side], "assistant"), _weight(cells, names))
+
+
+def _prompt(cells: Mapping[str, Any], names: Mapping[str, str], talk: str, or_else: str | None = None) -> str:
+    """The prompt's column, or the user's part of a conversation; ``or_else`` where that has none."""
+    if "prompt" in names:
+        return _text(cells["prompt"], names["prompt"], "user")
+    turns = _turns(cells[talk])
+    if or_else is not None and not (turns and any(turn["role"] == "user" for turn in turns)):
+        return or_else
+    if turns is None:
+        raise ValueError(f"there is no prompt: {names[talk]} is not a conversation as it is in other rows")
+    return _text(turns, names[talk], "user")
+
+
+def _text(cell: Any, name: str, speaker: str) -> str:
+    """A cell as text, of a conversation the speaker's last turn. Raises ``ValueError`` with the reason."""
+    turns = _turns(cell)
+    if turns is not None:
+        said = [turn["content"] for turn in turns if turn["role"] == speaker]
+        if not said:
+            raise ValueError(f"the conversation in {name} has no turn of the {speaker}")
+        cell = said[-1]
+        if isinstance(cell, list) and all(isinstance(part, dict) and "text" in part for part in cell):
+            cell = "".join(str(part["text"]) for part in cell)
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        raise ValueError(f"{name} is empty")
+    if isinstance(cell, (bytes, bytearray)) or (isinstance(cell, dict) and "bytes" in cell):
+        raise ValueError(f"{name} is a picture, not text: these are preferences between pictures")
+    if not isinstance(cell, str):
+        raise ValueError(f"{name} is {type(cell).__name__}, not text")
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+    return cell.strip()
+
+
+def _turns(cell: Any) -> list[Mapping[str, Any]] | None:
+    """The turns of a conversation, which in a CSV file is text; None for anything else."""
+    if isinstance(cell, str) and cell.lstrip().startswith("[{"):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            return None
+    if isinstance(cell, list) and cell and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in cell):
+        return cell
+    return None
+
+
+def _label(cells: Mapping[str, Any], names: Mapping[str, str]) -> float:
+    """Probability that ``chosen`` is preferred; 1 where the cell is missing or empty."""
+    value = cells.get("label")
+    if value in (None, ""):
+        return 1.0
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        value = value.strip().lower() == "true"
+    return number_from(value, names["label"], 0.0, 1.0)
+
+
+def _weight(cells: Mapping[str, Any], names: Mapping[str, str]) -> float:
+    value = cells.get("weight")
+    return 1.0 if value in (None, "") else number_from(value, names["weight"], 0.0, math.inf)
+
+
+def _distance(cells: Mapping[str, Any], names: Mapping[str, str]) -> float | None:
+    """A cosine distance; what rounding put just outside of [0, 2] is put back."""
+    value = score_from(cells.get("distance"), names.get("distance", "distance"))
+    return None if value is None else min(max(number_from(value, names["distance"], -1e-5, 2 + 1e-5), 0.0), 2.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- storage
+
+
+def _open(where: str | Path, split: str) -> _Rows:
+    path = Path(where).expanduser()
+    place = str(path) if path.exists() else str(where)
+    if path.is_file() and path.suffix.lower() == ".json":
+        return _json_rows(path)
+    claims = [reader for reader in (listing, parquet, arrow, saved, hub) if reader.claims(place)]
+    if len(claims) == 1:
+        return claims[0].open_rows(place, split)
+    forms = "; ".join(FORMS)
+    if claims:
+        both = " and ".join(reader.FORM for reader in claims)
+        raise UserError(f"{place} can be read in more than one way: {both}. Point at the file or folder that is meant.")
+    if not path.exists():
+        raise UserError(f"There is no file or folder {place} (seen from {Path.cwd()}). Rewrites can be: {forms}.")
+    raise UserError(f"{place} exists, but is in none of the known forms of data. Rewrites can be: {forms}.")
+
+
+def _json_rows(path: Path) -> _Rows:
+    """A JSON list of objects; a file of JSON lines that is called .json is read as such."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return listing.ListingRows(path)
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text (UTF-8): {error}.") from error
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds one {type(content).__name__}; it should be a list of objects, one for each row.")
+    return _JsonRows(path, content)
+
+
+class _JsonRows:
+    """Objects of a list; what is no object is a problem of that row."""
+
+    def __init__(self, path: Path, items: list[Any]) -> None:
+        self._path, self._items = path, items
+        self.columns = tuple(dict.fromkeys(key for item in items if isinstance(item, dict) for key in item))
+        self.description = str(path)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        item = self._items[index]
+        if not isinstance(item, dict):
+            raise RowProblem(self.origin(index), None, f"expected a JSON object, found {type(item).__name__}")
+        return {name: item.get(name) for name in columns}
+
+    def origin(self, index: int) -> str:
+        return f"{self._path.name}:item {index + 1}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_rewrites(rows: Sequence[RewritePair] | Sequence[Expansion], path: str | Path) -> None:
+    """Rows as JSON lines or Parquet, by the name's ending; there is never half a file. ``provenance`` becomes columns beside.
+
+    Columns in which every row has what a missing column means are left out.
+
+    Raises:
+        UserError: another ending, no rows, or a file that cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}; rewrites are written as {', '.join(ENDINGS)}.")
+    if not rows:
+        raise UserError(f"There are no rewrites to write to {path}.")
+    columns = _columns(rows)
+    if path.suffix.lower() == ".parquet":
+        outputs.write_file(path, _parquet(columns))
+        return
+    lines = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
+    outputs.write_file(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+
+
+def _columns(rows: Sequence[RewritePair] | Sequence[Expansion]) -> dict[str, list[Any]]:
+    own = [f for f in fields(rows[0]) if f.compare]
+    found = {f.name: [_plain(getattr(row, f.name)) for row in rows] for f in own}
+    kept = {f.name: found[f.name] for f in own if any(cell != f.default for cell in found[f.name])}
+    others = dict.fromkeys(name for row in rows for name in row.provenance)
+    if clash := [name for name in others if name in found]:
+        raise ValueError(f"provenance has {clash[0]}, which is a column of its own")
+    return kept | {name: [_plain(row.provenance.get(name)) for row in rows] for name in others}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: numbers that are not finite are null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stream = io.BytesIO()
+    pq.write_table(pa.table({name: _array(cells) for name, cells in columns.items()}), stream)
+    return stream.getvalue()
+
+
+def _array(cells: list[Any]) -> Any:
+    """Cells of several kinds become JSON, as text."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(cells)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([c if c is None or isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in cells])

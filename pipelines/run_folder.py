@@ -1,0 +1,79 @@
+"""What every run has, whatever it trains: a folder that is its own, and Accelerate."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.errors import UserError
+from pipelines import config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+CACHE_FOLDER, PROMPT_FOLDER = "cache", "cache-prompts"
+"""Folders of encoded data, which outlive a run that is replaced."""
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may write into ``output``. A folder in which a run never got to a checkpoint counts as free.
+
+    Raises:
+        UserError: it holds another run, or something that is no run at all, and neither option allows going on.
+    """
+    if output.is_file():
+        raise UserError(f"{output} is a file; the output should be a folder.")
+    is_run = (output / CONFIG_FILE).is_file()
+    if resume:
+        if not is_run:
+            raise UserError(f"There is no run to resume in {output} (no {CONFIG_FILE}).")
+        return
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not is_run:
+        raise UserError(f"{output} holds files that are no run of diffalign; nothing is written there. Choose another --output.")
+    begun = (output / "checkpoints").is_dir() or (output / SUMMARY_FILE).is_file()
+    if begun and not overwrite:
+        raise UserError(
+            f"{output} already holds a run. Use --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+
+
+def claim_output(output: Path, text: str, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration."""
+    if overwrite and output.is_dir():
+        for entry in output.iterdir():
+            if entry.name not in (CACHE_FOLDER, PROMPT_FOLDER):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    if not (resume and (output / CONFIG_FILE).is_file()):
+        (output / CONFIG_FILE).write_text(text)
+
+
+def to_yaml(command: str, settings: Any) -> str:
+    """The resolved configuration; ``diffalign COMMAND --config`` reads it back."""
+    import yaml
+
+    return f"# diffalign {command}\n" + yaml.safe_dump(config.as_tree(settings), sort_keys=False)
+
+
+def start_accelerator(settings: Any) -> Accelerator:
+    """Accelerate, with the tracker asked for."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+    tracker = settings.compute.tracker
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun
+        kwargs_handlers=[patience],
+        mixed_precision=settings.compute.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output)),
+    )

@@ -1,0 +1,104 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) on a language model, through PEFT, in PEFT's own file format.
+
+``pipelines.families._lora`` does the same for the networks of Diffusers, whose adapters have another format.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffalign.errors import UserError
+from pipelines.families._lora import ADAPTER
+from pipelines.families._quiet import quietly
+from pipelines.writers._sources import ADAPTER_WEIGHTS
+
+ALL_LINEAR = "all-linear"
+
+
+def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str] | None, dropout: float, seed: int) -> None:
+    """Freeze ``model`` and add one trainable float32 adapter. The same seed gives the same adapter.
+
+    Args:
+        targets: ends of layers' names; ``all-linear`` for all but the output layer; None for PEFT's choice for the architecture,
+            or all-linear where it has none.
+
+    Raises:
+        UserError: a number out of range, or a target that matches no layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    chosen = _targets(model, targets)
+    _check(model, rank, alpha, chosen, dropout)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=dropout, init_lora_weights=True, task_type="CAUSAL_LM"
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]), quietly():  # it warns of GPT-2's transposed layers and then does what is right
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # updates of 1e-5 would be lost in bfloat16
+
+
+def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> str | list[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+
+    if targets is None:
+        targets = USUAL.get(model.config.model_type, ALL_LINEAR)
+    if isinstance(targets, str):
+        return targets
+    return ALL_LINEAR if list(targets) == [ALL_LINEAR] else list(targets)
+
+
+def _check(model: nn.Module, rank: int, alpha: float, targets: str | list[str], dropout: float) -> None:
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        got = f"rank {rank}, alpha {alpha}, dropout {dropout}"
+        raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {got}.")
+    if isinstance(targets, str):
+        return  # all-linear, or a pattern of PEFT's
+    if not targets:
+        raise UserError("LoRA needs at least one target, the end of a layer's name (q_proj, say); got none.")
+    layers = _layers(model)
+    if missing := [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in layers)]:
+        ends = sorted({name.rpartition(".")[2] for name in layers})
+        raise UserError(
+            f"LoRA target {', '.join(map(repr, missing))} matches no layer of {type(model).__name__}. "
+            f"Names of its linear layers end in: {', '.join(ends)}; {ALL_LINEAR} takes them all."
+        )
+
+
+def _layers(model: nn.Module) -> list[str]:
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def write(model: nn.Module, folder: Path, base: str) -> None:
+    """Weights and configuration as PEFT's own ``save_pretrained`` lays them out: ``PeftModel.from_pretrained`` reads them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    # without looking up on the hub whether the embeddings have grown
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    weights = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in state.items()}
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # the same file every time
+    config.save_pretrained(folder)
+
+
+def described(model: nn.Module) -> str:
+    """Rank, alpha and targets of the adapter that is attached."""
+    config = model.peft_config[ADAPTER]
+    targets = config.target_modules
+    where = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return json.dumps({"rank": config.r, "alpha": config.lora_alpha, "targets": where})

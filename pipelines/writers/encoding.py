@@ -1,0 +1,213 @@
+"""Prompts and rewrites as token ids, the same for training and for writing.
+
+A prompt is encoded by itself, so that a writer at work sees the very ids it was trained on. Its rewrite is what the whole text
+adds to them; where the tokenizer would join the two at the seam it is encoded by itself. The begin mark comes once, if the
+tokenizer adds one or a chat template writes it; the end mark comes once, at the end of the rewrite.
+
+Nothing is ever cut. A rewrite that is too long would lose its end, and the writer would learn not to stop; a prompt that is too
+long would lose its place in the template. Such a row is a ``Problem``, for the caller to report and to leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffalign.errors import UserError
+from pipelines.writers.templates import Template, clean, marks_of
+
+Ids = list[int]
+Kind = Literal["empty", "mark in text", "prompt too long", "rewrite too long"]
+SHOWN = 60
+"""Characters of a text in a message."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt and rewrites of it, by whatever name the caller gave each."""
+
+    prompt: Ids
+    rewrites: Mapping[str, Ids]  # each with its end mark
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a row cannot be used."""
+
+    origin: str  # where the row stands
+    kind: Kind
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.message}"
+
+
+class Encoding:
+    """A tokenizer with a template and limits, in tokens.
+
+    Args:
+        context: how many tokens the model can read; None if there is no limit.
+        max_prompt_tokens: the most a prompt may take, its template included; None: what the context leaves.
+        max_rewrite_tokens: the most a rewrite may take, its end mark included; None: what the context leaves.
+
+    Raises:
+        UserError: there is nothing that could end a rewrite, or a limit that leaves no room.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template,
+        *,
+        context: int | None = None,
+        max_prompt_tokens: int | None = None,
+        max_rewrite_tokens: int | None = None,
+    ) -> None:
+        _check(context, max_prompt_tokens, max_rewrite_tokens)
+        self.template, self.context = template, context
+        self.max_prompt_tokens, self.max_rewrite_tokens = max_prompt_tokens, max_rewrite_tokens
+        self._tokenizer = tokenizer
+        self._marks = marks_of(tokenizer)
+        self._begin = [] if template.has_marks else _begin_marks(tokenizer)
+        self.end = self._end_mark()
+
+    def _end_mark(self) -> int:
+        if self.template.closing:
+            return self._ids(self.template.closing)[0][-1]
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(
+                "The writer's tokenizer has no end mark (eos_token), so it could neither learn nor say where a rewrite ends. "
+                "Add eos_token to its tokenizer_config.json, naming a token of its vocabulary, or take another model."
+            )
+        return self._tokenizer.eos_token_id
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids at which writing stops: the mark of a rewrite's end, and the tokenizer's if that is another."""
+        eos = self._tokenizer.eos_token_id
+        return [self.end] if eos in (None, self.end) else [self.end, eos]
+
+    @property
+    def pad(self) -> int:
+        """An id to fill up with; nothing looks at it."""
+        pad = self._tokenizer.pad_token_id
+        return self.end if pad is None else pad
+
+    # ---------------------------------------------------------------------------------------------------------- texts
+
+    def prompt(self, prompt: str) -> Ids:
+        """What the model sees before it writes."""
+        return self._opened(self.template.prompt_text(prompt), self._ids(self.template.prompt_text(prompt))[0])
+
+    def rewrite(self, prompt: str, rewrite: str) -> Ids:
+        """What it should write, with one end mark."""
+        before, after = self.template.prompt_text(prompt), self.template.rewrite_text(rewrite)
+        return self._added(*self._ids(before, before + after), after)
+
+    def _opened(self, text: str, ids: Ids) -> Ids:
+        bos = self._tokenizer.bos_token
+        return ids if bos and text.startswith(bos) else [*self._begin, *ids]
+
+    def _added(self, alone: Ids, whole: Ids, after: str) -> Ids:
+        ids = whole[len(alone) :] if whole[: len(alone)] == alone else self._ids(after)[0]
+        return ids if self.template.closing else [*ids, self.end]
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The rewrite that ``ids`` spell, as far as the first end mark."""
+        kept = []
+        for token in ids:
+            if token in self.ends:
+                break
+            kept.append(token)
+        return clean(self._tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _ids(self, *texts: str) -> list[Ids]:
+        # not verbose: "longer than the maximum length" is what the limits here are for
+        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    # ----------------------------------------------------------------------------------------------------------- rows
+
+    def row(self, origin: str, prompt: str, rewrites: Mapping[str, str]) -> Encoded | Problem:
+        """A prompt with its rewrites, or what is wrong with one of them.
+
+        Args:
+            origin: where the row stands, for messages.
+            rewrites: texts by name ("chosen", "rejected", say).
+        """
+        for name, text in {"prompt": prompt, **rewrites}.items():
+            if problem := self._unfit(name, text):
+                return Problem(origin, *problem)
+        before, after = self.template.prompt_text(prompt), {k: self.template.rewrite_text(v) for k, v in rewrites.items()}
+        alone, *whole = self._ids(before, *(before + text for text in after.values()))
+        ids = self._opened(before, alone)
+        if problem := self._too_long(prompt, ids, room_for=1):
+            return Problem(origin, "prompt too long", problem)
+        encoded = {name: self._added(alone, each, after[name]) for name, each in zip(after, whole, strict=True)}
+        for name, each in encoded.items():
+            if self.max_rewrite_tokens is not None and len(each) > self.max_rewrite_tokens:
+                allowed = f"{self.max_rewrite_tokens} are allowed (max_rewrite_tokens)"
+                message = f"{name} takes {len(each)} tokens with its end mark, and {allowed}: {_shown(rewrites[name])}"
+                return Problem(origin, "rewrite too long", message)
+            if self.context is not None and len(ids) + len(each) > self.context:
+                message = (
+                    f"the prompt takes {len(ids)} tokens with its template and {name} takes {len(each)} with its end mark, "
+                    f"together more than the {self.context} that the writer can read: {_shown(rewrites[name])}"
+                )
+                return Problem(origin, "rewrite too long", message)
+        return Encoded(ids, encoded)
+
+    def for_writing(self, prompt: str) -> Ids:
+        """The ids of a prompt that is to be rewritten now.
+
+        Raises:
+            UserError: it is empty, has a special token's text in it, or leaves no room for ``max_rewrite_tokens``.
+        """
+        if problem := self._unfit("prompt", prompt):
+            raise UserError(f"A prompt cannot be rewritten: {problem[1]}.")
+        ids = self.prompt(prompt)
+        if problem := self._too_long(prompt, ids, room_for=self.max_rewrite_tokens or 1):
+            raise UserError(f"A prompt cannot be rewritten: {problem}. Shorten it.")
+        return ids
+
+    def _unfit(self, name: str, text: str) -> tuple[Kind, str] | None:
+        if not clean(text):
+            return "empty", f"{name} is empty"
+        if found := [mark for mark in self._marks if mark in text]:
+            return "mark in text", f"{name} contains {found[0]!r}, which is a mark of this writer's tokenizer: {_shown(text)}"
+        return None
+
+    def _too_long(self, prompt: str, ids: Ids, room_for: int) -> str | None:
+        takes = f"the prompt takes {len(ids)} tokens with its template"
+        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+            return f"{takes}, and {self.max_prompt_tokens} are allowed (max_prompt_tokens): {_shown(prompt)}"
+        if self.context is not None and len(ids) + room_for > self.context:
+            left = max(0, self.context - len(ids))
+            room = f"which leaves {left} for a rewrite of up to {room_for}" if left else "which leaves no room for a rewrite"
+            return f"{takes}, of {self.context} that the writer can read, {room}: {_shown(prompt)}"
+        return None
+
+
+def _check(context: int | None, prompt: int | None, rewrite: int | None) -> None:
+    for name, value in (("max_prompt_tokens", prompt), ("max_rewrite_tokens", rewrite)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1; got {value}.")
+    if context is not None and rewrite is not None and rewrite >= context:
+        raise UserError(
+            f"max_rewrite_tokens {rewrite} leaves no room for a prompt: the writer can read {context} tokens in all, "
+            "prompt and rewrite together."
+        )
+
+
+def _begin_marks(tokenizer: Any) -> Ids:
+    """What the tokenizer puts before every text; usually nothing or the begin mark."""
+    with_marks, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    for start in range(len(with_marks) - len(bare) + 1):
+        if with_marks[start : start + len(bare)] == bare:
+            return with_marks[:start]
+    return []
+
+
+def _shown(text: str) -> str:
+    text = clean(text)
+    return repr(text if len(text) <= SHOWN else text[:SHOWN].rstrip() + " ...")

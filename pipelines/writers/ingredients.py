@@ -1,0 +1,289 @@
+"""From settings to what a run gives an objective on rewrites: texts encoded and measured, the writer ready to be trained.
+
+rewrites      read, turned into tokens; rows that do not fit are left out, counted, and refused if there are too many
+distance      of every winner from its prompt, by a frozen embedding of meaning (Sem-DPO)
+token rewards another writer's log-ratios of every token (TGDPO)
+reference     the frozen start: the adapter switched off, or a second model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign.data.hold_out import split_rows
+from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader
+from diffalign.errors import UserError
+from diffalign.learner import GivenTexts, Processes
+from diffalign.likelihood import token_log_probs
+from diffalign.objectives._about import EXPANSIONS
+from diffalign.protocols import LanguageModel
+from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.types import Texts
+from diffalign.weights import TrainedWeights
+from pipelines.families._encoding import digest
+from pipelines.progress import Bar
+from pipelines.rewrite_pairs import Expansion, RewritePair, RewriteTable, read_expansions, read_rewrites
+from pipelines.semantics import distance, load_embedding
+from pipelines.tiny import shipped
+from pipelines.writers.encoding import Encoded, Problem
+from pipelines.writers.settings import PromptTrainSettings, RewriteSettings
+from pipelines.writers.writer import Writer
+
+TINY_EXPANSIONS, TINY_SEED = 4000, 5
+"""Rewrites by the tiny world's people that ``--pairs tiny`` means to a writer that imitates."""
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Say = Callable[[str], None]
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs."""
+
+    writer: Writer
+    weights: TrainedWeights
+    reference: LanguageModel
+    base_digest: str  # of the model before training: the reference's identity
+    data: EncodedRewrites
+    data_digest: str
+    prompts: list[str]  # of the rows of ``data``
+    counts: Mapping[str, int]  # rows used, and left out by reason
+    train_rows: list[int]
+    validation_rows: list[int]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def open_rewrites(settings: PromptTrainSettings) -> RewriteTable:
+    """The rows, as texts. Raises UserError where they are not as they should be."""
+    data, imitates = settings.data, settings.objective.about.data[0] == EXPANSIONS
+    if settings.pairs == shipped.NAME and imitates:
+        return tiny_expansions()
+    where = shipped.REWRITES if settings.pairs == shipped.NAME else settings.pairs
+    if imitates:
+        return read_expansions(where, columns=data.columns, split=data.split)
+    return read_rewrites(where, columns=data.columns, split=data.split, ties=data.ties)
+
+
+def tiny_expansions() -> RewriteTable[Expansion]:
+    """What the tiny world's people made of plain captions of its train split."""
+    from pipelines.tiny.rewriting import expansions
+
+    found = expansions(TINY_EXPANSIONS, TINY_SEED)
+    rows = tuple(Expansion(e.prompt, e.rewrite, origin=f"tiny:{n}") for n, e in enumerate(found, start=1))
+    return RewriteTable(rows, "the tiny world's people", {"unusable": 0}, ())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as token ids, with the texts they came from."""
+
+    rows: list[RewritePair] | list[Expansion]
+    encoded: list[Encoded]
+    counts: Mapping[str, int]
+
+
+def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say) -> Rows:
+    """Every row as tokens. Nothing is cut: what does not fit is left out.
+
+    Raises:
+        UserError: more than ``max_left_out`` of the rows do not fit.
+    """
+    bound = writer.context is not None and data.max_rewrite_tokens >= writer.context  # the context says so in any case
+    encoding = writer.encoding(data.max_prompt_tokens, None if bound else data.max_rewrite_tokens)
+    found = [(row, encoding.row(row.origin, row.prompt, _texts(row))) for row in table]
+    kept = [(row, got) for row, got in found if isinstance(got, Encoded)]
+    problems = [got for _, got in found if isinstance(got, Problem)]
+    for problem in problems[:5]:
+        say(f"left out {problem}")
+    by_kind = {kind: sum(p.kind == kind for p in problems) for kind in dict.fromkeys(p.kind for p in problems)}
+    unusable = len(problems) + table.left_out["unusable"]
+    total = len(table) + table.left_out["unusable"]
+    if not kept or unusable > data.max_left_out * total:
+        listed = "; ".join(str(p) for p in [*problems, *table.problems][:3])
+        raise UserError(
+            f"{unusable} of {total} rows of {table.where} cannot be used, more than max_left_out ({data.max_left_out:g}) allows. "
+            f"The first: {listed}. Raise max_prompt_tokens or max_rewrite_tokens, or max_left_out."
+        )
+    counts = {"rows": len(kept), **{f"left out, {why}": n for why, n in {**table.left_out, **by_kind}.items() if n}}
+    return Rows([row for row, _ in kept], [got for _, got in kept], counts)
+
+
+def _texts(row: RewritePair | Expansion) -> dict[str, str]:
+    if isinstance(row, Expansion):
+        return {"rewrite": row.rewrite}
+    return {"chosen": row.chosen, "rejected": row.rejected, **({"gold": row.gold} if row.gold else {})}
+
+
+def as_tokens(rows: Rows, pad: int, distances: Tensor | None = None) -> EncodedRewrites:
+    """The rows as the core takes them; gold rewrites if every row has one."""
+    weight = torch.tensor([row.weight for row in rows.rows])
+    prompt = Ragged([e.prompt for e in rows.encoded])
+    if isinstance(rows.rows[0], Expansion):
+        winner = Ragged([e.rewrites["rewrite"] for e in rows.encoded])
+        return EncodedRewrites(prompt, winner, winner, torch.ones(len(weight)), weight, pad=pad)
+    gold = [e.rewrites.get("gold") for e in rows.encoded]
+    return EncodedRewrites(
+        prompt=prompt,
+        winner=Ragged([e.rewrites["chosen"] for e in rows.encoded]),
+        loser=Ragged([e.rewrites["rejected"] for e in rows.encoded]),
+        label=torch.tensor([row.label for row in rows.rows]),
+        weight=weight,
+        distance=distances,
+        scores=_scores(rows.rows),
+        gold=Ragged(gold) if all(gold) else None,
+        pad=pad,
+    )
+
+
+def _scores(rows: Sequence[RewritePair]) -> Tensor | None:
+    """[N, 2] float32, NaN where there is none; None where no row has any."""
+    both = [[float("nan") if s is None else s for s in (row.chosen_score, row.rejected_score)] for row in rows]
+    found = torch.tensor(both, dtype=torch.float32)
+    return None if bool(found.isnan().all()) else found
+
+
+def measured(rows: Rows, settings: RewriteSettings, say: Say, progress: Report | None) -> Tensor:
+    """[N] distances of the preferred rewrites from their prompts."""
+    embedding = load_embedding(settings.embedding)
+    prompts, winners = [row.prompt for row in rows.rows], [row.chosen for row in rows.rows]
+    cut = sum(bool(lost) for lost in embedding.cut(winners))
+    if cut:
+        say(f"{cut} of {len(winners)} rewrites are longer than the embedding {settings.embedding} reads: their ends do not count")
+    return distance(embedding, prompts, winners, settings.embed_batch, progress)
+
+
+def digest_of(table: RewriteTable, settings: PromptTrainSettings, data: EncodedRewrites) -> str:
+    """One short name for everything that training sees of the data."""
+    sha = hashlib.sha256(json.dumps([table.fingerprint, settings.data.template]).encode())
+    for side in (data.prompt, data.winner, data.loser, data.gold or []):
+        for row in side:
+            sha.update(len(row).to_bytes(4, "little") + torch.tensor(row).numpy().tobytes())
+    if data.distance is not None:
+        sha.update(data.distance.numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------- prepare
+
+
+def load_writer(settings: PromptTrainSettings, say: Say) -> Writer:
+    """The writer to start from, any LoRA merged into it."""
+    dtype = PRECISIONS[settings.compute.mixed_precision] if settings.adapter == "lora" else "float32"
+    chosen = None if settings.data.template == "auto" else settings.data.template
+    writer = Writer.load(settings.model, dtype=dtype, template=chosen)
+    say(f"{settings.model}: {type(writer.model).__name__}, {writer.model.num_parameters() / 1e6:.1f} M parameters, {dtype}")
+    return writer
+
+
+def prepare(
+    settings: PromptTrainSettings,
+    table: RewriteTable,
+    writer: Writer,
+    accelerator: Accelerator,
+    say: Say,
+    progress: bool = True,
+) -> Prepared:
+    """Encode and measure the data, attach what is trained.
+
+    Raises:
+        UserError: rows do not fit, an embedding or a writer is missing, or the data lack what the objective needs.
+    """
+    say(table.description)
+    base_digest, rows = digest(writer.model), encode(table, writer, settings.data, say)
+    wanted = getattr(settings.objective, "alpha", 0.0) > 0
+    with Bar(progress and accelerator.is_main_process) as bar:
+        distances = measured(rows, settings.data, say, bar.advance) if wanted else None
+        data = as_tokens(rows, writer.encoding().pad, distances)
+        if settings.data.token_rewards is not None:
+            data = _rewarded(settings, data, writer, accelerator.device, bar.advance)
+    prompts = [row.prompt for row in rows.rows]
+    train_rows, validation_rows = split_rows(prompts, settings.data.validation_pairs, settings.seed)
+    say(f"{len(train_rows)} rows to train on, {len(validation_rows)} for validation")
+    writer, reference = _attach(settings, writer, accelerator)
+    weights = TrainedWeights(writer.model)
+    data_digest = digest_of(table, settings, data)
+    return Prepared(writer, weights, reference, base_digest, data, data_digest, prompts, rows.counts, train_rows, validation_rows)
+
+
+def _rewarded(
+    settings: PromptTrainSettings, data: EncodedRewrites, start: Writer, device: torch.device, progress: Report
+) -> EncodedRewrites:
+    """With every token's reward: what another writer, trained by DPO, has made of its log-probability (before beta)."""
+    from dataclasses import replace
+
+    other = Writer.load(settings.data.token_rewards, template=None)
+    if other.tokenizer.get_vocab() != start.tokenizer.get_vocab():
+        raise UserError(
+            f"token_rewards {settings.data.token_rewards} is a writer with another vocabulary than {settings.model}: its tokens "
+            "are not these. Train it from the same start."
+        )
+    models = [model.to(device) for model in (other, start)]
+    sides = [_token_ratios(models, data.prompt, side, settings.data.embed_batch, progress) for side in (data.winner, data.loser)]
+    return replace(data, token_rewards=(sides[0], sides[1]))
+
+
+@torch.no_grad()
+def _token_ratios(
+    models: Sequence[Writer], prompts: Sequence[Sequence[int]], side: Sequence[Sequence[int]], batch: int, progress: Report
+) -> list[list[float]]:
+    out: list[list[float]] = []
+    for low in range(0, len(side), batch):
+        rows = range(low, min(low + batch, len(side)))
+        texts = Texts.of([prompts[r] for r in rows], [side[r] for r in rows]).to(models[0].device)
+        ratio = token_log_probs(models[0], texts) - token_log_probs(models[1], texts)
+        out += [ratio[n][texts.completion[n]].tolist() for n in range(len(texts))]
+        progress("rewarding tokens", len(out), len(side))
+    return out
+
+
+def _attach(settings: PromptTrainSettings, writer: Writer, accelerator: Accelerator) -> tuple[Writer, LanguageModel]:
+    """Make parameters trainable, place everything on the device; the writer and its reference."""
+    lora, frozen = settings.lora, None
+    if settings.adapter == "lora":
+        targets = "all-linear" if lora.targets == ("all-linear",) else lora.targets
+        writer.attach_lora(lora.rank, lora.lora_alpha, targets, lora.dropout, settings.seed)
+    else:
+        if settings.objective.about.reference != "nobody":
+            frozen = writer.frozen_copy(getattr(torch, PRECISIONS[settings.compute.mixed_precision]))
+        writer.train_fully()
+    writer.set_gradient_checkpointing(settings.compute.gradient_checkpointing)
+    writer.to(accelerator.device)
+    trained = writer.with_network(accelerator.prepare_model(writer.model))
+    if settings.adapter == "lora":
+        return trained, AdapterOff(trained)
+    return trained, Frozen(frozen.to(accelerator.device)) if frozen else Frozen(trained)
+
+
+# --------------------------------------------------------------------------------------------------------------- given
+
+
+def given(settings: PromptTrainSettings, prepared: Prepared, processes: Processes) -> GivenTexts:
+    """Everything an objective may ask for."""
+    batch = settings.batch
+    loader = TextLoader(
+        prepared.data,
+        prepared.train_rows,
+        batch.batch_size,
+        batch.accumulation,
+        settings.seed,
+        processes.rank,
+        processes.world,
+    )
+    renewed = settings.loop.round_reference == "round"
+    return GivenTexts(
+        policy=prepared.writer,
+        weights=prepared.weights,
+        start=prepared.reference,
+        texts=loader,
+        reference=Past(prepared.writer, prepared.weights) if renewed else None,
+        processes=processes,
+    )

@@ -1,0 +1,212 @@
+"""A trained writer at work: plain prompts in; better ones out, with how far they went.
+
+optimizer = PromptOptimizer.from_pretrained("runs/sem-dpo")
+optimizer("a cat")                        # one rewrite
+optimizer("a cat", n=4, max_distance=0.2) # four, none further from the prompt than that
+pipe = optimizer.before(pipe)             # a Diffusers pipeline that is shown rewrites
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any, overload
+
+from diffalign.errors import UserError
+from pipelines.semantics import Embedding, distance, load_embedding
+from pipelines.writers.sampling import How, candidates
+from pipelines.writers.studio import Sampling, Studio, standardised
+from pipelines.writers.templates import clean
+from pipelines.writers.writer import Writer
+
+Progress = Callable[[str, int, int], None]
+DRAWN = 4
+"""Candidates for each rewrite that is asked for, where they are chosen from (a cap on drift, or judges)."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What became of a prompt."""
+
+    prompt: str
+    text: str
+    distance: float | None = None  # 1 - cos between prompt and text, in [0, 2]; None without an embedding
+    score: float | None = None  # of its pictures among those of the other candidates, over all judges; None without a generator
+    scores: Mapping[str, float] = field(default_factory=dict)  # each judge's own, for the prompt, larger is better
+    unchanged: bool = False  # the prompt itself, because nothing near enough was found, or because the writer left it
+    lost: str = ""  # its end that the embedding's text encoder does not read (CLIP: beyond 77 tokens)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class PromptOptimizer:
+    """A writer with what it takes to choose among its rewrites.
+
+    Args:
+        embedding: of meaning (``pipelines.semantics``); without one there is no distance and no cap on it.
+        studio: a generator with judges; with one, rewrites are drawn, and the best are those whose pictures score best.
+    """
+
+    def __init__(self, writer: Writer, embedding: Embedding | None = None, studio: Studio | None = None) -> None:
+        self.writer, self.embedding, self.studio = writer, embedding, studio
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        embedding: str | None = "clip",
+        generator: Any = None,
+        judges: str | Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        template: str | None = None,
+    ) -> PromptOptimizer:
+        """A writer by its folder, hub id, or ``tiny``.
+
+        Args:
+            embedding: as ``load_embedding`` names them; ``None`` for none. ``tiny`` belongs to the tiny world.
+            generator: a Diffusers pipeline, or a model's name, to draw rewrites with.
+            judges: names as on the command line (``"pickscore,hps-v2.1"``), or loaded judges by name.
+            sampling: how rewrites are drawn.
+            device: the accelerator if there is one, else the CPU, if not given.
+
+        Raises:
+            UserError: something of this is not here, or a generator without judges (or the other way round).
+        """
+        import torch
+
+        if (generator is None) != (judges is None):
+            raise UserError("Rewrites are drawn by a generator and judged by judges: give both, or neither.")
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        writer = Writer.load(where, dtype=dtype, template=template).to(place)
+        chosen = None if embedding is None else load_embedding(embedding, device=place)
+        return cls(writer, chosen, _studio(generator, judges, sampling or Sampling(), place, dtype) if generator else None)
+
+    @overload
+    def __call__(self, prompts: str, **options: Any) -> list[Rewrite]: ...
+    @overload
+    def __call__(self, prompts: Sequence[str], **options: Any) -> list[list[Rewrite]]: ...
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        how: How = "sample",
+        seed: int = 0,
+        max_distance: float | None = None,
+        draw: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_rewrite_tokens: int = 75,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+    ) -> list[Rewrite] | list[list[Rewrite]]:
+        """Up to ``n`` different rewrites of each prompt, the best first: a list for one prompt, a list of lists for several.
+
+        Best are those whose pictures score best, if there is a studio; otherwise they stay in the writer's order. The same seed
+        gives the same rewrites, whatever other prompts there are.
+
+        Args:
+            max_distance: rewrites further from their prompt are thrown away; where none is left, the prompt itself is returned,
+                ``unchanged``.
+            draw: how many candidates to choose from; by default four for each rewrite that is wanted where there is a cap or a
+                studio, else as many as are wanted.
+            how, temperature, top_p, top_k, max_rewrite_tokens: see ``pipelines.writers.sampling.candidates``.
+
+        Raises:
+            UserError: a prompt that is empty or too long, a cap without an embedding, a number out of range.
+        """
+        if isinstance(prompts, str):
+            options = {"n": n, "how": how, "seed": seed, "max_distance": max_distance, "draw": draw, "temperature": temperature}
+            rest = {"top_p": top_p, "top_k": top_k, "max_rewrite_tokens": max_rewrite_tokens, "batch_size": batch_size}
+            return self([prompts], **options, **rest, progress=progress)[0]
+        self._check(n, max_distance, draw)
+        choosing = max_distance is not None or self.studio is not None
+        wanted = draw or (DRAWN * n if choosing else n)
+        warped = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        limits = {"max_rewrite_tokens": max_rewrite_tokens, "batch_size": batch_size}
+        drawn = candidates(self.writer, prompts, wanted, how, seed, **warped, **limits, progress=progress)
+        cleaned = [clean(prompt) for prompt in prompts]
+        found = self._measured(cleaned, [list(dict.fromkeys(texts)) for texts in drawn], max_distance, batch_size)
+        if self.studio is not None:
+            found = self._ranked(found, progress)
+        return [rewrites[:n] for rewrites in found]
+
+    def stream(self, prompts: Iterable[str], chunk: int = 64, **options: Any) -> Iterator[list[Rewrite]]:
+        """The same for a list of any length, ``chunk`` prompts at a time; yields one prompt's rewrites after the other's."""
+        rest = iter(prompts)
+        while part := list(islice(rest, chunk)):
+            yield from self(part, **options)
+
+    def before(self, pipe: Any, **options: Any) -> Callable[..., Any]:
+        """``pipe``, a Diffusers pipeline, as a function that rewrites prompts before it draws them.
+
+        It takes what the pipeline takes; ``prompt`` is a text or a list. ``options`` are those of a call.
+        """
+
+        def rewriting(prompt: str | Sequence[str], *args: Any, **kwargs: Any) -> Any:
+            asked = [prompt] if isinstance(prompt, str) else list(prompt)
+            texts = [rewrites[0].text for rewrites in self(asked, **options)]
+            return pipe(texts[0] if isinstance(prompt, str) else texts, *args, **kwargs)
+
+        return rewriting
+
+    def _check(self, n: int, max_distance: float | None, draw: int | None) -> None:
+        if max_distance is not None and self.embedding is None:
+            raise UserError("A cap on the distance needs an embedding to measure it: give one (embedding=...).")
+        if max_distance is not None and not 0 <= max_distance <= 2:
+            raise UserError(f"max_distance is a cosine distance, between 0 and 2; got {max_distance}.")
+        if n < 1 or (draw is not None and draw < n):
+            raise UserError(f"{n} rewrites cannot be chosen from {draw or n} candidates.")
+
+    def _measured(
+        self, prompts: Sequence[str], drawn: Sequence[Sequence[str]], cap: float | None, batch_size: int
+    ) -> list[list[Rewrite]]:
+        """Different candidates with their distances, those beyond the cap thrown away."""
+        if self.embedding is None:
+            pairs = zip(prompts, drawn, strict=True)
+            return [[Rewrite(p, text, unchanged=text == p) for text in texts] for p, texts in pairs]
+        rows = [(p, text) for p, texts in zip(prompts, drawn, strict=True) for text in texts]
+        asked, texts = [p for p, _ in rows], [text for _, text in rows]
+        distances, lost = distance(self.embedding, asked, texts, batch_size).tolist(), self.embedding.cut(texts)
+        measured = [
+            Rewrite(p, text, far, unchanged=text == p, lost=end)
+            for (p, text), far, end in zip(rows, distances, lost, strict=True)
+        ]
+        each, out = iter(measured), []
+        for prompt, texts in zip(prompts, drawn, strict=True):
+            near = [r for r in islice(each, len(texts)) if cap is None or r.distance <= cap]
+            out.append(near or [Rewrite(prompt, prompt, 0.0, unchanged=True, lost=self.embedding.cut([prompt])[0])])
+        return out
+
+    def _ranked(self, found: Sequence[Sequence[Rewrite]], progress: Progress | None) -> list[list[Rewrite]]:
+        """By what their pictures score, the best first."""
+        from dataclasses import replace
+
+        rows = [r for rewrites in found for r in rewrites]
+        scores = self.studio.scores([r.prompt for r in rows], [r.text for r in rows], progress)
+        ends = [sum(len(rewrites) for rewrites in found[:k]) for k in range(len(found) + 1)]
+        spans = [slice(low, high) for low, high in pairwise(ends)]
+        overall = standardised({name: [values[span].tolist() for span in spans] for name, values in scores.items()})
+        out = []
+        for span, rewrites, totals in zip(spans, found, overall, strict=True):
+            own = [{name: float(values[span][k]) for name, values in scores.items()} for k in range(len(rewrites))]
+            scored = [replace(r, score=float(t), scores=o) for r, t, o in zip(rewrites, totals, own, strict=True)]
+            out.append(sorted(scored, key=lambda r: -r.score))
+        return out
+
+
+def _studio(generator: Any, judges: str | Mapping[str, Any], sampling: Sampling, device: str, dtype: str) -> Studio:
+    """From names or loaded things."""
+    from pipelines import families
+    from pipelines.judge_options import load_judges
+
+    if isinstance(generator, (str, os.PathLike)):
+        generator = families.load_pipeline(generator, dtype=dtype, device=device)
+    return Studio(generator, load_judges(judges, device=device) if isinstance(judges, str) else judges, sampling)

@@ -1,0 +1,124 @@
+"""What rewrites lead to: pictures of them, judged against the prompts that people typed.
+
+A rewrite is as good as its pictures are, for somebody who asked for the prompt: judges never see the rewrite. All rewrites of a
+prompt are drawn from the same noise, so that they differ by their words alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffalign.errors import UserError
+from pipelines import sampling
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from reward_models._judge import Scorer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rewrites are drawn; what is None is the generator's own."""
+
+    pictures: int = 1  # of each rewrite
+    seed: int = 0
+    steps: int = 25
+    guidance_scale: float | None = None
+    sampler: str = "ddim"
+    batch_size: int = 16
+    height: int | None = None
+    width: int | None = None
+
+    def seeds(self, prompt: str) -> list[int]:
+        """Of a prompt's pictures, whatever they are drawn from: they follow from its text and the seed alone."""
+        place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
+        return [sampling.picture_seed(self.seed, place, k) for k in range(self.pictures)]
+
+    def options(self) -> dict[str, Any]:
+        """What ``pipelines.sampling.sample`` takes."""
+        names = ("steps", "guidance_scale", "sampler", "batch_size", "height", "width")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A generator (a Diffusers text-to-image pipeline) with judges."""
+
+    pipe: Any
+    judges: Mapping[str, Scorer]
+    how: Sampling = Sampling()
+
+    def pictures(self, prompts: Sequence[str], rewrites: Sequence[str], progress: Progress | None = None) -> list[Image.Image]:
+        """``how.pictures`` of each rewrite, one after the other, from the noise of its prompt. [N * pictures]"""
+        rows = [(rewrite, seed) for prompt, rewrite in zip(prompts, rewrites, strict=True) for seed in self.how.seeds(prompt)]
+        out, size = [], self.how.batch_size
+        for low in range(0, len(rows), size):
+            part = rows[low : low + size]
+            out += sampling.sample(self.pipe, [r for r, _ in part], seeds=[s for _, s in part], **self.how.options())
+            if progress is not None:
+                progress("drawing", len(out), len(rows))
+        return out
+
+    def scores(self, prompts: Sequence[str], rewrites: Sequence[str], progress: Progress | None = None) -> dict[str, np.ndarray]:
+        """[N] of each judge: the mean over a rewrite's pictures of their score for its prompt, larger is better.
+
+        A rewrite that occurs twice is drawn and judged once.
+
+        Raises:
+            UserError: a judge cannot judge these pictures, or gives no number for one.
+        """
+        different = list(dict.fromkeys(zip(prompts, rewrites, strict=True)))
+        asked = [prompt for prompt, _ in different]
+        drawn = self.pictures(asked, [rewrite for _, rewrite in different], progress)
+        scored = judged(self.judges, drawn, [prompt for prompt in asked for _ in range(self.how.pictures)])
+        place = {pair: n for n, pair in enumerate(different)}
+        rows = [place[pair] for pair in zip(prompts, rewrites, strict=True)]
+        return {name: values.reshape(len(different), -1).mean(axis=1)[rows] for name, values in scored.items()}
+
+
+def judged(judges: Mapping[str, Scorer], pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """[N] float64 of each judge for pictures of prompts, larger is better whatever the judge.
+
+    Raises:
+        UserError: a judge cannot judge these, or gives no number.
+    """
+    import reward_models
+    from reward_models.base import JudgeError
+
+    try:
+        scores = reward_models.score(dict(judges), list(pictures), list(prompts), cache=False, progress=False)
+    except JudgeError as error:
+        raise UserError(f"Pictures of rewrites cannot be judged: {error}.") from error
+    out = {}
+    for name, judge in judges.items():
+        values = np.asarray(scores[name], dtype=np.float64) * (1.0 if judge.info.higher_is_better else -1.0)
+        if not np.isfinite(values).all():
+            at = prompts[int(np.flatnonzero(~np.isfinite(values))[0])]
+            raise UserError(f"The judge {name} gives no number for a picture of {at!r}.")
+        out[name] = values
+    return out
+
+
+def standardised(scores: Mapping[str, Sequence[Sequence[float]]]) -> list[np.ndarray]:
+    """One number for each rewrite from several judges', prompt by prompt: their mean, each brought to a common scale.
+
+    A judge's scores are taken relative to their mean over a prompt's rewrites, and divided by their deviation around it over all
+    prompts: 1 is a difference as there usually is between two rewrites of a prompt. A judge to which all are alike says nothing.
+    """
+    parts = [_standardised(of_judge) for of_judge in scores.values()]
+    return [np.mean(columns, axis=0) for columns in zip(*parts, strict=True)]
+
+
+def _standardised(scores: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    centred = [np.asarray(row, dtype=np.float64) - np.mean(row) for row in scores]
+    freedom = sum(len(row) - 1 for row in centred)
+    deviation = np.sqrt(sum((row**2).sum() for row in centred) / freedom) if freedom > 0 else 0.0
+    return [row / deviation if deviation > 0 else row for row in centred]

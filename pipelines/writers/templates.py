@@ -1,0 +1,143 @@
+"""What a writer is shown of a prompt, and where its rewrite begins.
+
+``rephrase`` is Promptist's (Hao et al. 2022, arXiv 2212.09611): "{prompt} Rephrase:" and the rewrite after a space. ``chat`` is
+whatever the tokenizer's own chat template makes of an instruction, with the rewrite as the assistant's turn. Both, and a text of
+the user's own, come out as five fixed strings: they are kept with a trained writer, so that it is shown tomorrow what it was
+trained on, also where a chat template prints the date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffalign.errors import UserError
+
+PLACE = "{prompt}"
+REPHRASE = "{prompt} Rephrase:"
+INSTRUCTION = (
+    "Rewrite this prompt for a text-to-image model. Keep what it means and make the picture better. "
+    "Answer with the new prompt only.\n\n{prompt}"
+)
+NAMES = ("auto", "rephrase", "chat")
+_PROMPT, _REWRITE = "qqpromptqq", "qqrewriteqq"
+"""Stand for the texts in a chat template that is tried out: words that no template writes itself, and that none would change."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text around a prompt and around its rewrite."""
+
+    name: str
+    before: str  # the prompt
+    after: str  # the prompt; the rewrite's own text begins where this ends
+    lead: str  # of the rewrite, a space at most: byte-level BPE has it inside a word's first token
+    closing: str  # ends in the mark that ends a rewrite; empty: the tokenizer's end mark
+    has_marks: bool  # whether ``before`` has the begin mark if there is to be one; else the tokenizer adds its own
+
+    def prompt_text(self, prompt: str) -> str:
+        """What the writer sees before it begins to write."""
+        return self.before + clean(prompt) + self.after
+
+    def rewrite_text(self, rewrite: str) -> str:
+        """What it should write, the end mark included where the template has one."""
+        return self.lead + clean(rewrite) + self.closing
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values, for ``from_record``."""
+        return asdict(self)
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Template:
+        """What ``as_record`` gave.
+
+        Raises:
+            UserError: it is none.
+        """
+        try:
+            return Template(**record)
+        except TypeError as error:
+            raise UserError(f"The template on record is not one that diffalign wrote: {dict(record)!r}.") from error
+
+
+def clean(text: str) -> str:
+    """Without white space at the ends, and with one space where there is white space inside: line breaks mean nothing to a
+    text encoder."""
+    return " ".join(text.split())
+
+
+def template_for(choice: str, tokenizer: Any) -> Template:
+    """The template of a name, or of a text with ``{prompt}`` in it.
+
+    Args:
+        choice: ``auto`` is ``chat`` where the tokenizer has a chat template, else ``rephrase``.
+
+    Raises:
+        UserError: another word; a text with several places for the prompt; ``chat`` with a tokenizer that has no chat template,
+            or one that cannot be used.
+    """
+    if choice == "auto":
+        choice = "chat" if tokenizer.chat_template else "rephrase"
+    if choice == "chat":
+        return _chat(tokenizer)
+    if choice == "rephrase":
+        return _text("rephrase", REPHRASE)
+    if choice.count(PLACE) == 1:
+        return _text("own", choice)
+    if PLACE in choice:
+        raise UserError(f"The template {choice!r} has {choice.count(PLACE)} places for the prompt; it should have one {PLACE}.")
+    raise UserError(f"The template {choice!r} is not known. It is {', '.join(NAMES)}, or a text of your own with {PLACE} in it.")
+
+
+def _text(name: str, text: str) -> Template:
+    before, _, after = text.partition(PLACE)
+    after = after.rstrip(" ")  # a prompt that ends in a space would leave the rewrite's first word without the one it is used to
+    return Template(name, before, after, lead="" if after[-1:].isspace() else " ", closing="", has_marks=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat
+
+
+def _chat(tokenizer: Any) -> Template:
+    if not tokenizer.chat_template:
+        raise UserError("The template 'chat' needs a tokenizer with a chat template, which this one has not; use 'rephrase'.")
+    asked = {"role": "user", "content": INSTRUCTION.replace(PLACE, _PROMPT)}
+    opened = _rendered(tokenizer, [asked], add_generation_prompt=True)
+    whole = _rendered(tokenizer, [asked, {"role": "assistant", "content": _REWRITE}])
+    if opened.count(_PROMPT) != 1 or whole.count(_REWRITE) != 1:
+        raise UserError(
+            "The tokenizer's chat template does not write the user's and the assistant's texts once each, so it cannot be used "
+            "to train a writer; use the template 'rephrase'."
+        )
+    answer, _, rest = whole.partition(_REWRITE)
+    shown = answer if answer.startswith(opened) else opened  # a header that only a finished turn has belongs to the prompt, too
+    lead = shown[len(shown.rstrip(" ")) :]
+    before, _, after = shown.rstrip(" ").partition(_PROMPT)
+    return Template("chat", before, after, lead, _up_to_first_mark(rest, tokenizer), has_marks=True)
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        # without the thoughts that reasoning models begin with; other templates do not know the word and ignore it
+        return tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"The tokenizer's chat template cannot be used ({error}); use the template 'rephrase'.") from error
+
+
+def _up_to_first_mark(text: str, tokenizer: Any) -> str:
+    """``text`` as far as the first special token in it, or nothing where there is none.
+
+    This mark ends a turn, and need not be the tokenizer's end mark: Qwen2.5's base models end a text with another.
+    """
+    ends = [text.index(mark) + len(mark) for mark in marks_of(tokenizer) if mark in text]
+    return text[: min(ends)] if ends else ""
+
+
+def marks_of(tokenizer: Any) -> list[str]:
+    """The special tokens, as texts: what a prompt or a rewrite must not contain."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    unknown = {tokenizer.unk_token} if tokenizer.unk_token != tokenizer.eos_token else set()  # GPT-2 has one for all
+    return sorted(mark for mark in (added | set(tokenizer.all_special_tokens)) - unknown if mark.strip())

@@ -1,0 +1,207 @@
+"""A whole run of a prompt writer: settings in; a writer that can be asked, its card and its curves out.
+
+prepare   writer, rewrites, their distances from the prompts
+train     the loop of ``diffalign.train``, the one that image models use
+export    a LoRA or a whole model with its tokenizer, card, rewrites of held-out prompts before and after, ``summary.json``
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from diffalign import objectives
+from diffalign.data.texts import validation_batches
+from diffalign.objectives.sem_dpo import tilted
+from diffalign.optimisation import require_bitsandbytes
+from diffalign.train import Finished, Together, Trainer
+from pipelines import config
+from pipelines.curves import draw_curves, read_metrics
+from pipelines.outputs import write_json
+from pipelines.progress import TrainingBar
+from pipelines.prompts import held_out_prompts
+from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
+from pipelines.writers import card, ingredients
+from pipelines.writers.ingredients import Prepared, Say
+from pipelines.writers.sampling import candidates
+from pipelines.writers.settings import COMMANDS, PromptTrainSettings
+
+FAR = 0.1
+"""A distance beyond which a rewrite is said to have drifted, in reports."""
+
+
+def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, accelerator: Accelerator, report: Any) -> Trainer:
+    """The trainer of a run."""
+    everyone = Together(accelerator)
+    return Trainer(
+        learner=settings.objective.learner(ingredients.given(settings, prepared, everyone)),
+        policy=prepared.writer,
+        validation=validation_batches(prepared.data, prepared.validation_rows, settings.batch.batch_size),
+        accelerator=accelerator,
+        output=settings.output,
+        loop=settings.loop,
+        optimiser=settings.optimiser,
+        identity=run_identity(name, settings, prepared, everyone.world),
+        report=report,
+        weights=prepared.weights,
+    )
+
+
+def run_identity(name: str, settings: PromptTrainSettings, prepared: Prepared, world: int) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint."""
+    tree = config.as_tree(settings)
+    return {
+        "objective": name,
+        "objective_settings": tree["objective"],
+        "reference": prepared.base_digest,
+        "data": prepared.data_digest,
+        "token_rewards": settings.data.token_rewards,
+        "adapter": settings.adapter,
+        "lora": tree["lora"] if settings.adapter == "lora" else None,
+        "optimiser": tree["optimiser"],
+        "steps": settings.loop.steps,
+        "rows_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
+        "seed": settings.seed,
+    }
+
+
+def train(
+    name: str,
+    settings: PromptTrainSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+    progress: bool = True,
+) -> Finished:
+    """Run an objective from settings to the exported writer.
+
+    Args:
+        name: ``sem-dpo`` or ``prompt-sft``.
+        resume: go on from the newest checkpoint of the output folder.
+        overwrite: replace the run that is there.
+
+    Raises:
+        UserError: writer, rewrites, embedding, output folder or device are not as they should be.
+        NonFiniteLossError: training blew up; the last checkpoint is untouched.
+    """
+    start = time.perf_counter()
+    check_output(settings.output, resume=resume, overwrite=overwrite)
+    if settings.optimiser.eight_bit:
+        require_bitsandbytes()
+    shown = [p.text for p in held_out_prompts(settings.show.prompts, settings.show.prompt_count)] if settings.show.prompts else []
+    accelerator = start_accelerator(settings)
+    say = say if accelerator.is_main_process else lambda _: None
+    set_seed(settings.seed, device_specific=True)  # only dropout draws from it
+    table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        claim_output(settings.output, to_yaml(COMMANDS[name], settings), resume=resume, overwrite=overwrite)
+    before = candidates(writer, shown, seed=settings.seed) if shown and accelerator.is_main_process else []
+    prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
+    if accelerator.log_with:
+        accelerator.init_trackers(settings.compute.tracker)
+    with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
+        trainer = build_trainer(name, settings, prepared, accelerator, partial(bar.update, steps=settings.loop.steps))
+        if resume and trainer.resume():
+            say(f"resumed at step {trainer.step}")
+        bar.start(trainer.step, settings.loop.steps)
+        finished = trainer.run()
+    if accelerator.is_main_process and not finished.interrupted:
+        finish(name, settings, prepared, trainer, shown, before, time.perf_counter() - start, say)
+    accelerator.end_training()
+    if finished.interrupted:
+        say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
+    return finished
+
+
+def train_writer(
+    name: str = "sem-dpo",
+    *,
+    recipe: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """A prompt writer in one call: ``train_writer("sem-dpo", model="runs/sft", pairs="pairs.jsonl", output="runs/sem")``.
+
+    Args:
+        name: ``prompt-sft`` or ``sem-dpo``.
+        recipe: a shipped recipe to start from.
+        options: any setting by its short name, as on the command line (``alpha=5``, ``learning_rate=1e-5``).
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        UserError: as ``train``; mistakes in the options all at once.
+    """
+    from pipelines import recipes
+
+    objective = objectives.load(name).Objective
+    base = recipes.load(name, recipe) if recipe else {}
+    settings = config.resolve(config.merge(base, config.placed(options, objective)), objective)
+    train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
+    return json.loads((settings.output / SUMMARY_FILE).read_text())
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def finish(
+    name: str,
+    settings: PromptTrainSettings,
+    prepared: Prepared,
+    trainer: Trainer,
+    shown: list[str],
+    before: list[list[str]],
+    seconds: float,
+    say: Say,
+) -> None:
+    """Export the writer, write rewrites before and after, curves, summary and card."""
+    writer = prepared.writer
+    with trainer.ema.applied() if trainer.ema else nullcontext():
+        if settings.adapter == "lora":
+            writer.save_adapter(settings.output)
+        else:
+            writer.save(settings.output)
+        after = candidates(writer, shown, seed=settings.seed) if shown else []
+    say(f"saved {settings.output}")
+    rewrites = [{"prompt": p, "before": b[0], "after": a[0]} for p, b, a in zip(shown, before, after, strict=True)]
+    summary = {
+        "objective": name,
+        "model": settings.model,
+        "rewrites": settings.pairs,
+        "adapter": settings.adapter,
+        "steps": trainer.step,
+        "seconds": round(seconds, 1),
+        "fingerprint": {"reference": prepared.base_digest, "data": prepared.data_digest},
+        "rows": dict(prepared.counts),
+        "validation": _last_validation(settings.output / METRICS_FILE),
+        "weights": _weights(settings, prepared),
+        "rewritten": rewrites,
+    }
+    write_json(settings.output / SUMMARY_FILE, summary)
+    curves = draw_curves(settings.output / METRICS_FILE, settings.output / "curves.png")
+    card.write(settings, summary, curves, paper=f"arXiv {objectives.load(name).ABOUT.paper}")
+
+
+def _last_validation(metrics: Path) -> dict[str, float] | None:
+    rows = read_metrics(metrics)["validation"]
+    return {k: v for k, v in rows[-1].items() if isinstance(v, float)} if rows else None
+
+
+def _weights(settings: PromptTrainSettings, prepared: Prepared) -> dict[str, float] | None:
+    """What Sem-DPO's weights did to the winners of the data, and the bound."""
+    if prepared.data.distance is None:
+        return None
+    distances = prepared.data.distance[prepared.train_rows]
+    return {"alpha": settings.objective.alpha, "delta": FAR, **vars(tilted(distances, settings.objective.alpha, FAR))}

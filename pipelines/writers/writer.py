@@ -1,0 +1,272 @@
+"""A writer: a causal language model that rewrites prompts, with its tokenizer and its template.
+
+It is what the commands see of every language model, as ``families._family.Family`` is of image models, and at the same time the
+``diffalign.protocols.TextPolicy`` that is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from pipelines.families._encoding import digest, tokenizer_digest
+from pipelines.families._files import installed_into
+from pipelines.families._lora import is_attached, switched_off
+from pipelines.families._quiet import quietly
+from pipelines.families._sources import NOTE_FILE, torch_dtype
+from pipelines.writers import _lora
+from pipelines.writers._sources import ADAPTER_CONFIG, CONFIG_FILE, TINY, Origin, find, read
+from pipelines.writers.encoding import Encoding
+from pipelines.writers.templates import Template, template_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Writer:
+    """A language model with what belongs to it. Nothing is trainable until ``attach_lora`` or ``train_fully`` is called.
+
+    Dropout that the model's configuration asks for is off for good: policy and reference must agree where they are equal. A
+    LoRA's own dropout is not touched.
+
+    Raises:
+        UserError: the tokenizer has no end mark.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, template: Template, origin: Origin | None = None) -> None:
+        self.model = _without_dropout(model)  # the bare network, never a wrapper
+        self.tokenizer, self.template, self.origin = tokenizer, template, origin
+        self._network: nn.Module = model
+        self._takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        model.requires_grad_(False)
+        self.encoding()
+
+    @classmethod
+    def load(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        dtype: str = "float32",
+        template: str | None = None,
+        base: str | None = None,
+    ) -> Writer:
+        """A writer on the CPU, in evaluation mode, with any LoRA merged into its weights.
+
+        Args:
+            where: 'tiny', a folder, a hub id, or the folder of a LoRA that PEFT or diffalign wrote.
+            template: see ``templates.template_for``; None takes the one that the writer was trained with, where that is on
+                record, else ``auto``.
+            base: the base model of a LoRA, if not the one on record.
+
+        Raises:
+            UserError: there is no such writer, it is no causal language model, or it cannot be read.
+        """
+        origin = find(where, base=base)
+        model, tokenizer = read(origin, torch_dtype(dtype))
+        if template is None and origin.template is not None:
+            return cls(model, tokenizer, Template.from_record(origin.template), origin)
+        return cls(model, tokenizer, template_for(template or "auto", tokenizer), origin)
+
+    @property
+    def name(self) -> str:
+        """What it is called: 'tiny', a hub id or a path; empty if it was built in memory."""
+        return self.origin.name if self.origin else ""
+
+    # ------------------------------------------------------------------------------------------------ as a text policy
+
+    @property
+    def network(self) -> nn.Module:
+        """What is called in training: the model, or the wrapper of it that ``with_network`` was given."""
+        return self._network
+
+    def with_network(self, network: nn.Module) -> Writer:
+        """The same writer, its calls going through a wrapper (DDP, autocast, compiled) of its model."""
+        other = copy.copy(self)
+        other._network = network
+        return other
+
+    def __call__(self, tokens: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+        """``tokens`` [N, S] int64, ``mask`` [N, S] bool, padded at the right -> logits [N, S, V] in the model's dtype.
+
+        Args:
+            last: only those of so many last positions: [N, last, V]. With a large vocabulary the others' cost most of the memory.
+        """
+        keep = {"logits_to_keep": last} if last is not None and self._takes_last else {}
+        logits = self._network(input_ids=tokens, attention_mask=mask.to(torch.int64), use_cache=False, **keep).logits
+        return logits if last is None else logits[:, -last:]
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Everything after ``train_fully``, the adapter after ``attach_lora``; in a stable order."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Within: the model before training, to the bit.
+
+        Raises:
+            ValueError: there is no adapter.
+        """
+        return switched_off(self.model)
+
+    # ------------------------------------------------------------------------------------------------ what is trained
+
+    def attach_lora(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        targets: str | Sequence[str] | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Add a float32 adapter and freeze the rest. ``alpha`` defaults to ``rank``.
+
+        Args:
+            targets: ends of layers' names, or ``all-linear``; None is PEFT's own choice for the architecture.
+
+        Raises:
+            UserError: a number out of range, or a target that matches no layer.
+        """
+        if self.has_adapter:
+            raise ValueError("there is an adapter already")
+        alpha = rank if alpha is None else alpha
+        _lora.attach(self.model, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+        self.model.train()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether ``attach_lora`` has been called."""
+        return is_attached(self.model)
+
+    def train_fully(self) -> None:
+        """Make every weight trainable, in float32."""
+        if self.has_adapter:
+            raise ValueError("the model carries an adapter; load the writer again to train all of it")
+        self.model.float().requires_grad_(True).train()
+
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> Writer:
+        """A second, frozen writer with the present weights: the reference of a full fine-tuning run."""
+        if self.has_adapter:
+            raise ValueError("with an adapter, adapter_off() is the reference; no copy is needed")
+        frozen = copy.deepcopy(self.model).eval()
+        return Writer(frozen if dtype is None else frozen.to(dtype), self.tokenizer, self.template, self.origin)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute activations in the backward pass: less memory, about a third more time. For training mode only.
+
+        Raises:
+            UserError: the architecture cannot.
+        """
+        # Transformers 5.2x calls it activation checkpointing and warns of the older name
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        name = next(n for n in names if hasattr(self.model, f"{n}_enable"))
+        try:
+            if on:
+                getattr(self.model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+            else:
+                getattr(self.model, f"{name}_disable")()
+        except ValueError as error:
+            raise UserError(f"{type(self.model).__name__} cannot use gradient checkpointing: {error}") from error
+
+    # -------------------------------------------------------------------------------------------- encoding and writing
+
+    def encoding(self, max_prompt_tokens: int | None = None, max_rewrite_tokens: int | None = None) -> Encoding:
+        """Prompts and rewrites as this writer's token ids, within limits (``encoding.Encoding``)."""
+        limits = {"max_prompt_tokens": max_prompt_tokens, "max_rewrite_tokens": max_rewrite_tokens}
+        return Encoding(self.tokenizer, self.template, context=self.context, **limits)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model can read, prompt and rewrite together; None if there is no limit."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Writer:
+        """Move the model; gives the writer itself."""
+        self.model.to(device)
+        return self
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within: the model is in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Everything that its rewrites depend on beside the settings of sampling, as plain values."""
+        config = {name: value for name, value in self.model.config.to_diff_dict().items() if name != "transformers_version"}
+        return {
+            "model": digest(self.model),
+            "adapter": _lora.described(self.model) if self.has_adapter else "",
+            "config": config | {"dtype": str(self.model.dtype)},
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "template": self.template.as_record(),
+        }
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter into the folder ``path`` as PEFT does: ``PeftModel.from_pretrained(model, path)`` reads it, too.
+
+        Beside it goes ``diffalign.json`` with the base model's name and the template. Other files in ``path`` stay.
+
+        Raises:
+            UserError: it could not be written, or the folder holds a whole model; what was there is untouched.
+        """
+        if not self.has_adapter:
+            raise ValueError("there is no adapter to save")
+        if (Path(path) / CONFIG_FILE).exists():
+            raise UserError(f"{path} holds a whole model; a LoRA beside it would be confused with it. Name another folder.")
+        base = str(TINY) if self.name == "tiny" else self.name
+        with installed_into(Path(path), last=ADAPTER_CONFIG) as folder:
+            _lora.write(self.model, folder, base)
+            self._write_note(folder, "writer LoRA")
+
+    def save(self, path: str | Path) -> None:
+        """Write model, tokenizer and generation settings into the folder ``path``. Other files in ``path`` stay.
+
+        Raises:
+            UserError: it could not be written, or the folder holds a LoRA; what was there is untouched.
+        """
+        if self.has_adapter:
+            raise ValueError("the model carries an adapter: save_adapter writes it, loading it again merges it")
+        if (Path(path) / ADAPTER_CONFIG).exists():
+            raise UserError(f"{path} holds a LoRA; a whole model beside it would be confused with it. Name another folder.")
+        with installed_into(Path(path), last=CONFIG_FILE) as folder, quietly():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            self._write_note(folder, "writer")
+
+    def _write_note(self, folder: Path, kind: str) -> None:
+        note = {"kind": kind, "base_model": self.name, "template": self.template.as_record()}
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, in which nothing is dropped in training: layers of dropout, and probabilities that other layers hold."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError("a writer is made of a model without adapters")
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model

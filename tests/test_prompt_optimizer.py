@@ -1,0 +1,113 @@
+"""A writer at work: different rewrites, the cap on drift, judges that choose, in front of a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_writer_material import writer
+
+import reward_models
+from diffalign.errors import UserError
+from pipelines import families
+from pipelines.semantics import distance, load_embedding
+from pipelines.writers.optimizer import PromptOptimizer
+from pipelines.writers.studio import Sampling, Studio
+
+SHORT = {"max_rewrite_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def optimizer() -> PromptOptimizer:
+    return PromptOptimizer(writer("gpt2", template="rephrase", context=400), load_embedding("tiny"))
+
+
+def test_one_prompt_gives_a_list_and_several_a_list_of_lists(optimizer: PromptOptimizer) -> None:
+    alone = optimizer("a cat", n=3, **SHORT)
+    among = optimizer(["a red circle", "a cat"], n=3, **SHORT)
+    assert 1 <= len(alone) <= 3 and [r.text for r in among[1]] == [r.text for r in alone]
+    assert len({r.text for r in alone}) == len(alone)
+    measured = distance(optimizer.embedding, ["a cat"] * len(alone), [r.text for r in alone])
+    assert [r.distance for r in alone] == pytest.approx(measured.tolist(), abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_rewrites(optimizer: PromptOptimizer) -> None:
+    once, again, other = (optimizer("a cat", n=4, seed=s, **SHORT) for s in (1, 1, 2))
+    assert once == again and [r.text for r in once] != [r.text for r in other]
+
+
+def test_nothing_goes_beyond_the_cap(optimizer: PromptOptimizer) -> None:
+    free = optimizer("a red circle", n=8, **SHORT)
+    cap = sorted(r.distance for r in free)[3]
+    capped = optimizer("a red circle", n=8, draw=8, max_distance=cap, **SHORT)
+    assert [r.text for r in capped] == [r.text for r in free if r.distance <= cap] and len(capped) < len(free)
+    nothing_left = optimizer("a red circle", n=2, max_distance=0.0, **SHORT)
+    assert [(r.text, r.distance, r.unchanged) for r in nothing_left] == [("a red circle", 0.0, True)]
+
+
+def test_judges_put_the_best_first() -> None:
+    how = Sampling(steps=2, guidance_scale=2.0)
+    studio = Studio(families.load_pipeline("tiny"), {"oracle": reward_models.load("oracle")}, how)
+    chosen = PromptOptimizer(writer("gpt2", template="rephrase"), None, studio)
+    found = chosen(["a red circle", "a blue square"], n=4, draw=4, **SHORT)
+    for rewrites in found:
+        scores = [r.scores["oracle"] for r in rewrites]
+        assert scores == sorted(scores, reverse=True) and len(scores) > 1
+        expected = studio.scores([r.prompt for r in rewrites], [r.text for r in rewrites])["oracle"]
+        assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+    best = chosen("a red circle", n=1, draw=4, **SHORT)
+    assert best[0].text == found[0][0].text
+
+
+def test_a_long_list_comes_as_a_stream(optimizer: PromptOptimizer) -> None:
+    prompts = [f"a cat {k}" for k in range(7)]
+    streamed = optimizer.stream(iter(prompts), chunk=3, n=2, **SHORT)
+    first = next(streamed)
+    assert texts([first]) == texts([optimizer(prompts[0], n=2, **SHORT)])
+    assert texts([first, *streamed]) == texts(optimizer(prompts, n=2, **SHORT))
+
+
+def texts(found) -> list[list[str]]:
+    return [[rewrite.text for rewrite in rewrites] for rewrites in found]
+
+
+def test_in_front_of_a_pipeline(optimizer: PromptOptimizer) -> None:
+    seen = []
+
+    class Pipeline:
+        def __call__(self, prompt, steps=1):
+            seen.append((prompt, steps))
+            return prompt
+
+    pipe = optimizer.before(Pipeline(), seed=3, **SHORT)
+    text = optimizer("a cat", seed=3, **SHORT)[0].text
+    assert pipe("a cat", steps=4) == text and pipe(["a cat", "a cat"]) == [text, text]
+    assert seen == [(text, 4), ([text, text], 1)]
+
+
+def test_what_the_text_encoder_does_not_read_is_told(optimizer: PromptOptimizer) -> None:
+    prompt = "a small red circle left of a large blue square on a white background, " + "very " * 30 + "vivid"
+    (kept,) = optimizer(prompt, max_distance=0.0, **SHORT)
+    assert kept.unchanged and kept.lost.endswith("vivid") and "circle" not in kept.lost
+
+
+def test_from_a_folder(tmp_path: Path) -> None:
+    made = writer("gpt2", template="rephrase")
+    made.save(tmp_path / "w")
+    loaded = PromptOptimizer.from_pretrained(tmp_path / "w", embedding=None)
+    assert [r.text for r in loaded("a cat", n=3, **SHORT)] == [r.text for r in PromptOptimizer(made)("a cat", n=3, **SHORT)]
+    with pytest.raises(UserError, match="give both, or neither"):
+        PromptOptimizer.from_pretrained(tmp_path / "w", embedding=None, generator="tiny")
+
+
+def test_mistakes_are_said(optimizer: PromptOptimizer) -> None:
+    with pytest.raises(UserError, match="A cap on the distance needs an embedding"):
+        PromptOptimizer(optimizer.writer)("a cat", max_distance=0.1)
+    with pytest.raises(UserError, match="max_distance is a cosine distance, between 0 and 2; got 3"):
+        optimizer("a cat", max_distance=3)
+    with pytest.raises(UserError, match="4 rewrites cannot be chosen from 2 candidates"):
+        optimizer("a cat", n=4, draw=2)
+    with pytest.raises(UserError, match="A prompt cannot be rewritten: prompt is empty"):
+        optimizer(["a cat", "  "])
+    with pytest.raises(UserError, match="takes .* tokens"):
+        optimizer("word " * 400)

@@ -1,0 +1,200 @@
+"""Runs of prompt writers from settings to files: what they leave, that they resume to the bit, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_writer_material import writer
+from worlds import assert_same
+
+from diffalign.errors import UserError
+from diffalign.train import Trainer
+from pipelines import config, recipes
+from pipelines.objective_tables import objective_in_full
+from pipelines.writers import training
+from pipelines.writers.settings import COMMANDS
+from pipelines.writers.training import train_writer
+from pipelines.writers.writer import Writer
+
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "cross")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random writer in a folder."""
+    folder = tmp_path_factory.mktemp("writers") / "start"
+    writer("gpt2", template="rephrase").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen prompts; what is preferred is vivid, and every fourth winner means something else."""
+    path, rows = tmp_path_factory.mktemp("pairs") / "pairs.jsonl", []
+    for n, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
+        prompt = f"a {colour} {shape}"
+        meant = f"a purple {shape}" if n % 4 == 0 else prompt
+        row = {"prompt": prompt, "chosen": f"{meant}, vivid", "rejected": f"{prompt}, pale", "gold": f"{prompt}, vivid, clean"}
+        rows.append({**row, "chosen_score": 0.5 + n / 100, "rejected_score": 0.1})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(start: Path, pairs: Path, output: Path, **more: Any) -> dict[str, Any]:
+    plain = {"model": str(start), "pairs": str(pairs), "output": str(output), "tracker": "none", "embedding": "tiny"}
+    sizes = {"steps": 4, "batch_size": 3, "warmup_steps": 0, "validation_pairs": 4, "validate_every": 2, "checkpoint_every": 2}
+    return {**plain, **sizes, "rank": 4, "learning_rate": 1e-2, "progress": False, "keep_checkpoints": 5, **more}
+
+
+def metrics(folder: Path, kind: str = "train") -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["kind"] == kind]
+
+
+# --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_run_leaves_a_writer_that_has_learnt(start: Path, pairs: Path, tmp_path: Path, adapter: str) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue star\n")
+    more = {"adapter": adapter, "alpha": 5.0, "steps": 12, "show.prompts": str(prompts)}
+    summary = train_writer("sem-dpo", **options(start, pairs, tmp_path / "run", **more))
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(rows[0]["weight"] * 0.6931, rel=1e-3)  # W times ln 2: policy and reference agree
+    assert rows[-1]["margin"] > 0.05 and rows[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert summary["rows"]["rows"] == 16 and 0 < summary["weights"]["z"] < 1
+    assert summary["weights"]["tilted_mean"] < summary["weights"]["mean"]
+    assert [row["prompt"] for row in summary["rewritten"]] == ["a red circle", "a blue star"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "a red circle" in card and "arXiv 2507.20133" in card and str(tmp_path) not in card
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
+    trained, before = Writer.load(tmp_path / "run"), Writer.load(start)
+    tokens, mask = torch.arange(4, 12)[None], torch.ones(1, 8, dtype=torch.bool)
+    assert (trained(tokens, mask) - before(tokens, mask)).abs().max() > 1e-3
+    assert trained.template == before.template
+
+
+def test_sft_learns_from_expansions_and_from_the_winners_of_pairs(start: Path, pairs: Path, tmp_path: Path) -> None:
+    expansions = tmp_path / "expansions.csv"
+    expansions.write_text("prompt,rewrite\n" + "".join(f'a {c} {s},"a {c} {s}, vivid"\n' for c in COLOURS for s in SHAPES))
+    for where in (expansions, pairs):
+        output = tmp_path / where.stem
+        train_writer("prompt-sft", **options(start, where, output, adapter="full", steps=30))
+        rows = metrics(output)
+        assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+
+
+def test_a_run_goes_on_from_a_lora(start: Path, pairs: Path, tmp_path: Path) -> None:
+    train_writer("prompt-sft", **options(start, pairs, tmp_path / "sft", steps=6))
+    train_writer("sem-dpo", **options(tmp_path / "sft", pairs, tmp_path / "sem", steps=2))
+    first, second = Writer.load(tmp_path / "sft"), Writer.load(tmp_path / "sem")
+    tokens, mask = torch.arange(4, 12)[None], torch.ones(1, 8, dtype=torch.bool)
+    assert (first(tokens, mask) - second(tokens, mask)).abs().max() > 1e-4
+    assert metrics(tmp_path / "sem")[0]["margin"] == pytest.approx(0, abs=1e-5)  # the reference is the writer after SFT
+
+
+def test_tgdpo_rewards_tokens_by_another_writer(start: Path, pairs: Path, tmp_path: Path) -> None:
+    train_writer("sem-dpo", **options(start, pairs, tmp_path / "dpo", alpha=0.0, steps=6))
+    guided = {"alpha": 0.0, "token_guidance": 0.5, "token_rewards": str(tmp_path / "dpo")}
+    train_writer("sem-dpo", **options(start, pairs, tmp_path / "tgdpo", **guided))
+    train_writer("sem-dpo", **options(start, pairs, tmp_path / "again", alpha=0.0))
+    one, other = metrics(tmp_path / "tgdpo"), metrics(tmp_path / "again")
+    assert one[0]["loss"] == pytest.approx(other[0]["loss"], abs=1e-6)  # ln 2 both
+    assert abs(one[-1]["margin"] - other[-1]["margin"]) > 1e-4
+    with pytest.raises(UserError, match="token_rewards and objective.token_guidance: one is set and the other is not"):
+        train_writer("sem-dpo", **options(start, pairs, tmp_path / "x", token_guidance=0.5))
+
+
+# ------------------------------------------------------------------------------------------------------------------ resume
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("more", [{"alpha": 5.0}, {"loss": "kto", "alpha": 0.0}, {"adapter": "full", "ema_decay": 0.9}], ids=str)
+def test_a_run_that_was_killed_goes_on_to_the_bit(start: Path, pairs: Path, tmp_path: Path, more: dict, monkeypatch) -> None:
+    whole, cut = options(start, pairs, tmp_path / "whole", **more), options(start, pairs, tmp_path / "cut", **more)
+    train_writer("sem-dpo", **whole)
+    step = Trainer._optimizer_step
+
+    def dying(self: Trainer, batches: Any) -> Any:
+        if self.step == 3:
+            raise Killed
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", dying)
+    with pytest.raises(Killed):
+        train_writer("sem-dpo", **cut)
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    train_writer("sem-dpo", resume=True, **cut)
+    for kind in ("train", "validation"):
+        assert metrics(tmp_path / "whole", kind) == metrics(tmp_path / "cut", kind)
+    ends = [sorted((tmp_path / name / "checkpoints").glob("checkpoint-*"))[-1] for name in ("whole", "cut")]
+    for path in sorted(ends[0].glob("*.pt")):
+        assert_same(torch.load(path, weights_only=True), torch.load(ends[1] / path.name, weights_only=True), path.name)
+
+
+def test_a_run_does_not_go_on_with_other_data(start: Path, pairs: Path, tmp_path: Path) -> None:
+    train_writer("sem-dpo", **options(start, pairs, tmp_path / "run", steps=2))
+    other = tmp_path / "other.jsonl"
+    other.write_text(pairs.read_text().replace("vivid", "bright"))
+    with pytest.raises(UserError, match="belongs to another run. data:"):
+        train_writer("sem-dpo", resume=True, **options(start, other, tmp_path / "run", steps=2))
+
+
+# ------------------------------------------------------------------------------------------------------------------ refused
+
+
+def test_what_cannot_be_trained_on_is_said(start: Path, pairs: Path, tmp_path: Path) -> None:
+    def refused(text: str, **more: Any) -> None:
+        with pytest.raises(UserError, match=text):
+            train_writer("sem-dpo", **{**options(start, pairs, tmp_path / "run"), **more})
+        assert not (tmp_path / "run" / "checkpoints").exists()
+
+    no_chosen = tmp_path / "no_chosen.jsonl"
+    no_chosen.write_text('{"prompt": "a cat", "better": "a fluffy cat", "rejected": "a dog"}\n')
+    refused("chosen", pairs=str(no_chosen))
+    same = tmp_path / "same.jsonl"
+    same.write_text('{"prompt": "a cat", "chosen": "a fluffy cat", "rejected": "a fluffy cat"}\n')
+    refused("identical", pairs=str(same))
+    refused(r"16 of 16 rows .* cannot be used.*the prompt takes .* tokens", max_prompt_tokens=3)
+    refused(r"cannot be used, more than max_left_out \(0\.01\).*Raise max_prompt_tokens or max_rewrite", max_rewrite_tokens=4)
+    refused("no-such-folder", embedding=str(tmp_path / "no-such-folder"))
+    refused("no-such-writer", model=str(tmp_path / "no-such-writer"))
+
+
+def test_identical_and_overlong_rows_are_counted(start: Path, pairs: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    same = {"prompt": "a cat", "chosen": "a cat, vivid", "rejected": "a cat, vivid"}
+    long = {"prompt": "a cat", "chosen": "a cat, " + "very " * 60, "rejected": "a cat, pale"}
+    text = pairs.read_text()
+    text = text.replace(', "gold"', ', "other"')
+    more.write_text(text + json.dumps(same) + "\n" + json.dumps(long) + "\n")
+    told: list[str] = []
+    settings = config.resolve(
+        config.placed(
+            {k: v for k, v in options(start, more, tmp_path / "run", max_left_out=0.1).items() if k != "progress"},
+            training.objectives.load("sem-dpo").Objective,
+        ),
+        training.objectives.load("sem-dpo").Objective,
+    )
+    training.train("sem-dpo", settings, say=told.append, progress=False)
+    counts = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert counts["rows"] == 16 and counts["left out, identical"] == 1 and counts["left out, rewrite too long"] == 1
+    assert any("more.jsonl:line 18" in line and "chosen takes" in line for line in told)
+
+
+# ------------------------------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("name", ["sem-dpo", "prompt-sft"])
+def test_the_list_of_objectives_says_how_to_run_it(name: str) -> None:
+    text = objective_in_full(name)
+    assert f"diffalign {COMMANDS[name]} --recipe NAME" in text
+    assert recipes.names(name)
