@@ -7,8 +7,6 @@ from pathlib import Path
 NAME = "tiny"
 PAIRS = Path(__file__).parent / "pairs.parquet"
 """The preference pairs of the tiny world, in the format of Pick-a-Pic v2."""
-REWRITES = Path(__file__).parent / "rewrites.parquet"
-"""Preferences between rewrites of the tiny world's captions, as ``diffalign prompts build`` wrote them."""
 
 
 def pairs_called(where: str) -> str:

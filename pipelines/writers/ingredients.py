@@ -65,12 +65,11 @@ class Prepared:
 def open_rewrites(settings: PromptTrainSettings) -> RewriteTable:
     """The rows, as texts. Raises UserError where they are not as they should be."""
     data, imitates = settings.data, settings.objective.about.data[0] == EXPANSIONS
-    if settings.pairs == shipped.NAME and imitates:
+    if imitates and settings.pairs == shipped.NAME:
         return tiny_expansions()
-    where = shipped.REWRITES if settings.pairs == shipped.NAME else settings.pairs
     if imitates:
-        return read_expansions(where, columns=data.columns, split=data.split)
-    return read_rewrites(where, columns=data.columns, split=data.split, ties=data.ties)
+        return read_expansions(settings.pairs, columns=data.columns, split=data.split)
+    return read_rewrites(settings.pairs, columns=data.columns, split=data.split, ties=data.ties)
 
 
 def tiny_expansions() -> RewriteTable[Expansion]:
