@@ -225,8 +225,8 @@ def test_the_shipped_folder_is_small_and_genuine_and_says_how_it_was_made(shippe
     assert words.get_vocab() == tokenizer.get_vocab() and words.eos_token_id == writer.config.eos_token_id
     record = json.loads((SHIPPED / "training.json").read_text())
     assert record["config"] == dataclasses.asdict(WriterTraining())
-    everything = "".join(f.read_text() for f in SHIPPED.glob("*.json"))
-    assert "/work" not in everything and "/tmp" not in everything
+    everything = "".join(f.read_text() for f in SHIPPED.glob("*.json") if f.name != "tokenizer.json")  # which has "/" for a word
+    assert not re.search(r'"(/|[A-Z]:\\\\|~)', everything)  # no path of the machine it was made on
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
