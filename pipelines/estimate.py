@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
 from pipelines.image_settings import TrainSettings
-from pipelines.ingredients import PRECISIONS, samples_itself
+from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
+from pipelines.run import PRECISIONS
 
 _BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _EFFICIENCY = 0.5

@@ -19,6 +19,7 @@ import reward_models
 from diffalign import evaluate as statistics
 from diffalign.errors import UserError
 from pipelines import grids, outputs, report_page, sampling
+from pipelines.progress import Progress
 from pipelines.prompts import Prompt
 from reward_models._judge import Scorer
 from reward_models.base import DetailedJudge, Judge, JudgeError, ParticularJudge
@@ -40,7 +41,6 @@ FEW_PROMPTS = 50
 
 Load = Callable[[str], Any]
 """Model as the user named it -> a Diffusers pipeline."""
-Progress = Callable[[str, int, int], None]
 """Called with (system, pictures done, pictures in all)."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines import grids, outputs, sampling
+from pipelines.progress import Progress
 from pipelines.prompts import Prompt
 
 OWNED = ("[0-9]*.png", "grid.png", "metadata.jsonl", "generation.json")
@@ -33,7 +34,7 @@ def generate(
     guidance_scale: float | None = None,
     batch_size: int = 16,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample ``images_per_prompt`` pictures of each prompt into ``output``; returns what ``generation.json`` holds.

@@ -39,14 +39,13 @@ from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
 from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
+from pipelines.run import PRECISIONS, Say
 from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
 from reward_models._judge import Scorer
 
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 """Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

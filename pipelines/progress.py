@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+Progress = Callable[[str, int, int], None]
+"""What caches, data checks and evaluations report to: (stage, done, total)."""
 SECONDS_BETWEEN_LINES = 15.0
 """In a log file every refresh is a line of its own."""
 
@@ -13,7 +15,7 @@ SECONDS_BETWEEN_LINES = 15.0
 class Bar:
     """A bar for work in one or several stages; nothing shows before the first stage has begun.
 
-    ``advance`` is the shape of callback that caches, data checks and evaluations report to: (stage, done, total).
+    ``advance`` is a ``Progress``.
     """
 
     def __init__(self, shown: bool = True, unit: str = "it") -> None:

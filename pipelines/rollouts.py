@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -37,7 +37,8 @@ from pipelines import choosing_page, families, outputs
 from pipelines.families._encoding import digest
 from pipelines.families._sources import find
 from pipelines.feedback import PROMPT_FOLDER, made_by_model
-from pipelines.ingredients import PRECISIONS
+from pipelines.progress import Progress
+from pipelines.run import PRECISIONS
 from pipelines.sampling import picture_seed
 from reward_models._judge import Scorer
 from reward_models.base import JudgeError
@@ -45,7 +46,6 @@ from reward_models.base import JudgeError
 LISTING, PAGE, PICTURES = "pictures.jsonl", "index.html", "pictures"
 _TRAJECTORY, _START = 1, 2
 """Streams of seeds."""
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

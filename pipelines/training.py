@@ -25,17 +25,18 @@ from diffalign.data.loader import validation_batches
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
-from pipelines import config, families, ingredients
+from pipelines import config, families, ingredients, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
 from pipelines.image_settings import EvaluationSettings, TrainSettings
-from pipelines.ingredients import Prepared, Say
+from pipelines.ingredients import Prepared
 from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
-from pipelines.progress import Bar, TrainingBar
+from pipelines.progress import Bar
 from pipelines.prompts import held_out_prompts
 from pipelines.rewarding import RewardFunction
+from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
 from pipelines.sampling import SAMPLING_FILE
 from reward_models._judge import Scorer
@@ -97,19 +98,11 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
     """What a resumed run must share with the one that wrote the checkpoint."""
     tree = config.as_tree(settings)
     return {
-        "objective": name,
-        "objective_settings": tree["objective"],
-        "reference": prepared.base_digest,
+        **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
-        "data": prepared.data_digest,
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
-        "adapter": settings.adapter,
-        "lora": tree["lora"] if settings.adapter == "lora" else None,
-        "optimiser": tree["optimiser"],
         "curriculum": {name: value for name, value in tree["data"].items() if name.startswith("curriculum")},
-        "steps": settings.loop.steps,
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
-        "seed": settings.seed,
     }
 
 
@@ -146,20 +139,11 @@ def train(
     if accelerator.is_main_process:
         claim_output(settings.output, to_yaml(f"train {name}", settings), resume=resume, overwrite=overwrite)
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
-    if accelerator.log_with:
-        accelerator.init_trackers(settings.compute.tracker)
-    with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
-        trainer = build_trainer(name, settings, prepared, accelerator, partial(bar.update, steps=settings.loop.steps))
-        if resume and trainer.resume():
-            say(f"resumed at step {trainer.step}")
-        bar.start(trainer.step, settings.loop.steps)
-        finished = trainer.run()
+    build = partial(build_trainer, name, settings, prepared, accelerator)
+    trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
     if accelerator.is_main_process and not finished.interrupted:
         finish(name, settings, prepared, trainer, time.perf_counter() - start, say, progress)
-    accelerator.end_training()
-    if finished.interrupted:
-        say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
-    return finished
+    return run.close(accelerator, finished, say)
 
 
 def align(
@@ -187,13 +171,9 @@ def align(
     Raises:
         UserError: as ``train``; mistakes in the options all at once.
     """
-    from pipelines import recipes
-
-    objective = objectives.load(name).Objective
-    base = recipes.load(name, recipe) if recipe else {}
     if judge is not None:
         options["reward"] = (getattr(judge, "__name__", type(judge).__name__),)  # for the record
-    settings = config.resolve(config.merge(base, config.placed(options, objective)), objective)
+    settings = run.settings_of(name, recipe, options)
     train(name, settings, resume=resume, overwrite=overwrite, progress=progress, judge=judge)
     return json.loads((settings.output / SUMMARY_FILE).read_text())
 

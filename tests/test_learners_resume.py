@@ -29,7 +29,7 @@ OTHERS = {
     "kto with mismatched prompts": replace(CASES["kto"], objective=replace(CASES["kto"].objective, baseline="mismatched")),
     "diffusion-dpo with a running baseline": Case(replace(CASES["diffusion-dpo"].objective, loss="bco")),
     "diffusion-dro as in the paper": Case(replace(CASES["diffusion-dro"].objective, refresh=1, buffer=0)),
-    "d3po of the best and the worst of four": Case(replace(CASES["d3po"].objective, candidates=4)),
+    "d3po of the best and the worst of four": Case(replace(CASES["d3po"].objective, candidates=4, timestep_fraction=0.5)),
     "d3po against the start, twice over": Case(
         replace(CASES["d3po"].objective, round_pairs=4, round_epochs=2, reference="start"), accumulation=2
     ),

@@ -235,7 +235,9 @@ OF_TRAJECTORIES = {
     "d3po twice over": D3PO(round_pairs=4, round_epochs=2, **ROLLED),
     "d3po of the best and the worst of four": D3PO(round_pairs=4, candidates=4, **ROLLED),
     "d3po of four against the start": D3PO(round_pairs=4, candidates=4, reference="start", **UNGUIDED),
+    "d3po of the noisy half": D3PO(round_pairs=4, timestep_fraction=0.5, **ROLLED),
     "ddpo": DDPO(round_pairs=4, **ROLLED),
+    "ddpo of three, of the noisy third": DDPO(round_pairs=4, candidates=3, timestep_fraction=0.34, **UNGUIDED),
     "ddpo twice over": DDPO(round_pairs=4, round_epochs=2, **UNGUIDED),
 }
 

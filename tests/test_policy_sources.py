@@ -15,6 +15,7 @@ from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.errors import UserError
 from diffalign.learner import Alone
 from diffalign.objectives.d3po import D3PO, dominance
+from diffalign.objectives.ddpo import DDPO
 from diffalign.objectives.diffusion_dro import DiffusionDRO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.smpo import SmPO
@@ -421,6 +422,31 @@ def test_a_step_is_all_transitions_of_its_pairs(batch: int, sizes: list[int]) ->
     for epoch in (seen_pairs[:3], seen_pairs[3:]):  # each pair once in each of the two epochs
         assert sorted(i for pairs in epoch for i in pairs) == list(range(6))
     assert len({tuple(order) for order in orders}) > 1
+
+
+@pytest.mark.parametrize("share, learnt", [(0.01, [0]), (0.34, [0]), (0.5, [0, 1]), (1.0, [0, 1, 2])])
+@pytest.mark.parametrize("objective", [d3po, lambda **o: DDPO(round_pairs=6, rollout_steps=3, guidance=1.0, **o)])
+def test_the_noisy_end_alone_may_be_learnt_from(objective: Any, share: float, learnt: list[int]) -> None:
+    """Here the last transition has noise, too."""
+    denoiser = small_denoiser(torch.float64)
+    denoiser = replace(denoiser, schedule=replace(denoiser.schedule, clean_end="first"))
+    all_given = things_given(denoiser, denoiser, Case(objective(timestep_fraction=share), batch=8, accumulation=2))
+    learner = objective(timestep_fraction=share).learner(all_given)
+    found = shown(of_step(learner, 0), learner.source._judged)
+    assert sorted(j for _, j in found) == sorted(learnt * 2)
+
+
+def test_ddpo_may_keep_the_best_and_the_worst_of_several() -> None:
+    def judged(**options: Any) -> Any:
+        learner, _ = at_work(DDPO(round_pairs=6, rollout_steps=3, guidance=1.0, least=2, **options))
+        first_batch(learner)
+        return learner.source._judged
+
+    five, two = judged(candidates=5), judged()
+    assert (five.rewards[:, 0] > five.rewards[:, 1]).all() and (five.label == 1).all()
+    assert (five.advantage[:, 0] > five.advantage[:, 1]).all()
+    gaps = [(j.rewards[:, 0] - j.rewards[:, 1]).abs().mean() for j in (five, two)]
+    assert gaps[0] > 1.3 * gaps[1]  # of two 1.13 deviations on average, of five 2.33
 
 
 def test_what_is_known_about_a_transition_is_its_own() -> None:

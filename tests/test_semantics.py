@@ -32,7 +32,7 @@ from transformers import (
 
 import reward_models
 from diffalign.errors import UserError
-from pipelines import semantics
+from pipelines import embedding_files
 from pipelines.semantics import between, distance, embed_all, load_embedding
 from pipelines.tiny import scenes
 from pipelines.tiny.model import checkpoint_path
@@ -457,7 +457,7 @@ def put(hub: Path, folder: Path, name: str) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name, place", semantics.CLIPS.items())
+@pytest.mark.parametrize("name, place", embedding_files.CLIPS.items())
 def test_a_named_clip_that_is_missing_offline_and_one_that_is_there(name: str, place: str, hub: Path, clip: Path) -> None:
     wanted = (
         rf"The embedding '{name}' needs {place}, which is not on this machine and could not be fetched from the hub\. "

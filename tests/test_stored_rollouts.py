@@ -311,6 +311,11 @@ def test_a_step_takes_pairs_with_all_their_transitions(tmp_path: Path) -> None:
     assert first.label.tolist() == [1.0] * 3 and first.rewards.isnan().all() and not first.advantage.any()
 
 
+def test_the_noisy_end_alone_may_be_learnt_from(tmp_path: Path) -> None:
+    (step,) = steps_of(chosen(tmp_path), 0, 1, replace(OBJECTIVE, timestep_fraction=0.34), batch=8, accumulation=2)
+    assert flat([step])[0].pair.t.tolist() == [int(trajectories(made_by(), range(1)).t[0, 0])] * 2
+
+
 def test_every_epoch_visits_every_pair_once_in_an_order_of_its_own(tmp_path: Path) -> None:
     steps = steps_of(chosen(tmp_path), 0, 15)
     order = [int(batches[0].index[0]) for batches in steps]

@@ -10,7 +10,10 @@ In our frame: source = rounds (``sources.rounds``), two trajectories per prompt 
 density; the "reference" is the policy that sampled. A pair's loss is the mean over its two trajectories.
 
 ``baseline``: ``prompt`` normalises by the prompt's own rewards of the last rounds as soon as there are ``least`` of them (the
-released code's tracker), ``round`` by the round's.
+released code's tracker), ``round`` by the round's. ``candidates`` K > 2 samples K pictures of each prompt and learns from the
+best and the worst (of two, what max-variance down-sampling keeps: Xu et al. 2025, arXiv 2504.13818); their advantages are
+measured among what is kept. ``timestep_fraction`` leaves out the last transitions, whose gradients are the largest (``d3po``
+says why).
 
 Numbers of the released code (kvablack/ddpo-pytorch; SD1.4): 50 steps of DDIM with eta 1 and guidance 5, AdamW at 3e-4 with weight
 decay 1e-4, LoRA of rank 4, 256 samples per round, 2 optimizer steps each, a tracker of 16 to 32 rewards per prompt.
@@ -34,7 +37,7 @@ from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling
-from diffalign.sources.rounds import Rewards, RoundPlan, Rounds, TransitionBatch
+from diffalign.sources.rounds import Rewards, RoundPlan, Rounds, TransitionBatch, learnt_steps
 from diffalign.types import Conditioning, LogLikelihood, Outcome
 
 ABOUT = About("2305.13301", "rounds of its own trajectories", "the policy that sampled", "ppo", (PROMPTS,), "needed")
@@ -52,7 +55,9 @@ class DDPO:
     least: int = option(16, "rewards of a prompt before its own are used", ge=2)
     round_pairs: int = option(128, "pairs of trajectories per round, over all processes", ge=1)
     round_epochs: int = option(1, "how often a round is learnt from", ge=1)
+    candidates: int = option(2, "pictures sampled for each prompt of a round, of which the best and the worst are kept", ge=2)
     rollout_steps: int = option(50, "transitions of a trajectory", ge=1)
+    timestep_fraction: float = option(1.0, "share of the transitions, from the noisy end, that is learnt from", gt=0, le=1)
     eta: float = option(1.0, "noise of each transition, in that of DDPM", gt=0, le=1)
     guidance: float = option(5.0, "classifier-free guidance, in sampling and in learning; 1 is none", ge=0)
 
@@ -67,11 +72,13 @@ class DDPO:
 
     @property
     def cost(self) -> Cost:
-        rows = 2 * self.rollout_steps * (1 if self.guidance == 1.0 else 2)
-        return Cost(learning=rows * self.round_epochs, looking=rows, at_once=rows / self.rollout_steps)
+        rows = 2 if self.guidance == 1.0 else 4
+        learnt = rows * learnt_steps(self.rollout_steps, self.timestep_fraction)
+        looking = rows * self.rollout_steps * self.candidates / 2
+        return Cost(learning=learnt * self.round_epochs, looking=looking, at_once=rows)
 
     def learner(self, given: Given) -> Learner:
-        plan = RoundPlan(self.round_pairs, self.round_epochs, same_start=False, reference="round")
+        plan = RoundPlan(self.round_pairs, self.round_epochs, False, "round", self.candidates, self.timestep_fraction)
         tracker = PromptRewards(self.tracked, self.least if self.baseline == "prompt" else None)
         source = Rounds(given, self.sampling, plan, tracker)
         things = {**source.things, "rewards": tracker}

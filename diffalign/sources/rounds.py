@@ -105,6 +105,7 @@ class RoundPlan:
     same_start: bool  # both trajectories of a pair from the same x_T
     reference: RoundReference
     candidates: int = 2  # trajectories for each pair; of more than two the best and the worst by the judges' mean are the pair
+    learnt: float = 1.0  # share of a trajectory's transitions, from the noisy end, that is learnt from
 
 
 class Rounds:
@@ -145,7 +146,8 @@ class Rounds:
                 self._round, self._judged = round_, self._sampled(round_)
             epoch, nth = divmod(within, per_epoch)
             share = int(_shuffled(self._given.seed, per_epoch, round_, epoch)[nth]) * self._given.accumulation
-            yield micro_batches(self._judged, range(share, share + self._given.accumulation), self._given, step)
+            pairs = range(share, share + self._given.accumulation)
+            yield micro_batches(self._judged, pairs, self._given, step, self._plan.learnt)
 
     # ------------------------------------------------------------------------------------------ sampling and judging
 
@@ -203,13 +205,24 @@ def extremes(rewards: Tensor) -> Tensor:
     return torch.stack([mean.argmax(dim=0), len(mean) - 1 - mean.flip(0).argmin(dim=0)])
 
 
-def micro_batches(judged: JudgedPairs, pairs: Sequence[int], given: Given, step: int) -> list[TransitionBatch]:
-    """All transitions with a density of some ``pairs``, in an order of this step and process, ``batch_size`` at a time."""
-    usable = judged.first.has_noise[0].nonzero().flatten().tolist()
+def micro_batches(
+    judged: JudgedPairs, pairs: Sequence[int], given: Given, step: int, learnt: float = 1.0
+) -> list[TransitionBatch]:
+    """The transitions of some ``pairs``, in an order of this step and process, ``batch_size`` at a time.
+
+    Of the share ``learnt`` from the noisy end, those that have a density.
+    """
+    noisy = judged.first.has_noise[0]
+    usable = noisy[: learnt_steps(len(noisy), learnt)].nonzero().flatten().tolist()
     items = [(pair, j) for pair in pairs for j in usable]
     items = [items[i] for i in _shuffled(given.seed, len(items), step, given.processes.rank)]
     chunks = [items[i : i + given.batch_size] for i in range(0, len(items), given.batch_size)]
     return [transitions(judged, chunk, given.prompts) for chunk in chunks]
+
+
+def learnt_steps(transitions: int, share: float) -> int:
+    """How many of a trajectory's transitions a share of them is: one at least."""
+    return max(1, round(share * transitions))
 
 
 def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: Prompts) -> TransitionBatch:

@@ -68,9 +68,9 @@ class Stored:
         made = {name: value for name, value in self.store.made.to_plain().items() if name != "called"}
         return {"made": made, "choices": self.choices.sha256}
 
-    def source(self, given: Given, sampling: Sampling, reference: RoundReference = "round") -> StoredPairs:
+    def source(self, given: Given, sampling: Sampling, reference: RoundReference = "round", learnt: float = 1.0) -> StoredPairs:
         """The pairs, as micro-batches. Raises UserError if ``sampling`` is not how the trajectories were made."""
-        return StoredPairs(self, given, sampling, reference)
+        return StoredPairs(self, given, sampling, reference, learnt)
 
 
 def located(where: str | Path) -> tuple[Path, Path]:
@@ -82,10 +82,11 @@ def located(where: str | Path) -> tuple[Path, Path]:
 class StoredPairs:
     """``TransitionBatch`` from stored trajectories."""
 
-    def __init__(self, stored: Stored, given: Given, sampling: Sampling, reference: RoundReference) -> None:
+    def __init__(self, stored: Stored, given: Given, sampling: Sampling, reference: RoundReference, learnt: float = 1.0) -> None:
         given.require(prompts="the prompts of the stored trajectories")
         _check(stored, given, sampling)
-        self._stored, self._given, self._sampling, self._reference = stored, given, sampling, reference
+        self._stored, self._given, self._sampling = stored, given, sampling
+        self._reference, self._learnt = reference, learnt
         self._order = Order(len(stored.choices), given.seed)
         self._under_start: dict[int, Tensor] = {}  # [S] by trajectory
 
@@ -94,7 +95,7 @@ class StoredPairs:
         for step in range(start, stop):
             first = (step * processes.world + processes.rank) * accumulation
             chosen = [self._order.row(first + a) for a in range(accumulation)]
-            yield micro_batches(self._judged(chosen), range(accumulation), self._given, step)
+            yield micro_batches(self._judged(chosen), range(accumulation), self._given, step, self._learnt)
 
     def _judged(self, which: Sequence[int]) -> JudgedPairs:
         choices = self._stored.choices

@@ -59,21 +59,14 @@ def _training(command: str) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pipelines import recipes
-    from pipelines.commands.train import resolve_settings
+    from pipelines.commands.train import carry_out
 
-    name = args.objective_name
-    if args.recipe == "list":
-        print("\n".join(recipes.describe(name)))
-        return 0
-    settings = resolve_settings(args)
-    if args.dry_run:
-        return _dry_run(name, settings)
-    from diffalign.checkpoint import INTERRUPTED_STATUS
-    from pipelines.writers import training
+    def start(*given: Any, **how: Any) -> Any:
+        from pipelines.writers import training
 
-    finished = training.train(name, settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
-    return INTERRUPTED_STATUS if finished.interrupted else 0
+        return training.train(*given, **how)
+
+    return carry_out(args, start, _dry_run)
 
 
 def _dry_run(name: str, settings: Any) -> int:

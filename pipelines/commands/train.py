@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    def start(*given: Any, **how: Any) -> Any:
+        from pipelines import training  # not before it is needed: a dry run and a mistake should answer at once
+
+        return training.train(*given, **how)
+
+    return carry_out(args, start, _dry_run)
+
+
+def carry_out(args: argparse.Namespace, train: Callable[..., Any], dry_run: Callable[[str, Any], int]) -> int:
+    """List recipes, look without training, or train, as the options of ``add_run_options`` say."""
     from pipelines import recipes
 
     name = args.objective_name
@@ -47,11 +58,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     settings = resolve_settings(args)
     if args.dry_run:
-        return _dry_run(name, settings)
+        return dry_run(name, settings)
     from diffalign.checkpoint import INTERRUPTED_STATUS
-    from pipelines import training
 
-    finished = training.train(name, settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
+    finished = train(name, settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
     return INTERRUPTED_STATUS if finished.interrupted else 0
 
 

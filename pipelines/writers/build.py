@@ -20,14 +20,13 @@ import numpy as np
 
 from diffalign.errors import UserError
 from pipelines import outputs
+from pipelines.progress import Progress
 from pipelines.rewrite_pairs import RewritePair, write_rewrites
 from pipelines.semantics import Embedding, distance
 from pipelines.writers.sampling import How, candidates
 from pipelines.writers.studio import Studio, standardised
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

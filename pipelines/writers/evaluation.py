@@ -14,7 +14,7 @@ was measured of the writer: the bound is on the data that it was trained on, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,7 @@ from diffalign.errors import UserError
 from diffalign.evaluate import mean_with_interval, win_rate
 from pipelines import grids, outputs
 from pipelines.markdown import table_lines
+from pipelines.progress import Progress
 from pipelines.run_folder import SUMMARY_FILE
 from pipelines.semantics import Embedding, distance
 from pipelines.writers.sampling import candidates
@@ -33,7 +34,6 @@ from pipelines.writers.studio import Studio, judged, standardised
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
 
-Progress = Callable[[str, int, int], None]
 PLAIN = "plain"
 OWNED = ("report.md", "evaluation.json", "rewrites.csv", "side_by_side.png")
 SHOWN = 12

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,9 @@ from diffalign.references import AdapterOff, Frozen, Past
 from diffalign.types import Texts
 from diffalign.weights import TrainedWeights
 from pipelines.families._encoding import digest
-from pipelines.progress import Bar
+from pipelines.progress import Bar, Progress
 from pipelines.rewrite_pairs import Expansion, RewritePair, RewriteTable, read_expansions, read_rewrites
+from pipelines.run import PRECISIONS, Say
 from pipelines.semantics import distance, load_embedding
 from pipelines.tiny import shipped
 from pipelines.writers.encoding import Encoded, Problem
@@ -38,9 +39,6 @@ from pipelines.writers.writer import Writer
 
 TINY_EXPANSIONS, TINY_SEED = 4000, 5
 """Rewrites by the tiny world's people that ``--pairs tiny`` means to a writer that imitates."""
-PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-Say = Callable[[str], None]
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _scores(rows: Sequence[RewritePair]) -> Tensor | None:
     return None if bool(found.isnan().all()) else found
 
 
-def measured(rows: Rows, settings: RewriteSettings, say: Say, progress: Report | None) -> Tensor:
+def measured(rows: Rows, settings: RewriteSettings, say: Say, progress: Progress | None) -> Tensor:
     """[N] distances of the preferred rewrites from their prompts."""
     embedding = load_embedding(settings.embedding)
     prompts, winners = [row.prompt for row in rows.rows], [row.chosen for row in rows.rows]
@@ -214,7 +212,7 @@ def prepare(
 
 
 def _rewarded(
-    settings: PromptTrainSettings, data: EncodedRewrites, start: Writer, device: torch.device, progress: Report
+    settings: PromptTrainSettings, data: EncodedRewrites, start: Writer, device: torch.device, progress: Progress
 ) -> EncodedRewrites:
     """With every token's reward: what another writer, trained by DPO, has made of its log-probability (before beta)."""
     from dataclasses import replace
@@ -232,7 +230,7 @@ def _rewarded(
 
 @torch.no_grad()
 def _token_ratios(
-    models: Sequence[Writer], prompts: Sequence[Sequence[int]], side: Sequence[Sequence[int]], batch: int, progress: Report
+    models: Sequence[Writer], prompts: Sequence[Sequence[int]], side: Sequence[Sequence[int]], batch: int, progress: Progress
 ) -> list[list[float]]:
     out: list[list[float]] = []
     for low in range(0, len(side), batch):

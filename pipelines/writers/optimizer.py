@@ -15,13 +15,13 @@ from itertools import islice, pairwise
 from typing import Any, overload
 
 from diffalign.errors import UserError
+from pipelines.progress import Progress
 from pipelines.semantics import Embedding, distance, load_embedding
 from pipelines.writers.sampling import How, candidates
 from pipelines.writers.studio import Sampling, Studio, standardised
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
 
-Progress = Callable[[str, int, int], None]
 DRAWN = 4
 """Candidates for each rewrite that is asked for, where they are chosen from (a cap on drift, or judges)."""
 

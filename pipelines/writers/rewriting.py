@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
 from pipelines import outputs
+from pipelines.progress import Progress
 from pipelines.writers.optimizer import PromptOptimizer, Rewrite
 
 CHUNK = 64
@@ -25,9 +26,7 @@ def check_out(path: Path | None, overwrite: bool) -> None:
         raise UserError(f"{path} is there already. Name another --out, or add --overwrite to replace it.")
 
 
-def rewritten(
-    optimizer: PromptOptimizer, prompts: Sequence[str], progress: Callable[[str, int, int], None], **options: Any
-) -> list[list[Rewrite]]:
+def rewritten(optimizer: PromptOptimizer, prompts: Sequence[str], progress: Progress, **options: Any) -> list[list[Rewrite]]:
     """Every prompt's rewrites, some prompts at a time."""
     found: list[list[Rewrite]] = []
     for rewrites in optimizer.stream(prompts, CHUNK, **options):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -28,12 +28,12 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from pipelines.families._quiet import quietly
+from pipelines.progress import Progress
 from pipelines.writers.encoding import Encoding
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
 
 How = Literal["sample", "beam", "diverse-beam"]
-Progress = Callable[[str, int, int], None]
 MAX_REWRITE_TOKENS = 75
 """As Promptist's; CLIP's text encoder reads 75 and its two marks."""
 

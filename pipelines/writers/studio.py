@@ -7,7 +7,7 @@ prompt are drawn from the same noise, so that they differ by their words alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,12 @@ import numpy as np
 
 from diffalign.errors import UserError
 from pipelines import sampling
+from pipelines.progress import Progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from reward_models._judge import Scorer
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

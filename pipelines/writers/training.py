@@ -22,14 +22,14 @@ from diffalign.data.texts import validation_batches
 from diffalign.objectives.sem_dpo import tilted
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
-from pipelines import config
+from pipelines import run
 from pipelines.curves import draw_curves, read_metrics
 from pipelines.outputs import write_json
-from pipelines.progress import TrainingBar
 from pipelines.prompts import held_out_prompts
+from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
 from pipelines.writers import card, ingredients
-from pipelines.writers.ingredients import Prepared, Say
+from pipelines.writers.ingredients import Prepared
 from pipelines.writers.sampling import candidates
 from pipelines.writers.settings import COMMANDS, PromptTrainSettings
 
@@ -56,19 +56,10 @@ def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, 
 
 def run_identity(name: str, settings: PromptTrainSettings, prepared: Prepared, world: int) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint."""
-    tree = config.as_tree(settings)
     return {
-        "objective": name,
-        "objective_settings": tree["objective"],
-        "reference": prepared.base_digest,
-        "data": prepared.data_digest,
+        **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "token_rewards": settings.data.token_rewards,
-        "adapter": settings.adapter,
-        "lora": tree["lora"] if settings.adapter == "lora" else None,
-        "optimiser": tree["optimiser"],
-        "steps": settings.loop.steps,
         "rows_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
-        "seed": settings.seed,
     }
 
 
@@ -106,20 +97,11 @@ def train(
         claim_output(settings.output, to_yaml(COMMANDS[name], settings), resume=resume, overwrite=overwrite)
     before = candidates(writer, shown, seed=settings.seed) if shown and accelerator.is_main_process else []
     prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
-    if accelerator.log_with:
-        accelerator.init_trackers(settings.compute.tracker)
-    with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
-        trainer = build_trainer(name, settings, prepared, accelerator, partial(bar.update, steps=settings.loop.steps))
-        if resume and trainer.resume():
-            say(f"resumed at step {trainer.step}")
-        bar.start(trainer.step, settings.loop.steps)
-        finished = trainer.run()
+    build = partial(build_trainer, name, settings, prepared, accelerator)
+    trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
     if accelerator.is_main_process and not finished.interrupted:
         finish(name, settings, prepared, trainer, shown, before, time.perf_counter() - start, say)
-    accelerator.end_training()
-    if finished.interrupted:
-        say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
-    return finished
+    return run.close(accelerator, finished, say)
 
 
 def train_writer(
@@ -144,11 +126,7 @@ def train_writer(
     Raises:
         UserError: as ``train``; mistakes in the options all at once.
     """
-    from pipelines import recipes
-
-    objective = objectives.load(name).Objective
-    base = recipes.load(name, recipe) if recipe else {}
-    settings = config.resolve(config.merge(base, config.placed(options, objective)), objective)
+    settings = run.settings_of(name, recipe, options)
     train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
     return json.loads((settings.output / SUMMARY_FILE).read_text())
 

@@ -1,0 +1,67 @@
+"""What every training run does, whatever it trains: from options to settings, through the loop, with what a resume must share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+
+from diffalign import objectives
+from diffalign.train import Finished, Trainer
+from pipelines import config, recipes
+from pipelines.progress import TrainingBar
+
+Say = Callable[[str], None]
+Report = Callable[..., None]
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def settings_of(name: str, recipe: str | None, options: Mapping[str, Any]) -> Any:
+    """The checked settings of an objective: a shipped recipe, if any, and options by their short names.
+
+    Raises:
+        UserError: no such objective, recipe or option, or values out of range; all mistakes at once.
+    """
+    objective = objectives.load(name).Objective
+    base = recipes.load(name, recipe) if recipe else {}
+    return config.resolve(config.merge(base, config.placed(options, objective)), objective)
+
+
+def through_the_loop(
+    build: Callable[[Report], Trainer], settings: Any, accelerator: Accelerator, *, resume: bool, say: Say, progress: bool
+) -> tuple[Trainer, Finished]:
+    """Build the trainer and run it to its end or its interruption, with tracker and progress bar."""
+    if accelerator.log_with:
+        accelerator.init_trackers(settings.compute.tracker)
+    with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
+        trainer = build(partial(bar.update, steps=settings.loop.steps))
+        if resume and trainer.resume():
+            say(f"resumed at step {trainer.step}")
+        bar.start(trainer.step, settings.loop.steps)
+        return trainer, trainer.run()
+
+
+def close(accelerator: Accelerator, finished: Finished, say: Say) -> Finished:
+    """Let the trackers finish, and say how an interrupted run goes on."""
+    accelerator.end_training()
+    if finished.interrupted:
+        say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
+    return finished
+
+
+def identity(name: str, settings: Any, base_digest: str, data_digest: str) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint; each kind of run adds its own."""
+    tree = config.as_tree(settings)
+    return {
+        "objective": name,
+        "objective_settings": tree["objective"],
+        "reference": base_digest,
+        "data": data_digest,
+        "adapter": settings.adapter,
+        "lora": tree["lora"] if settings.adapter == "lora" else None,
+        "optimiser": tree["optimiser"],
+        "steps": settings.loop.steps,
+        "seed": settings.seed,
+    }
