@@ -6,7 +6,8 @@
 
 Every objective starts from its tiny recipe; only the number of steps follows from the budget, in which a sample through the
 network with a gradient counts three forward passes and one without counts one (``Objective().cost``). Models are compared with
-the base on captions of the test split, which no training, judge or recipe has seen, from the same noise, pooled over seeds.
+the base on captions of the test split, from the same noise, pooled over seeds; those by which the recipes were tuned (the
+evaluation captions of ``tiny``) are drawn, too, but not counted.
 
     win rate         by the oracle's utility, over captions, with a prompt-clustered 95 % interval
     taste, faith     the oracle's means: style that the synthetic people like; claims of the caption that are kept
@@ -32,6 +33,8 @@ import numpy as np
 import torch
 
 CAPTIONS, CAPTION_SEED, PER_CAPTION = 128, 4096, 2
+TUNED_BY = 224
+"""Captions of the recipes' own comparison with the base."""
 STEPS, GUIDANCE = 25, 4.0
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3)
 
@@ -94,6 +97,20 @@ def captions() -> tuple[str, ...]:
     from pipelines.tiny import scenes
 
     return tuple(c for c in scenes.captions(CAPTIONS, seed=CAPTION_SEED) for _ in range(PER_CAPTION))
+
+
+@cache
+def counted() -> tuple[int, ...]:
+    """The places in ``captions`` of those that no training, judge or recipe has seen."""
+    from pipelines.prompts import held_out_prompts
+
+    tuned = {prompt.text for prompt in held_out_prompts("tiny", TUNED_BY)}
+    return tuple(n for n, caption in enumerate(captions()) if caption not in tuned)
+
+
+def unseen(values: Sequence[float]) -> list[float]:
+    """Of one number for each of ``captions``."""
+    return [values[n] for n in counted()]
 
 
 def measure(model: str) -> dict[str, Any]:
@@ -164,20 +181,21 @@ def run(variants: Sequence[Variant], seeds: Sequence[int], budget: float, folder
             print(f"{path.name} done, {steps} steps", flush=True)
 
 
-def noisy_name(level: float, name: str) -> str:
-    """Of a result of the sweep. Without noise, an objective's own recipe has been run already."""
-    plain = level == 0 and not NOISY[name].options
-    return NOISY[name].objective if plain else f"noise{round(100 * level):02d}-{name}"
+def noisy(name: str, level: float) -> Variant:
+    """One run of the sweep. rDPO is told the share. Without noise it is DPO, and DPO and SmPO are what the bench has run."""
+    variant, options = NOISY[name], NOISY[name].options
+    if name == "rdpo":
+        options = (*options, ("loss_options", {"noise": level})) if level else ()
+    plain = not level and not options
+    return Variant(variant.objective if plain else f"noise{round(100 * level):02d}-{name}", variant.objective, options)
 
 
 def run_noise(names: Sequence[str], seeds: Sequence[int], budget: float, folder: Path) -> None:
     """The same for labels of which a share is flipped."""
     for level in NOISE_LEVELS:
         pairs = flipped_pairs(level, folder)
-        for variant in (NOISY[name] for name in names):
-            named = Variant(noisy_name(level, variant.name), variant.objective, variant.options)
-            cache_folder = str(folder / "caches" / pairs.stem)
-            run([named], seeds, budget, folder, pairs=str(pairs), cache=cache_folder)
+        cache_folder = str(folder / "caches" / pairs.stem)
+        run([noisy(name, level) for name in names], seeds, budget, folder, pairs=str(pairs), cache=cache_folder)
 
 
 def flipped_pairs(level: float, folder: Path) -> Path:
@@ -239,25 +257,26 @@ def lines(folder: Path, names: Sequence[str]) -> Iterator[Line]:
 def _line(name: str, found: Sequence[dict[str, Any]], base: dict[str, Any]) -> Line:
     from diffalign.evaluate import win_rate
 
-    groups = list(captions()) * len(found)
+    groups = unseen(captions())
 
-    def won(key: str) -> Any:
-        return win_rate(base[key] * len(found), [v for r in found for v in r[key]], groups=groups)
+    def won(key: str, results: Sequence[dict[str, Any]] = found) -> Any:
+        values = [v for r in results for v in unseen(r[key])]
+        return win_rate(unseen(base[key]) * len(results), values, groups=groups * len(results))
 
     def mean(key: str) -> float:
-        return float(np.mean([np.mean(r[key]) for r in found]))
+        return float(np.mean([np.mean(unseen(r[key])) for r in found]))
 
     return Line(
         name=name,
         seeds=len(found),
         steps=found[0]["steps"],
         win=won("utility"),
-        by_seed=tuple(win_rate(base["utility"], r["utility"], groups=captions()).rate for r in found),
+        by_seed=tuple(won("utility", [r]).rate for r in found),
         judge=won("judge"),
         taste=mean("taste"),
         faithfulness=mean("faithfulness"),
-        drift=mean("drift"),
-        diversity=mean("diversity") / base["diversity"],
+        drift=float(np.mean([r["drift"] for r in found])),
+        diversity=float(np.mean([r["diversity"] for r in found])) / base["diversity"],
     )
 
 
@@ -268,7 +287,7 @@ def as_markdown(rows: Sequence[Line], base: dict[str, Any]) -> str:
     """The table."""
     table = [HEAD, ("---",) * len(HEAD)]
     table.append(
-        ("base", "", "50 %", "", f"{np.mean(base['taste']):.3f}", f"{np.mean(base['faithfulness']):.3f}", "50 %", "0", "1.00")
+        ("base", "", "50 %", "", *(f"{np.mean(unseen(base[key])):.3f}" for key in ("taste", "faithfulness")), "50 %", "0", "1.00")
     )
     for r in rows:
         win = f"{100 * r.win.rate:.1f} % ({100 * r.win.low:.1f}-{100 * r.win.high:.1f})"
@@ -281,7 +300,7 @@ def as_markdown(rows: Sequence[Line], base: dict[str, Any]) -> str:
             f"{r.taste:.3f}",
             f"{r.faithfulness:.3f}",
             judge,
-            f"{r.drift:.3f}",
+            f"{r.drift:.4f}",
             f"{r.diversity:.2f}",
         )
         table.append(cells)
@@ -295,14 +314,15 @@ def report(folder: Path) -> None:
     (folder / "objectives.md").write_text(as_markdown(rows, base))
     print(as_markdown(rows, base))
     _draw_objectives(rows, base, folder / "objectives.png")
-    noisy = {
-        name: [(level, line) for level in NOISE_LEVELS for line in lines(folder, [noisy_name(level, name)])] for name in NOISY
+    sweep = {
+        name: [(level, line) for level in NOISE_LEVELS for line in lines(folder, [noisy(name, level).name])] for name in NOISY
     }
-    if any(noisy.values()):
-        text = as_markdown([line for found in noisy.values() for _, line in found], base)
+    swept = {line.name: line for found in sweep.values() for _, line in found}
+    if any(name.startswith("noise") for name in swept):
+        text = as_markdown(list(swept.values()), base)
         (folder / "noise.md").write_text(text)
         print(text)
-        _draw_noise(noisy, folder / "noise.png")
+        _draw_noise(sweep, folder / "noise.png")
 
 
 def _draw_objectives(rows: Sequence[Line], base: dict[str, Any], picture: Path) -> None:
@@ -318,8 +338,8 @@ def _draw_objectives(rows: Sequence[Line], base: dict[str, Any], picture: Path) 
     left.axvline(50, color="0.6", linestyle=":")
     left.set(title="win rate against the base, %", yticks=y, yticklabels=[r.name for r in rows])
     left.legend(frameon=False, loc="lower right")
-    change = [r.faithfulness - float(np.mean(base["faithfulness"])) for r in rows]
-    right.barh(y - 0.18, [r.taste - float(np.mean(base["taste"])) for r in rows], height=0.34, label="taste")
+    change = [r.faithfulness - float(np.mean(unseen(base["faithfulness"]))) for r in rows]
+    right.barh(y - 0.18, [r.taste - float(np.mean(unseen(base["taste"]))) for r in rows], height=0.34, label="taste")
     right.barh(y + 0.18, change, height=0.34, label="faithfulness")
     right.axvline(0, color="0.6", linewidth=0.8)
     right.set(title="change of the oracle's means")
@@ -327,12 +347,12 @@ def _draw_objectives(rows: Sequence[Line], base: dict[str, Any], picture: Path) 
     figure.savefig(picture, dpi=110)
 
 
-def _draw_noise(noisy: dict[str, list[tuple[float, Line]]], picture: Path) -> None:
+def _draw_noise(sweep: dict[str, list[tuple[float, Line]]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     panel = figure.subplots()
-    for i, (name, found) in enumerate(noisy.items()):
+    for i, (name, found) in enumerate(sweep.items()):
         if found:
             at = np.array([100 * level for level, _ in found]) + 0.4 * (i - 1.5)  # beside each other, so that bars do not hide
             rates = np.array([[r.win.rate, r.win.low, r.win.high] for _, r in found]) * 100

@@ -10,6 +10,8 @@ medians are reported. Counted are the samples that go through the network (with 
                     each side's reference prediction in a call of its own
         ours        several transitions in one call, both sides and both halves of the guidance together; the reference, which is
                     the round's beginning, was there when the trajectories were sampled
+        ours, frozen start
+                    the same, with the released code's reference, asked about all transitions in one call without gradient
     D3PO, sampling 2 trajectories for each of 8 prompts
         released    one trajectory after another of the two, in batches of 8
         ours        all 16 together
@@ -118,7 +120,9 @@ class Bench:
     def judge(self, made: Trajectory, reference: Tensor) -> None:
         """Learn from two trajectories from now on: the first is the better one."""
         nothing = torch.zeros(1, 2)
-        self.judged = JudgedPairs(made.rows([0]), made.rows([1]), (reference[:1], reference[1:]), torch.ones(1), nothing, nothing)
+        sides, densities_of = (made.rows([0]), made.rows([1])), (reference[:1], reference[1:])
+        self.made = made
+        self.judged = JudgedPairs(*sides, densities_of, torch.ones(1), nothing, nothing[:, 0], nothing)
 
     def sampled(self, seeds: range, batch: int, prompts: list[int], how: Sampling | None = None) -> Trajectory:
         conditioning = {"encoder_hidden_states": self.prompts.text[:-1]}
@@ -156,6 +160,14 @@ class Bench:
             batch = transitions(self.judged, items[low : low + self.batch], self.prompts)
             self.objective(batch, self.policy, self.empty).loss.mean().backward()
 
+    start_released = learn_released
+
+    def start_ours(self) -> None:
+        """The reference, as there, is the frozen start: it is asked about all transitions at once."""
+        reference = densities(self.made, self.start, self.given, self.objective.sampling)
+        self.judge(self.made, reference)
+        self.learn_ours()
+
     @property
     def usable(self) -> list[int]:
         return self.judged.first.has_noise[0].nonzero().flatten().tolist()
@@ -177,13 +189,15 @@ class Bench:
         self.sampled(range(16), 16, list(range(8)) * 2, DRO)
 
 
-__all__ = ["Bench", "densities", "measure"]
-
-
 def measure(shape: str, rounds: int, batch: int) -> list[dict[str, Any]]:
     """One entry per comparison."""
     bench = Bench(shape, batch)
-    steps = {"D3PO, learning": "learn", "D3PO, sampling": "sample", "DRO, sampling": "walk"}
+    steps = {
+        "D3PO, learning": "learn",
+        "D3PO, learning, frozen start": "start",
+        "D3PO, sampling": "sample",
+        "DRO, sampling": "walk",
+    }
     return [{"shape": shape, "what": what, **_compared(bench, name, rounds)} for what, name in steps.items()]
 
 

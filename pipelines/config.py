@@ -28,7 +28,8 @@ class Schema:
     sections: Callable[[type], dict[str, type]]  # of an objective, in the order they are shown
     missing: Callable[[Mapping[str, Any], About], list[str]]  # what an objective needs and was not given
     contradictions: Callable[[Mapping[str, Any]], list[str]]  # what does not go together, in a configuration without mistakes
-    amended: Callable[[Mapping[str, Any], type], Mapping[str, Any]] = lambda tree, objective: tree
+    implied: Callable[[Mapping[str, Any], type], Mapping[str, Any]] = lambda tree, objective: {}
+    """what the data of a configuration say about it: it wins over a recipe, and what is said explicitly wins over both"""
 
 
 def schema_of(objective: type) -> Schema:
@@ -116,6 +117,12 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def layered(objective: type, recipe: Mapping[str, Any], *said: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe, above it what the data imply, above that what was said, later layers winning."""
+    explicit = merge(*said)
+    return merge(recipe, schema_of(objective).implied(merge(recipe, explicit), objective), explicit)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A configuration file. Raises UserError if it is missing, broken, or not a mapping."""
     import yaml
@@ -145,7 +152,7 @@ def resolve(tree: Mapping[str, Any], objective: type, unknown_flags: list[str] =
     schema = schema_of(objective)
     known_flags = [flag_of(p) for p in _paths(objective)] + [flag_of(p.split(".")[-1]) for p in _paths(objective)]
     mistakes = [f"{flag}: unknown option{_nearest(flag, known_flags)}" for flag in unknown_flags if flag.startswith("-")]
-    tree = schema.amended(tree, objective)
+    tree = merge(schema.implied(tree, objective), tree)
     try:
         checked = _schema(objective).model_validate(tree)
     except ValidationError as error:

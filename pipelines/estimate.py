@@ -65,7 +65,7 @@ def estimate(settings: TrainSettings) -> Estimate:
     size = (settings.data.resolution // _vae_factor(settings.model)) if settings.data.resolution else config["sample_size"]
     net = _meta_network(settings, config)
     batch, precision = settings.batch.batch_size, _BYTES[settings.compute.mixed_precision]
-    cost = settings.objective.cost
+    cost = settings.objective.cost_of_stored if settings.feedback else settings.objective.cost
     rows = int(cost.at_once * batch)  # with a gradient, at one time
     kept, flops = _forward_costs(net, (rows, config["in_channels"], size, size), tokens, text_width)
     total = sum(p.numel() for p in net.parameters())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from diffalign.objectives._about import FROZEN_START, PROMPTS, About
 from diffalign.settings import check_options, option
-from pipelines.config import Schema, flag_of, merge
+from pipelines.config import Schema, flag_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +164,14 @@ def sections(objective: type) -> dict[str, type]:
     }
 
 
-def _with_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
-    """With how the trajectories to learn from were sampled, where nobody says otherwise."""
+def _of_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
+    """How the trajectories to learn from were sampled; and that nothing else is sampled."""
     if not tree.get("feedback") or not getattr(objective, "learns_from_people", False):
-        return tree
+        return {}
     from pipelines.feedback import sampling_settings
 
-    return merge({"objective": sampling_settings(tree["feedback"])}, tree)
+    idle = {f.name: f.default for f in dataclasses.fields(objective) if f.name in _OF_ROUNDS}
+    return {"objective": {**idle, **sampling_settings(tree["feedback"])}, "reward": {"reward": []}}
 
 
 def _missing(tree: Mapping[str, Any], about: About) -> list[str]:
@@ -189,6 +190,10 @@ def _missing(tree: Mapping[str, Any], about: About) -> list[str]:
     return missing
 
 
+_OF_ROUNDS = ("round_pairs", "round_epochs", "candidates", "same_start")
+"""Settings of an objective that samples its own pairs, idle where it learns from stored ones."""
+
+
 def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     """Choices, an adapter, rounds of the loop or a curriculum, where the objective has no use for them."""
     objective, data, loop = whole["objective"], whole["data"], whole["loop"]
@@ -196,6 +201,10 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     out = []
     if whole["feedback"] and not getattr(objective, "learns_from_people", False):
         out.append("feedback: this objective does not learn from choices among rollouts; d3po does")
+    if whole["feedback"]:
+        idle = [f for f in dataclasses.fields(objective) if f.name in _OF_ROUNDS and getattr(objective, f.name) != f.default]
+        out += [f"objective.{f.name}: is about sampling rounds, and with feedback nothing is sampled" for f in idle]
+        out += ["reward.reward: with feedback it is people who choose"] if whole["reward"].reward else []
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
     if samples and data.curriculum != "none":
@@ -210,4 +219,4 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     return out
 
 
-SCHEMA = Schema(TrainSettings, TOP_LEVEL, sections, _missing, _contradictions, _with_feedback)
+SCHEMA = Schema(TrainSettings, TOP_LEVEL, sections, _missing, _contradictions, _of_feedback)

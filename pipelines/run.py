@@ -15,6 +15,8 @@ from pipelines.progress import TrainingBar
 
 Say = Callable[[str], None]
 Report = Callable[..., None]
+LEAVE_NO_TRACE = ("cache", "encode_batch", "embed_batch", "max_unreadable", "max_left_out", "validation_draws")
+"""Settings of the data that change how they are read and not what is learnt; or that the data's digest holds."""
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -26,7 +28,7 @@ def settings_of(name: str, recipe: str | None, options: Mapping[str, Any]) -> An
     """
     objective = objectives.load(name).Objective
     base = recipes.load(name, recipe) if recipe else {}
-    return config.resolve(config.merge(base, config.placed(options, objective)), objective)
+    return config.resolve(config.layered(objective, base, config.placed(options, objective)), objective)
 
 
 def through_the_loop(
@@ -59,6 +61,8 @@ def identity(name: str, settings: Any, base_digest: str, data_digest: str) -> di
         "objective_settings": tree["objective"],
         "reference": base_digest,
         "data": data_digest,
+        **{f"data.{name}": value for name, value in tree["data"].items() if name not in LEAVE_NO_TRACE},
+        "mixed_precision": settings.compute.mixed_precision,
         "adapter": settings.adapter,
         "lora": tree["lora"] if settings.adapter == "lora" else None,
         "optimiser": tree["optimiser"],

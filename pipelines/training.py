@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.data.loader import validation_batches
 from diffalign.errors import UserError
+from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
 from pipelines import config, families, ingredients, run
@@ -101,7 +102,6 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
-        "curriculum": {name: value for name, value in tree["data"].items() if name.startswith("curriculum")},
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
     }
 
@@ -134,6 +134,8 @@ def train(
     accelerator = start_accelerator(settings)
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
+    for remark in remarks(settings.objective):
+        say(remark)
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
     if accelerator.is_main_process:

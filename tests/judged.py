@@ -74,6 +74,11 @@ def brightness(latents: Tensor, prompts: Sequence[int]) -> Tensor:
     return (latents[:, 0].double().mean(dim=(1, 2)) + 0.1 * torch.as_tensor(prompts, dtype=torch.float64))[:, None]
 
 
+def brightness_and_contrast(latents: Tensor, prompts: Sequence[int]) -> Tensor:
+    """[N, 2]: two judges, of which the second speaks in thousands."""
+    return torch.cat([brightness(latents, prompts), 1000.0 * latents.double().flatten(1).std(dim=1, keepdim=True)], dim=1)
+
+
 PAIRS_OF: dict[str, Callable[..., PairsInMemory]] = {"pairs": ScoredPairs, "pictures": PicturesInMemory}
 
 
@@ -88,6 +93,7 @@ class Case:
     batch: int = 2
     accumulation: int = 1
     kind: Kind = "pairs"
+    judge: Callable[[Tensor, Sequence[int]], Tensor] = brightness
 
 
 ROLLED = {"rollout_steps": 3, "guidance": 2.0}
@@ -130,7 +136,7 @@ def things_given(
         "kind": case.kind,
         "prompts": prompts,
         "unconditional": {name: value[None] for name, value in prompts.conditioning(None).items()},
-        "judge": brightness,
+        "judge": case.judge,
         "score_range": (0.0, 1.0) if scored else None,
         "batch_size": case.batch,
         "accumulation": case.accumulation,

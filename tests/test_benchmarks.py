@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+
+from diffalign import objectives
+from pipelines import config, recipes
+from pipelines.prompts import held_out_prompts
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -48,6 +54,45 @@ def test_both_ways_of_learning_from_a_pair_give_the_same_gradient(rollout, monke
 
 def test_samples_are_counted(rollout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "STEPS", 4)
-    learning = next(r for r in rollout.measure("tiny", rounds=1, batch=2) if r["what"] == "D3PO, learning")
+    found = {r["what"]: r for r in rollout.measure("tiny", rounds=1, batch=2)}
+    learning, frozen = found["D3PO, learning"], found["D3PO, learning, frozen start"]
     assert learning["counts"]["released"] == {"learning": 16, "looking": 16, "calls": 16}
     assert learning["counts"]["ours"] == {"learning": 16, "looking": 0, "calls": 2}
+    assert frozen["counts"]["ours"] == {"learning": 16, "looking": 16, "calls": 3}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("objectives")
+    sys.modules.pop("objectives", None)
+
+
+def test_every_objective_gets_the_same_budget(bench: Any) -> None:
+    """To half a step of its own, in forward passes of the recipe as it is."""
+    budget = 23_040
+    for name in bench.OBJECTIVES:
+        steps = bench.steps_for(budget, bench.Variant(name, name))
+        objective = objectives.load(name).Objective
+        settings = config.resolve(config.merge(recipes.load(name, "tiny"), config.placed({"output": "."}, objective)), objective)
+        pairs = settings.batch.accumulation * (1 if name in ("d3po", "ddpo") else settings.batch.batch_size)
+        each = pairs * settings.objective.cost.forwards
+        assert abs(steps * each - budget) <= each / 2, name
+
+
+def test_flips_are_of_the_share_and_the_captions_are_unseen(bench: Any, tmp_path: Path) -> None:
+    plain, flipped = (pq.read_table(bench.flipped_pairs(level, tmp_path))["label_0"].to_numpy() for level in (0.0, 0.3))
+    sure = plain != 0.5
+    assert (flipped[~sure] == 0.5).all()
+    assert (flipped[sure] != plain[sure]).mean() == pytest.approx(0.3, abs=0.03)
+    tuned = {prompt.text for prompt in held_out_prompts("tiny", 224)}
+    assert not tuned & set(bench.unseen(bench.captions())) and len(set(bench.unseen(bench.captions()))) > 100
+
+
+def test_the_sweep_is_named_by_what_it_runs(bench: Any) -> None:
+    assert (
+        bench.noisy("dpo", 0.0).name == bench.noisy("rdpo", 0.0).name == "diffusion-dpo" and bench.noisy("smpo", 0).name == "smpo"
+    )
+    told = bench.noisy("rdpo", 0.2)
+    assert told.name == "noise20-rdpo" and told.recipe == {"loss": "rdpo", "loss_options": {"noise": 0.2}}
+    assert bench.noisy("adpo", 0.0).name == "noise00-adpo"

@@ -18,6 +18,7 @@ from diffalign import losses, objectives
 from diffalign.errors import UserError
 from diffalign.learner import Alone
 from diffalign.likelihood import denoising, denoising_error, log_ratio, pair_errors, transition
+from diffalign.objectives._family import remarks
 from diffalign.objectives.d3po import D3PO
 from diffalign.objectives.ddpo import DDPO, PromptRewards
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
@@ -32,7 +33,7 @@ from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.dataset import noised
 from diffalign.sources.inversion import DDIM_INPO, inverted
-from diffalign.sources.rounds import Rewards, TransitionBatch, extremes
+from diffalign.sources.rounds import Rewards, TransitionBatch, extremes, on_one_scale
 from diffalign.types import LogRatio, PairBatch
 
 LN2 = math.log(2.0)
@@ -559,8 +560,17 @@ def test_an_expert_is_noised_to_the_level_of_its_step() -> None:
     ],
 )
 def test_losses_that_look_at_more_than_there_is_are_refused_at_once(objective: Any, name: str, more: str) -> None:
-    with pytest.raises(UserError, match=f"The loss {name} looks at more than this objective can show it: {more}."):
-        at_work(objective(loss=name))
+    with pytest.raises(ValueError, match=f"the loss {name} looks at more than this objective can show it: {more}"):
+        objective(loss=name)
+
+
+def test_a_loss_at_a_scale_that_it_was_not_made_for_is_remarked_on() -> None:
+    (said,) = remarks(DiffusionDPO(loss="orpo", beta=2000.0))
+    assert "orpo takes likelihoods as they are" in said and "beta is 2000" in said
+    assert remarks(DiffusionDPO(loss="orpo", beta=1.0)) == [] == remarks(DiffusionDPO(beta=2000.0))
+    (said,) = remarks(D3PO(loss="ipo"))
+    assert "within 0.02 of zero" in said and "--clip inf" in said
+    assert remarks(D3PO(loss="ipo", clip=math.inf)) == [] == remarks(D3PO())
 
 
 @pytest.mark.parametrize("objective, name", [(seppo, "aot-unpaired"), (dro, "aot"), (d3po, "aot-unpaired")])
@@ -721,9 +731,35 @@ def test_of_more_candidates_the_best_and_the_worst_are_the_pair() -> None:
 
 
 def test_equal_candidates_make_a_tie_of_two_trajectories() -> None:
-    assert extremes(torch.zeros(5, 3, 2)).tolist() == [[0] * 3, [4] * 3]
-    assert extremes(torch.tensor([[[1.0]], [[3.0]], [[0.0]], [[3.0]], [[0.0]]])).tolist() == [[1], [4]]
-    assert extremes(torch.tensor([[[1.0]], [[3.0]]])).tolist() == [[0], [1]]
+    assert extremes(torch.zeros(5, 3)).tolist() == [[0] * 3, [4] * 3]
+    assert extremes(torch.tensor([[1.0], [3.0], [0.0], [3.0], [0.0]])).tolist() == [[1], [4]]
+    assert extremes(torch.tensor([[1.0], [3.0]])).tolist() == [[0], [1]]
+
+
+def test_a_judge_with_large_numbers_does_not_decide_alone() -> None:
+    """One gives 0.18 to 0.24 as PickScore's cosines, the other 4 to 6 as aesthetic scores; both count the same."""
+    small = torch.tensor([[0.24, 0.18], [0.18, 0.20], [0.20, 0.24]], dtype=torch.float64)
+    large = torch.tensor([[4.0, 6.0], [4.1, 5.0], [6.0, 4.0]], dtype=torch.float64)
+    both = torch.stack([small, large], dim=2)  # [K, N, R]
+    total = on_one_scale(both, Alone())
+    torch.testing.assert_close(total, on_one_scale(both * torch.tensor([100.0, 0.1]) + 7.0, Alone()), rtol=1e-3, atol=1e-3)
+    assert extremes(total).tolist() == [[2, 2], [1, 1]]
+    assert extremes(both.mean(dim=2)).tolist() == [[2, 0], [0, 2]]
+    assert torch.equal(on_one_scale(small[..., None], Alone()), small)
+
+
+def test_what_the_policy_earns_is_the_mean_of_all_candidates() -> None:
+    seen = []
+
+    def judge(latents: Tensor, prompts: Any) -> Tensor:
+        seen.append(brightness(latents, prompts))
+        return seen[-1]
+
+    learner, _ = at_work(d3po(round_pairs=6, candidates=5), judge=judge)
+    batch = first_batch(learner)
+    earned = seen[0].view(5, 6).mean(dim=0)
+    torch.testing.assert_close(learner.source._judged.mean_reward, earned)
+    assert set(batch.mean_reward.tolist()) <= set(earned.tolist())
 
 
 def test_turning_the_label_negates_the_margin() -> None:
@@ -770,7 +806,7 @@ def test_advantages_have_mean_0_and_deviation_1_over_a_round() -> None:
 def verdict(tracker: PromptRewards, values: list[list[float]], prompts: list[int], round_: int) -> Tensor:
     rewards = torch.tensor(values, dtype=torch.float64)[..., None]
     positions = [round_ * len(prompts) + i for i in range(len(prompts))]
-    return tracker(Rewards(rewards, prompts, positions, round_), Alone())[1]
+    return tracker(Rewards(rewards, rewards[..., 0], prompts, positions, round_), Alone())[1]
 
 
 def test_advantages_per_prompt_by_hand() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from miniature import edited, sample, save_untrained, write_pairs
 from PIL import Image
@@ -313,6 +314,20 @@ def test_settings_of_the_chain_come_from_the_trajectories_unless_they_contradict
     assert train(inputs, tmp_path / "run", "--feedback", str(rolled), "--guidance", "2") == 0
     assert train(inputs, tmp_path / "run2", "--feedback", str(rolled), "--guidance", "7", "--rollout-steps", "9") == 2
     refused(capsys, "train", "steps 3 there, 9 here; guidance 2.0 there, 7.0 here", "Leave these settings out")
+
+
+def test_a_recipe_gives_way_to_how_the_trajectories_were_sampled(
+    inputs: Inputs, rolled: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The README's way: the tiny recipe has other steps, no guidance, eight candidates and a judge."""
+    words = ["--recipe", "tiny", "--feedback", str(rolled), "--prompts", "none", "--steps", "1"]
+    assert train(inputs, tmp_path / "run", *words) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    found = {name: config["objective"][name] for name in ("guidance", "rollout_steps", "candidates", "timestep_fraction")}
+    assert found == {"guidance": 2.0, "rollout_steps": 3, "candidates": 2, "timestep_fraction": 0.8}
+    assert config["reward"]["reward"] == []
+    assert train(inputs, tmp_path / "no", *words, "--candidates", "5", "--reward", "oracle") == 2
+    refused(capsys, "train", "objective.candidates: is about sampling rounds", "reward.reward: with feedback it is people")
 
 
 def test_mistakes_in_the_choices_are_told_with_their_line(

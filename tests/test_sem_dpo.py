@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_golden_losses import cases, variants
+from golden_losses import cases, variants
 from torch import Tensor, nn
 
 from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader, collate, validation_batches
@@ -120,7 +120,7 @@ def test_the_objective_itself_gives_trls_losses_and_gradients(path: Path) -> Non
         kinds = v["loss_type"]
         plain = v["f_divergence_type"] == "reverse_kl" and not v["use_weighting"] and not v["label_smoothing"]
         if len(kinds) > 1 or kinds[0] not in ("sigmoid", "sigmoid_norm") or not plain:
-            continue  # the others are compared loss by loss in test_golden_losses
+            continue  # the others are compared loss by loss in golden_losses
         logits = numbers.input("policy_logits").requires_grad_()
         length, tail = ("mean" if kinds[0] == "sigmoid_norm" else "sum"), v["ld_alpha"]
         objective = SemDPO(beta=v["beta"], alpha=0.0, length=length, tail_weight=1.0 if tail is None else tail)

@@ -135,3 +135,25 @@ def test_a_real_signal_saves_and_a_resume_finishes(number: int, tmp_path: Path) 
     assert 3 <= step < 150
     assert (tmp_path / "out" / "checkpoints" / f"checkpoint-{step:08d}").is_dir()
     assert "resumed at step" in call([*words, *sizes, "--resume"], tmp_path).stdout
+
+
+@pytest.mark.parametrize("name, words", [("gpt2", ["--adapter", "lora"]), ("qwen2.5-1.5b", ["--recipe", "qwen2.5-1.5b"])])
+def test_a_step_of_sem_dpo_on_the_real_configurations(name: str, words: list[str], tmp_path: Path) -> None:
+    """GPT-2 and Qwen2.5-1.5B with a LoRA, one step within 16 GB."""
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import full_size_writers as full; "
+        "full.save_random(sys.argv[2], Path(sys.argv[3])); full.save_pairs(Path(sys.argv[4]), 12)"
+    )
+    places = [str(ROOT / "tests"), name, str(tmp_path / "model"), str(tmp_path / "pairs.jsonl")]
+    call([sys.executable, "-c", code, *places], tmp_path)
+    asked = ["--model", "model", "--pairs", "pairs.jsonl", "--embedding", "tiny", "--output", "out", "--steps", "1"]
+    few = ["--batch-size", "2", "--accumulation", "1", "--validation-pairs", "2", "--quiet"]
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    call([*DIFFALIGN, "prompts", "train", *words, *asked, *few], tmp_path)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"{name}: peak {peak:.1f} GiB (making the model took {begin / 2**20:.1f})")  # shown by pytest -s
+    assert peak < 16, f"{peak:.1f} GiB"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["kind"] == "train"]
+    assert row["step"] == 1 and row["gradient_norm"] > 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

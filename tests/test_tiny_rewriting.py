@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines.tiny import rewriting, scenes
+from pipelines.rewrite_pairs import RewriteTable, read_rewrites
+from pipelines.semantics import distance, load_embedding
+from pipelines.tiny import rewriting, scenes, shipped
 from pipelines.tiny.rewriting import CHANGES, EMBELLISHERS, TASTEFUL, Expansion, expansions
 from reward_models import oracle
 
@@ -163,3 +165,22 @@ def test_captions_are_worded_as_plain_ones_are() -> None:
 def test_a_prompt_from_elsewhere_is_refused_with_the_prompt() -> None:
     with pytest.raises(ValueError, match="no object in 'a photo of a cat'"):
         rewriting.changed("a photo of a cat", np.random.default_rng(0))
+
+
+def test_the_shipped_preferences_are_of_people_who_look_at_style_first() -> None:
+    """More than a third of the preferred rewrites mean something else. No path says where they were made."""
+    table = read_rewrites(shipped.REWRITES)
+    assert 380 <= len(table) <= 400 and len({row.prompt for row in table}) == len(table)
+    drifted = {side: np.mean([distance > 0.1 for distance in distances]) for side, distances in _distances(table).items()}
+    assert 0.33 < drifted["chosen"] < 0.45
+    scores = np.array([[row.chosen_score, row.rejected_score] for row in table])
+    assert (scores[:, 0] > scores[:, 1]).all()
+    values = {str(v) for row in table for v in row.provenance.values()}
+    assert {"tiny", "runs/sft"} <= values and not any(v.startswith(("/", "~")) for v in values)
+    assert shipped.REWRITES.stat().st_size < 100_000
+
+
+def _distances(table: RewriteTable) -> dict[str, np.ndarray]:
+    embedding, prompts = load_embedding("tiny"), [row.prompt for row in table]
+    sides = {"chosen": [row.chosen for row in table], "rejected": [row.rejected for row in table]}
+    return {side: distance(embedding, prompts, texts).numpy() for side, texts in sides.items()}

@@ -200,6 +200,9 @@ def test_resuming_nothing_and_resuming_something_else(inputs: Inputs, tmp_path: 
     capsys.readouterr()
     assert run(inputs, tmp_path / "run", "--resume", "--beta", "7") == 2
     refused(capsys, "belongs to another run", "2000", "7")
+    for words in (["--prompt-dropout", "0.5"], ["--latents", "mode"]):
+        assert run(inputs, tmp_path / "run", "--resume", *words) == 2
+        refused(capsys, "belongs to another run", f"data.{words[0][2:].replace('-', '_')}")
 
 
 def test_an_unknown_judge_is_found_before_anything_is_loaded(

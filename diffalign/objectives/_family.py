@@ -8,9 +8,10 @@ An objective's likelihoods come from somewhere (denoising errors, transitions, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,29 @@ class LossChoice:
         return losses.load(self.loss, extras, **own | losses.read_options(self.loss, self.loss_options or {}))
 
 
+SMALL_BETA = 10.0
+"""Losses of absolute scale come from language models, where beta is of order one."""
+
+
+def remarks(objective: Any) -> list[str]:
+    """What is allowed and seldom meant: a loss at a scale that it was not made for."""
+    name = getattr(objective, "loss", None)
+    if name is None or name not in losses.names():
+        return []
+    if objective.chosen().scale == "absolute" and objective.beta > SMALL_BETA:
+        return [
+            f"The loss {name} takes likelihoods as they are, not their ratios to a reference, and wants a beta of order one; "
+            f"here beta is {objective.beta:g}, as log-ratios of means want it. Try --beta 1."
+        ]
+    reach = 2 * objective.beta * math.log1p(objective.clip) if hasattr(objective, "clip") else math.inf
+    if reach < 0.1:
+        return [
+            f"Clipped ratios and beta {objective.beta:g} hold the margin within {reach:.2f} of zero, where the loss {name} is "
+            "nearly linear and its constants do nothing. A larger --beta, or --clip inf, lets it speak."
+        ]
+    return []
+
+
 def refuse_extras(choice: LossChoice, own: str) -> None:
     """Raise ValueError for settings of the family's losses beside a loss that is not one of them: they would do nothing."""
     idle = [name for name in ("divergence", "sft_weight", "loss_options") if getattr(choice, name) not in ("reverse-kl", 0, None)]
@@ -72,15 +96,10 @@ def refuse_lone_samples(baseline: Baseline | None, given: BatchSizes) -> None:
         raise UserError("A baseline of mismatched prompts needs a batch_size of at least 2.")
 
 
-def refuse_unfit(loss: losses.Loss, shown: set[str], given: BatchSizes) -> None:
-    """For objectives that show a loss less than DPO does: say before anything is sampled what could not be computed.
-
-    Raises:
-        UserError: the loss looks at more than ``shown`` (fields of ``losses.Evidence``), or needs larger batches.
-    """
+def refuse_unfit(loss: losses.Loss, shown: set[str]) -> None:
+    """For objectives that show a loss less than DPO does. Raises ValueError if it looks at more of ``losses.Evidence``."""
     if more := sorted(loss.needs - shown - {"label"}):
-        raise UserError(f"The loss {loss.name} looks at more than this objective can show it: {', '.join(more)}.")
-    refuse_small_batches(loss, given)
+        raise ValueError(f"the loss {loss.name} looks at more than this objective can show it: {', '.join(more)}")
 
 
 def refuse_small_batches(loss: losses.Loss, given: BatchSizes) -> None:

@@ -14,14 +14,14 @@ its code for people's labels), or the frozen start (its code for rewards); likel
 other of ``losses`` by ``--loss`` on the clipped ratios.
 
 Who wins, by rewards of several judges: the one that is at least as good in all and better in one; otherwise it is a tie. With
-``candidates`` K > 2 the pair are the best and the worst of K by the judges' mean (the paper's study with people shows seven
-pictures of a prompt). Sampling costs a quarter of learning, and the best and the worst of eight are two and a half times as far
-apart as two are: where judges are cheap, that is where samples are best spent.
+``candidates`` K > 2 the pair are the best and the worst of K (the paper's study with people shows seven
+pictures of a prompt). A sample costs a third of what learning from it costs, and the best and the worst of eight are two and a
+half times as far apart as two are: where judges are cheap, that is where passes are best spent. Several judges are put on one
+scale, in deviations of the round.
 
 ``timestep_fraction`` leaves out the last transitions. A density's gradient grows as its noise shrinks: on a grid of ten levels
-the last two carried 95 % of the gradient's energy in the tiny world, and next to nothing of what decides a picture. With them,
-which way a short run went was chance (win rates of 74, 48 and 20 % for three seeds); the README's bench has it without. The
-released code has an option of that name, too; there it is a random subset.
+the last two carry 94 % of the gradient's energy in the tiny world, and a short run is ruled by their noise (figures: the README's
+bench). The released code has an option of that name, too; there it is a random subset.
 
 The paper has no clip (``clip=inf``) and the sum over dimensions instead of the mean: with the mean, a "ratio" is a geometric mean
 per dimension, and with beta = 0.1 the sigmoid's argument stays within 0.02 of zero: a clipped linear difference.
@@ -52,7 +52,7 @@ from diffalign.learner import Given, Learner, Processes
 from diffalign.likelihood import log_ratio, transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
-from diffalign.objectives._family import LossChoice, refuse_extras, refuse_unfit
+from diffalign.objectives._family import LossChoice, refuse_extras, refuse_small_batches, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.solvers import Guided
@@ -91,7 +91,7 @@ class D3PO(LossChoice):
         if self.loss == "clipped":
             refuse_extras(self, "clipped")
         else:
-            self.chosen()
+            refuse_unfit(self.chosen(), {"ratio"})
 
     @property
     def sampling(self) -> Sampling:
@@ -101,14 +101,23 @@ class D3PO(LossChoice):
     def cost(self) -> Cost:
         """Per pair of trajectories. Learning from a transition takes both sides, with and without the prompt."""
         rows = 1 if self.guidance == 1.0 else 2
-        each, learnt = rows * self.rollout_steps, rows * learnt_steps(self.rollout_steps, self.timestep_fraction)
-        looking = each * (self.candidates + (0 if self.reference == "round" else 2))
+        learnt = rows * learnt_steps(self.rollout_steps, self.timestep_fraction)
+        looking = self._passes * self.candidates + (0 if self.reference == "round" else 2 * learnt)
         return Cost(learning=2 * learnt * self.round_epochs, looking=looking, at_once=2 * rows)
 
+    @property
+    def cost_of_stored(self) -> Cost:
+        """The same for a pair that was sampled before."""
+        return replace(self.cost, looking=self.cost.looking - self.candidates * self._passes)
+
+    @property
+    def _passes(self) -> int:
+        """Of one trajectory."""
+        return self.rollout_steps * (1 if self.guidance == 1.0 else 2)
+
     def learner(self, given: Given) -> Learner:
-        """Raises UserError for a loss that looks at more than log-ratios."""
         if self.loss != "clipped":
-            refuse_unfit(self.chosen(), {"ratio"}, given)
+            refuse_small_batches(self.chosen(), given)
         if given.feedback is not None:
             chosen = given.feedback.source(given, self.sampling, self.reference, self.timestep_fraction)
             return Learner(chosen, lambda batch: _without_reward(self(batch, given.policy, given.unconditional)))
@@ -146,7 +155,7 @@ def transition_health(ratio: LogRatio, batch: TransitionBatch, clip: float, scal
         "accuracy": 0.5 * (1.0 + margin.sign()),
         "clipped": outside,
         "tie": (sign == 0).double(),
-        "reward": batch.rewards.mean(dim=1).double(),
+        "reward": batch.mean_reward.double(),
     }
 
 

@@ -107,7 +107,7 @@ class DDPO:
             "margin": margin,
             "clipped": outside,
             "advantage": advantage.abs().mean(dim=1),
-            "reward": batch.rewards.mean(dim=1).double(),
+            "reward": batch.mean_reward.double(),
         }
 
 
@@ -125,8 +125,8 @@ class PromptRewards:
         self._held: dict[int, list[float]] = {}
 
     def __call__(self, judged: Rewards, processes: Processes) -> tuple[Tensor, Tensor]:
-        """Label [N] (the larger reward) and advantage [N, 2], both from the mean over the judges."""
-        mine = judged.values.mean(dim=2)  # [N, 2]
+        """Label [N] (the larger reward) and advantage [N, 2], both from all judges in one number."""
+        mine = judged.total  # [N, 2]
         everyone = torch.cat(processes.all(mine.to(torch.float64)))  # [world * N, 2]; on the CPU, where NCCL gathers nothing
         mean, deviation = everyone.mean(), everyone.std(correction=0)
         if self._least is not None:

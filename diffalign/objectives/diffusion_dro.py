@@ -42,7 +42,7 @@ from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
-from diffalign.objectives._family import LossChoice, refuse_extras, refuse_unfit
+from diffalign.objectives._family import LossChoice, refuse_extras, refuse_small_batches, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.schedule import NoiseSchedule
 from diffalign.settings import check_options, option
@@ -74,7 +74,7 @@ class DiffusionDRO(LossChoice):
         if self.loss == "margin":
             refuse_extras(self, "margin")
         else:
-            self.chosen()
+            refuse_unfit(self.chosen(), {"ratio", "policy", "reference"})
 
     @property
     def sampling(self) -> Sampling:
@@ -89,7 +89,7 @@ class DiffusionDRO(LossChoice):
         """Raises UserError for a buffer smaller than a micro-batch, or a loss that needs scores or a baseline."""
         given.require(pairs="pictures with prompts (experts), or preference pairs")
         if self.loss != "margin":
-            refuse_unfit(self.chosen(), {"ratio", "policy", "reference"}, given)
+            refuse_small_batches(self.chosen(), given)
         source = PolicySteps(given, self.sampling, self.buffer, self.refresh, self.walk_every)
         dpo = losses.load("dpo")
         held_out = DenoisingLosses(given.policy, given.start, plainly_noised, dpo, self.beta / 2)

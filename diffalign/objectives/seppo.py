@@ -17,13 +17,16 @@ checkpoint; likelihood = denoising error; loss = ``losses.dpo`` at beta/2, or an
 
 No training code was released, and the paper leaves much open. What we choose, and why:
 
-* d^w = 0 exactly (the first step of a round whose reference is the policy itself): s = +1, so that the rule has no third case;
-  ``torch.sign`` would drop the sample, and the gradient of the first step with it;
+* d^w = 0 (the first step of a round whose reference is the policy itself): s = +1, so that the rule has no third case;
+  ``torch.sign`` would drop the sample, and the gradient of the first step with it. Differences below 1e-7 count as 0;
+* t and eps are the same for the anchor and the sample, as in Diffusion-DPO; errors are means over dimensions, and beta is halved
+  (Diffusion-DPO's convention, whose numbers the paper takes over);
+* where the prompt is dropped, the sample is made without it, too;
 * s is a constant: no gradient flows through it;
 * the checkpoint is drawn once per round, not per batch, and for the whole run's processes alike: Algorithm 1 draws it at the
   head of its loop, and a checkpoint per batch would have to be in memory at once;
 * the bank holds theta_0 ... theta_k in round k, so that the first round refers to theta_0 (Algorithm 1 draws from 0 ... k - 1
-  with k counted from 1, which is the same);
+  with k counted from 1, which is the same); it does not forget, so a run has as many as it has rounds (the paper's: 7);
 * pictures are made for the very prompts of each step, with noise of their own, rather than once per prompt and round;
 * the sampler: DPM-Solver++ with 20 steps and guidance 7.5, what people sample SD1.5 with; the paper names none;
 * beta and learning rate: Diffusion-DPO's.
@@ -45,7 +48,7 @@ from diffalign.learner import Given, Learner
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
-from diffalign.objectives._family import LossChoice, refuse_unfit
+from diffalign.objectives._family import LossChoice, refuse_small_batches, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.sources.dataset import noised
@@ -79,7 +82,8 @@ class SePPO(LossChoice):
         for name, kind in (("flipper", Flip), ("checkpoint", Choice)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
-        self.chosen(), self.sampling
+        refuse_unfit(self.chosen(), {"ratio"})
+        self.sampling  # noqa: B018  checks what it is made of
 
     @property
     def sampling(self) -> Sampling:
@@ -92,7 +96,7 @@ class SePPO(LossChoice):
     def learner(self, given: Given) -> Learner:
         """Raises UserError for a loss that looks past the log-ratios: the flipper turns no more than one of them."""
         given.require(pairs="pictures with prompts, or preference pairs")
-        refuse_unfit(self.chosen(), {"ratio"}, given)
+        refuse_small_batches(self.chosen(), given)
         source = SelfSampled(given, self.sampling, self.round_steps, self.checkpoint)
         plain = DenoisingLosses(given.policy, given.start, plainly_noised, self.chosen(), self.beta / 2)
         return Learner(

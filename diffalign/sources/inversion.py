@@ -51,7 +51,10 @@ _RENOISE_WINDOWS = ((250, (0, 5)), (None, (8, 10)))
 
 @dataclass(frozen=True)
 class Inversion:
-    """How clean latents climb. The defaults are SmPO's; ``DDIM_INPO`` and ``DDIM`` are two other settings."""
+    """How clean latents climb: by default as in SmPO, over five strides (its code: nine). ``DDIM_INPO``, ``DDIM`` are others.
+
+    ``released`` decides by itself where the network predicts, whatever ``evaluate`` says.
+    """
 
     steps: int = option(5, "strides from clean to pure noise; a sample that stops at t takes its share of them", ge=1)
     renoise: int = option(1, "K, corrections of each stride; 0 is plain DDIM inversion", ge=0)

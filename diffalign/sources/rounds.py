@@ -15,6 +15,7 @@ its round again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -49,6 +50,7 @@ class TransitionBatch:
     made_by: LogLikelihood  # [B] log-densities under the policy that made the trajectories
     label: Tensor  # [B] probability that the first trajectory is preferred: 1, 0, or 1/2
     rewards: Tensor  # [B, 2] of the two final pictures, the mean over the judges; NaN where people chose
+    mean_reward: Tensor  # [B] the same over all that were sampled of the prompt: what the policy earns
     advantage: Tensor  # [B, 2] the rewards, normalised
     weight: Tensor  # [B]
     index: Tensor  # [B] int64, the prompt
@@ -72,6 +74,7 @@ class Rewards:
     """What the judges said about this process's part of a round."""
 
     values: Tensor  # [N, 2, R] float64
+    total: Tensor  # [N, 2] all judges in one number: their mean, of several in deviations of the round
     prompts: Sequence[int]  # N
     positions: Sequence[int]  # N, where each pair stands in the whole run
     round: int
@@ -90,6 +93,7 @@ class JudgedPairs:
     reference: tuple[Tensor, Tensor]  # [N, S] each
     label: Tensor  # [N]
     rewards: Tensor  # [N, 2]
+    mean_reward: Tensor  # [N] over all candidates, of which the pair may be the best and the worst
     advantage: Tensor  # [N, 2]
 
 
@@ -104,7 +108,7 @@ class RoundPlan:
     epochs: int  # how often each of them is learnt from
     same_start: bool  # both trajectories of a pair from the same x_T
     reference: RoundReference
-    candidates: int = 2  # trajectories for each pair; of more than two the best and the worst by the judges' mean are the pair
+    candidates: int = 2  # trajectories for each pair; of more than two the best and the worst are the pair
     learnt: float = 1.0  # share of a trajectory's transitions, from the noisy end, that is learnt from
 
 
@@ -159,13 +163,15 @@ class Rounds:
         prompts = [self._order.row(position) for position in positions]
         made = self._trajectories(positions, prompts)
         rewards = given.judge(made.final, prompts * self._plan.candidates).view(self._plan.candidates, len(mine), -1)
-        chosen = extremes(rewards)  # [2, N]
+        total = on_one_scale(rewards, p)
+        chosen = extremes(total)  # [2, N]
         kept = made.rows((chosen * len(mine) + torch.arange(len(mine))).flatten())
         first, second = (kept.rows(slice(k * len(mine), (k + 1) * len(mine))) for k in (0, 1))
         reference = self._reference_densities(kept)
-        said = Rewards(rewards[chosen, torch.arange(len(mine))].transpose(0, 1), prompts, positions, round_)
-        label, advantage = self._verdict(said, given.processes)
-        return JudgedPairs(first, second, reference.chunk(2), label, said.values.mean(dim=2), advantage)
+        values, of_pair = rewards[chosen, torch.arange(len(mine))].transpose(0, 1), total[chosen, torch.arange(len(mine))].T
+        label, advantage = self._verdict(Rewards(values, of_pair, prompts, positions, round_), p)
+        earned = rewards.mean(dim=(0, 2))
+        return JudgedPairs(first, second, reference.chunk(2), label, values.mean(dim=2), earned, advantage)
 
     def _trajectories(self, positions: Sequence[int], prompts: Sequence[int]) -> Trajectory:
         """All first ones, then all second ones, and so on."""
@@ -191,18 +197,25 @@ class Rounds:
         """[2N, S]. The policy at the round's beginning made the trajectories: its densities are there already."""
         if self._plan.reference == "round":
             return made.log_density
-        return densities(made, self._given.start, self._given, self._sampling)
+        return densities(made, self._given.start, self._given, self._sampling, self._plan.learnt)
 
 
-def extremes(rewards: Tensor) -> Tensor:
-    """[2, N] int64: of K candidates' rewards [K, N, R] the numbers of the best and the worst by their mean; of two, 0 and 1.
+def on_one_scale(rewards: Tensor, processes: Processes) -> Tensor:
+    """[K, N] from the rewards [K, N, R]: one judge's as they are; of several the mean, each in deviations of the whole round."""
+    if rewards.shape[2] == 1:
+        return rewards[..., 0]
+    whole = torch.cat([part.flatten(0, 1) for part in processes.all(rewards.to(torch.float64))])
+    return ((rewards - whole.mean(dim=0)) / (whole.std(dim=0, correction=0) + 1e-6)).mean(dim=2)
+
+
+def extremes(total: Tensor) -> Tensor:
+    """[2, N] int64: of K candidates' rewards [K, N] the numbers of the best and the worst; of two, 0 and 1.
 
     Equal ones: the best is the first of them and the worst the last, so that a pair is never one trajectory twice.
     """
-    if len(rewards) == 2:
-        return torch.tensor([[0], [1]]).expand(2, rewards.shape[1])
-    mean = rewards.mean(dim=2)
-    return torch.stack([mean.argmax(dim=0), len(mean) - 1 - mean.flip(0).argmin(dim=0)])
+    if len(total) == 2:
+        return torch.tensor([[0], [1]]).expand(2, total.shape[1])
+    return torch.stack([total.argmax(dim=0), len(total) - 1 - total.flip(0).argmin(dim=0)])
 
 
 def micro_batches(
@@ -221,8 +234,8 @@ def micro_batches(
 
 
 def learnt_steps(transitions: int, share: float) -> int:
-    """How many of a trajectory's transitions a share of them is: one at least."""
-    return max(1, round(share * transitions))
+    """How many of a trajectory's transitions a share of them is, one at least; a half counts."""
+    return max(1, math.floor(share * transitions + 0.5))
 
 
 def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: Prompts) -> TransitionBatch:
@@ -244,6 +257,7 @@ def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: 
         made_by=LogLikelihood(one.log_density[rows, at], two.log_density[rows, at]),
         label=judged.label[rows],
         rewards=judged.rewards[rows],
+        mean_reward=judged.mean_reward[rows],
         advantage=judged.advantage[rows],
         weight=torch.ones(len(items)),
         index=index,
@@ -251,11 +265,11 @@ def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: 
 
 
 @torch.no_grad()
-def densities(made: Trajectory, predictor: Predictor, given: Given, sampling: Sampling) -> Tensor:
-    """Log-densities [N, S] of all transitions of ``made`` under another model; 0 where a transition has no noise."""
+def densities(made: Trajectory, predictor: Predictor, given: Given, sampling: Sampling, learnt: float = 1.0) -> Tensor:
+    """Log-densities [N, S] of the transitions of ``made`` under another model; 0 where one has no noise, or is not ``learnt``."""
     predictor = Guided(predictor, given.unconditional, sampling.guidance) if sampling.guidance != 1.0 else predictor
     schedule, out = given.policy.schedule, torch.zeros_like(made.log_density)
-    items = made.has_noise.nonzero()
+    items = made.has_noise[:, : learnt_steps(made.has_noise.shape[1], learnt)].nonzero()
     for low in range(0, len(items), given.sampling_batch):
         rows, at = items[low : low + given.sampling_batch].T
         out[rows, at] = _density(made, rows, at, predictor, schedule, given, sampling.eta).to(out)

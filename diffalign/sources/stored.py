@@ -108,6 +108,7 @@ class StoredPairs:
             reference=(self._densities(sides[0], first), self._densities(sides[1], second)),
             label=torch.tensor([choices.labels[i] for i in which], dtype=torch.float64),
             rewards=nobody + torch.nan,
+            mean_reward=nobody[:, 0] + torch.nan,
             advantage=nobody,
         )
 
@@ -117,7 +118,7 @@ class StoredPairs:
             return made.log_density
         for row, number in enumerate(numbers):
             if number not in self._under_start:
-                found = densities(made.rows([row]), self._given.start, self._given, self._sampling)
+                found = densities(made.rows([row]), self._given.start, self._given, self._sampling, self._learnt)
                 self._under_start[number] = found[0]
         return torch.stack([self._under_start[number] for number in numbers])
 

@@ -71,17 +71,16 @@ def resolve_settings(args: argparse.Namespace) -> Any:
     from pipelines import config, recipes
 
     objective = objectives.load(args.objective_name).Objective
-    layers = [
-        recipes.load(args.objective_name, args.recipe) if args.recipe else {},
-        config.read_yaml(Path(args.config)) if args.config else {},
-        config.given_options(args, objective),
-    ]
-    return config.resolve(config.merge(*layers), objective, getattr(args, "unknown", []))
+    recipe = recipes.load(args.objective_name, args.recipe) if args.recipe else {}
+    file = config.read_yaml(Path(args.config)) if args.config else {}
+    tree = config.layered(objective, recipe, file, config.given_options(args, objective))
+    return config.resolve(tree, objective, getattr(args, "unknown", []))
 
 
 def _dry_run(name: str, settings: Any) -> int:
+    from diffalign.objectives._family import remarks
     from pipelines import estimate, training
 
     print(training.to_yaml(f"train {name}", settings))
-    print(estimate.estimate(settings).to_text())
+    print("\n".join([*remarks(settings.objective), estimate.estimate(settings).to_text()]))
     return 0

@@ -141,7 +141,7 @@ def assemble(
 
 def checkpoint_path() -> Path:
     """The shipped checkpoint, a folder in the usual Diffusers layout."""
-    return Path(__file__).parent / "checkpoint"
+    return shipped.CHECKPOINT
 
 
 def pairs_path() -> Path:

@@ -201,7 +201,10 @@ def _purpose(writer: Writer, studio: Studio, embedding: Embedding, proposing: Pr
 
 
 def _name_of(pipe: Any) -> str:
-    return Path(str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)).name
+    from pipelines.tiny import shipped
+
+    name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
+    return shipped.NAME if Path(name) == shipped.CHECKPOINT else name
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs

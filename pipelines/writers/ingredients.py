@@ -67,7 +67,8 @@ def open_rewrites(settings: PromptTrainSettings) -> RewriteTable:
         return tiny_expansions()
     if imitates:
         return read_expansions(settings.pairs, columns=data.columns, split=data.split)
-    return read_rewrites(settings.pairs, columns=data.columns, split=data.split, ties=data.ties)
+    where = shipped.REWRITES if settings.pairs == shipped.NAME else settings.pairs
+    return read_rewrites(where, columns=data.columns, split=data.split, ties=data.ties)
 
 
 def tiny_expansions() -> RewriteTable[Expansion]:

@@ -96,7 +96,7 @@ class PromptTrainSettings:
 
 TOP_LEVEL = {
     "model": "the writer to start from: a folder (of a run, too), a hub id, or tiny",
-    "pairs": "rewrites to learn from: a file, a folder, a hub id; or (sft) tiny, what the tiny world's people write",
+    "pairs": "rewrites to learn from: a file, a folder, a hub id; or tiny, what the tiny world's people write, or prefer",
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole model",
     "seed": "seed of everything",
