@@ -165,14 +165,17 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     panel = figure.subplots()
     swept = [r for r in rows if "DPO" in r["name"]]
-    panel.plot([np.mean(r["faithfulness"]) for r in swept], [np.mean(r["taste"]) for r in swept], color="0.8", zorder=0)
-    for r in rows:
+    line = {"color": "0.8", "zorder": 0, "label": "Sem-DPO, from alpha 0 (DPO) on"}
+    panel.plot([np.mean(r["faithfulness"]) for r in swept], [np.mean(r["taste"]) for r in swept], **line)
+    for k, r in enumerate(rows):
         spread = {key: np.std(r[key], ddof=1) if r["seeds"] > 1 else 0.0 for key in ("faithfulness", "taste")}
         at = np.mean(r["faithfulness"]), np.mean(r["taste"])
         panel.errorbar(*at, xerr=spread["faithfulness"], yerr=spread["taste"], fmt="o", capsize=2)
-        panel.annotate(r["name"], at, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        beside = (6, 6 if k % 2 else -13)  # neighbours of the sweep lie close together
+        panel.annotate(r["name"].removeprefix("Sem-DPO, "), at, xytext=beside, textcoords="offset points", fontsize=8)
     panel.set(xlabel="faithfulness to the prompt that was typed", ylabel="taste", title="held-out prompts, by the oracle")
     panel.margins(0.12)
+    panel.legend(frameon=False, loc="lower left", fontsize=8)
     figure.savefig(picture, dpi=110)
 
 

@@ -9,6 +9,7 @@ import pytest
 from test_writer_material import writer
 
 from pipelines import cli
+from pipelines.writers.studio import Studio
 
 PROMPTS = ("a red circle on a blue background", "a small green square", "a red star", "a yellow star", "a cyan cross")
 DRAWN = ["--generator", "tiny", "--judges", "oracle", "--steps", "2", "--guidance-scale", "2", "--max-rewrite-tokens", "6"]
@@ -37,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_five_commands_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_five_commands_one_after_the_other(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = ["--tracker", "none", "--quiet", "--adapter", "full", "--validation-pairs", "1", "--steps", "2", "--batch-size", "2"]
     sft = ["--model", folder / "start", "--pairs", folder / "expansions.jsonl", "--output", folder / "sft"]
     fine(capsys, "sft", *sft, *plain)
@@ -59,13 +62,17 @@ def test_the_five_commands_one_after_the_other(folder: Path, capsys: pytest.Capt
 
     both = f"sft={folder / 'sft'},sem={folder / 'sem'}"
     evaluate = ["--prompts", folder / "prompts.txt", "--writers", both, "--best-of", "2", "--embedding", "tiny"]
-    said = fine(capsys, "evaluate", *evaluate, *DRAWN, "--pictures", "2", "--out", folder / "evaluation")
+    chosen_with, scores = [], Studio.scores
+    monkeypatch.setattr(Studio, "scores", lambda self, *given: chosen_with.append(self.how.seed) or scores(self, *given))
+    warmth = ["--temperature", "0.7", "--top-p", "0.9"]
+    said = fine(capsys, "evaluate", *evaluate, *DRAWN, *warmth, "--pictures", "2", "--out", folder / "evaluation")
     assert "sem, best of 2" in said and "What the weights promise" in said
     values = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     assert [way["name"] for way in values["ways"]] == ["plain", "sft", "sft, best of 2", "sem", "sem, best of 2"]
-    plain_way, best = values["ways"][0], values["ways"][2]
+    assert (values["temperature"], values["top_p"], values["drawn"]["seed"]) == (0.7, 0.9, 0)
+    assert chosen_with == [1, 1]  # the best of several is chosen on pictures that are not measured
+    plain_way = values["ways"][0]
     assert plain_way["distance"] == 0 and plain_way["unchanged"] == 1 and plain_way["beyond"] == 0
-    assert best["judges"]["oracle"][0] >= values["ways"][1]["judges"]["oracle"][0] - 1e-9
     assert {"oracle.taste", "oracle.faithfulness"} <= plain_way["parts"].keys()
     assert (folder / "evaluation" / "side_by_side.png").stat().st_size > 10_000
 

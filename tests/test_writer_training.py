@@ -198,3 +198,20 @@ def test_the_list_of_objectives_says_how_to_run_it(name: str) -> None:
     text = objective_in_full(name)
     assert f"diffalign {COMMANDS[name]} --recipe NAME" in text
     assert recipes.names(name)
+
+
+@pytest.mark.parametrize("wrong", [{"embedding": "nobody/nothing"}, {"max_rewrite_tokens": 2}, {"gold_weight": 1.0}], ids=str)
+def test_a_run_that_cannot_begin_replaces_nothing(
+    wrong: dict, start: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run is still whole after ``overwrite`` met a mistake that only the data show."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    (tmp_path / "no_gold.jsonl").write_text("".join(json.dumps({**row, "gold": None}) + "\n" for row in rows))
+    given = options(start, tmp_path / "no_gold.jsonl", tmp_path / "run", alpha=1.0, steps=1, checkpoint_every=0)
+    train_writer("sem-dpo", **given)
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError):
+        train_writer("sem-dpo", **{**given, **wrong}, overwrite=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == there
+    assert "adapter_model.safetensors" in there

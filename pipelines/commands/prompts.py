@@ -306,6 +306,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         ways.append(evaluation.Way(name, writer, promised=promised))
         ways += [evaluation.Way(f"{name}, best of {args.best_of}", writer, args.best_of)] if args.best_of else []
     limits = {"delta": args.delta, "seed": args.seed, "max_rewrite_tokens": args.max_rewrite_tokens}
+    limits |= {"temperature": args.temperature, "top_p": args.top_p}
     with Bar(unit="picture") as bar:
         evaluation.evaluate(
             _prompts(args, "test"),

@@ -149,6 +149,8 @@ def build(
     if not asked:
         raise UserError("There are no prompts to build from.")
     journal = Journal(path, _purpose(writer, studio, embedding, proposing), overwrite and share[0] == 0)
+    if overwrite:
+        wait()  # until the first process has dropped what is of another build
     known = journal.read()
     mine = [prompt for prompt in asked[share[0] :: share[1]] if prompt not in known]
     with journal.part(share[0]) as add:
@@ -162,7 +164,7 @@ def build(
         return None
     known = journal.read()
     kept = [known[prompt] for prompt in asked]
-    journal.gather(kept)
+    journal.gather([*kept, *(one for prompt, one in known.items() if prompt not in set(asked))])
     return pair_up(kept, path, pairing, far, {"generator": _name_of(studio.pipe), "writer": writer.name or "writer"})
 
 

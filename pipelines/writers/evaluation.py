@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,8 @@ def evaluate(
     delta: float = 0.1,
     seed: int = 0,
     variety: int = 4,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     max_rewrite_tokens: int = 75,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -102,6 +104,7 @@ def evaluate(
     Args:
         delta: a distance beyond which a rewrite counts as drifted.
         variety: rewrites of each prompt by which variety is measured.
+        temperature, top_p, max_rewrite_tokens: how rewrites are sampled (``sampling.candidates``).
 
     Raises:
         UserError: ``output`` holds something (unless ``overwrite``), two ways of one name, or a judge that fails.
@@ -110,14 +113,15 @@ def evaluate(
     if repeated := [w.name for k, w in enumerate(ways) if w.name in {PLAIN, *(v.name for v in ways[:k])}]:
         raise UserError(f"Two ways are called {repeated[0]!r}; give each writer a name of its own, as in mine=runs/sem-dpo.")
     asked = list(dict.fromkeys(clean(prompt) for prompt in prompts))
+    sampled = {"temperature": temperature, "top_p": top_p, "max_rewrite_tokens": max_rewrite_tokens}
     found = [_found(PLAIN, asked, asked, studio, embedding, 0.0, progress)]
     for way in ways:
-        texts, varied = _written(way, asked, studio, embedding, seed, variety, max_rewrite_tokens, progress)
+        texts, varied = _written(way, asked, studio, embedding, variety, {"seed": seed, **sampled}, progress)
         found.append(_found(way.name, asked, texts, studio, embedding, varied, progress))
     promises = {way.name: way.promised for way in ways}
     lines = [_line(one, found[0], asked, delta, promises.get(one.name)) for one in found]
     outputs.clear(folder, OWNED)
-    outputs.write_json(folder / "evaluation.json", _values(lines, asked, studio, embedding, delta, seed))
+    outputs.write_json(folder / "evaluation.json", _values(lines, asked, studio, embedding, delta, {"seed": seed, **sampled}))
     _write_rewrites(folder / "rewrites.csv", asked, found)
     outputs.write_png(folder / "side_by_side.png", pictures_side_by_side(asked, found, studio.how.pictures))
     outputs.write_file(folder / "report.md", report(lines, asked, found, delta))
@@ -134,17 +138,21 @@ def promised_by(where: str | Path) -> Mapping[str, float] | None:
 
 
 def _written(
-    way: Way, prompts: list[str], studio: Studio, embedding: Embedding, seed: int, variety: int, longest: int, progress: Any
+    way: Way, prompts: list[str], studio: Studio, embedding: Embedding, variety: int, sampled: Mapping[str, Any], progress: Any
 ) -> tuple[list[str], float]:
-    """A rewrite of each prompt, and how far several of one prompt are apart."""
+    """A rewrite of each prompt, and how far several of one prompt are apart.
+
+    The best of several is chosen on pictures of its own: the luck of the noise that chose it is not in what is measured.
+    """
     many = max(variety, way.best_of)
-    drawn = candidates(way.writer, prompts, many, "sample", seed, max_rewrite_tokens=longest, progress=progress)
+    drawn = candidates(way.writer, prompts, many, "sample", **sampled, progress=progress)
     pairs = [(a, b) for texts in drawn for a, b in combinations(texts[:variety], 2)]
     varied = float(distance(embedding, [a for a, _ in pairs], [b for _, b in pairs]).mean()) if pairs else 0.0
     if way.best_of == 1:
         return [texts[0] for texts in drawn], varied
     rows = [(p, t) for p, texts in zip(prompts, drawn, strict=True) for t in texts[: way.best_of]]
-    scores = studio.scores([p for p, _ in rows], [t for _, t in rows], progress)
+    other_noise = replace(studio, how=replace(studio.how, seed=studio.how.seed + 1))
+    scores = other_noise.scores([p for p, _ in rows], [t for _, t in rows], progress)
     overall = standardised({name: values.reshape(len(prompts), -1).tolist() for name, values in scores.items()})
     return [texts[int(np.argmax(totals))] for texts, totals in zip(drawn, overall, strict=True)], varied
 
@@ -301,11 +309,11 @@ def _write_rewrites(path: Path, prompts: Sequence[str], found: Sequence[Found]) 
 
 
 def _values(
-    lines: Sequence[Line], prompts: Sequence[str], studio: Studio, embedding: Embedding, delta: float, seed: int
+    lines: Sequence[Line], prompts: Sequence[str], studio: Studio, embedding: Embedding, delta: float, sampled: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "prompts": len(prompts),
-        "seed": seed,
+        **sampled,
         "delta": delta,
         "embedding": embedding.name,
         "drawn": asdict(studio.how),

@@ -193,7 +193,8 @@ class PromptOptimizer:
         scores = self.studio.scores([r.prompt for r in rows], [r.text for r in rows], progress)
         ends = [sum(len(rewrites) for rewrites in found[:k]) for k in range(len(found) + 1)]
         spans = [slice(low, high) for low, high in pairwise(ends)]
-        overall = standardised({name: [values[span].tolist() for span in spans] for name, values in scores.items()})
+        # Prompt by prompt, so that a rewrite's score does not depend on what else was asked for.
+        overall = [standardised({name: [values[span].tolist()] for name, values in scores.items()})[0] for span in spans]
         out = []
         for span, rewrites, totals in zip(spans, found, overall, strict=True):
             own = [{name: float(values[span][k]) for name, values in scores.items()} for k in range(len(rewrites))]

@@ -30,7 +30,7 @@ from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
 from pipelines.writers import card, ingredients
 from pipelines.writers.ingredients import Prepared
-from pipelines.writers.sampling import candidates
+from pipelines.writers.sampling import MAX_REWRITE_TOKENS, candidates
 from pipelines.writers.settings import COMMANDS, PromptTrainSettings
 
 FAR = 0.1
@@ -92,11 +92,14 @@ def train(
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it
     table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        claim_output(settings.output, to_yaml(COMMANDS[name], settings), resume=resume, overwrite=overwrite)
-    before = candidates(writer, shown, seed=settings.seed) if shown and accelerator.is_main_process else []
+    writer.to(accelerator.device)
+    before = _rewritten(settings, writer, shown) if accelerator.is_main_process else []
     prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
+    settings.objective.learner(ingredients.given(settings, prepared, Together(accelerator)))  # or says what the data lack
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:  # nothing can be wrong any more: an older run may go
+        claim_output(settings.output, to_yaml(COMMANDS[name], settings), resume=resume, overwrite=overwrite)
+    accelerator.wait_for_everyone()
     build = partial(build_trainer, name, settings, prepared, accelerator)
     trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
     if accelerator.is_main_process and not finished.interrupted:
@@ -151,7 +154,7 @@ def finish(
             writer.save_adapter(settings.output)
         else:
             writer.save(settings.output)
-        after = candidates(writer, shown, seed=settings.seed) if shown else []
+        after = _rewritten(settings, writer, shown)
     say(f"saved {settings.output}")
     rewrites = [{"prompt": p, "before": b[0], "after": a[0]} for p, b, a in zip(shown, before, after, strict=True)]
     summary = {
@@ -170,6 +173,12 @@ def finish(
     write_json(settings.output / SUMMARY_FILE, summary)
     curves = draw_curves(settings.output / METRICS_FILE, settings.output / "curves.png")
     card.write(settings, summary, curves, paper=f"arXiv {objectives.load(name).ABOUT.paper}")
+
+
+def _rewritten(settings: PromptTrainSettings, writer: Any, prompts: list[str]) -> list[list[str]]:
+    """A rewrite of each prompt, as long as those that are learnt from."""
+    longest = min(settings.data.max_rewrite_tokens, MAX_REWRITE_TOKENS)
+    return candidates(writer, prompts, seed=settings.seed, max_rewrite_tokens=longest) if prompts else []
 
 
 def _last_validation(metrics: Path) -> dict[str, float] | None:
