@@ -2,6 +2,7 @@
 
     python benchmarks/prompts.py --out runs/prompts [--seeds 0 1 2] [--alphas 0 0.5 1 2 5 10]
     python benchmarks/prompts.py --out runs/prompts --report
+    python benchmarks/prompts.py --out runs/normalised --normalise step --seeds 0       (or --pairs FILE: what else is a choice)
 
 The writer after SFT (on what the tiny world's people write, half of whom change what the prompt said) proposed the rewrites of
 the shipped pairs (``pipelines/tiny/shipped.py`` says how they were made). People who weigh style nine to one against content
@@ -54,7 +55,7 @@ def train(alpha: float, seed: int, folder: Path, **more: Any) -> Path:
     from pipelines.writers.training import train_writer
 
     output = folder / "models" / f"alpha{alpha:g}-{seed}"
-    options = {"model": str(folder / "sft"), "pairs": "tiny", "tracker": "none", "progress": False}
+    options = {"model": str(folder / "sft"), "tracker": "none", "progress": False}
     train_writer("sem-dpo", recipe="tiny", output=str(output), overwrite=True, alpha=alpha, seed=seed, **options, **more)
     return output
 
@@ -92,7 +93,7 @@ def _best(prompts: list[str], drawn: list[list[str]]) -> list[str]:
     return [texts[int(np.argmax(of_prompt))] for texts, of_prompt in zip(drawn, scores.reshape(len(prompts), -1), strict=True)]
 
 
-def run(alphas: Sequence[float], seeds: Sequence[int], folder: Path) -> None:
+def run(alphas: Sequence[float], seeds: Sequence[int], folder: Path, **more: Any) -> None:
     """Everything that has no result yet."""
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def run(alphas: Sequence[float], seeds: Sequence[int], folder: Path) -> None:
         kept(f"sft-{seed}", lambda seed=seed: measure(start, seed))
         kept(f"sft-best-{seed}", lambda seed=seed: measure(start, seed, BEST_OF))
         for alpha in alphas:
-            kept(f"alpha{alpha:g}-{seed}", lambda alpha=alpha, seed=seed: measure(train(alpha, seed, folder), seed))
+            kept(f"alpha{alpha:g}-{seed}", lambda alpha=alpha, seed=seed: measure(train(alpha, seed, folder, **more), seed))
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
@@ -184,10 +185,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0, 5.0, 10.0])
+    parser.add_argument("--normalise", default="none", help="of the weights: none, step, data; give it an --out of its own")
+    parser.add_argument("--pairs", default="tiny", help="other pairs, as `prompts build --candidates 4` makes; the same")
     parser.add_argument("--report", action="store_true", help="only the report")
     args = parser.parse_args()
     if not args.report:
-        run(args.alphas, args.seeds, args.out)
+        run(args.alphas, args.seeds, args.out, normalise=args.normalise, pairs=args.pairs)
     report(args.out, args.alphas)
 
 

@@ -19,7 +19,7 @@ W / Z, in which the mean distance of winners is never larger, falls as alpha ris
 optimizer step's pairs (of all processes), ``data`` by Z over all pairs to train on.
 
 Not found in public, and chosen here (no training code is released): alpha, and the embedding (the paper's is a CLIP text tower);
-normalisation; beta and the learning rate; how many rewrites are drawn for a prompt. The README has what alpha does.
+normalisation; beta and the learning rate; how many rewrites are drawn for a prompt. The README has what these do.
 
 Settings of relatives: ``length`` mean for length-normalised DPO, SimPO, ORPO and IPO in the manner of TRL; ``tail_weight`` for
 LD-DPO; ``token_guidance`` for TGDPO; ``gold_weight`` for Triple-PO's term on a reference rewrite (arXiv 2405.16681), whose data
