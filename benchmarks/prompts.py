@@ -139,7 +139,7 @@ def report(folder: Path, alphas: Sequence[float]) -> None:
     named = [("SFT", "sft"), (f"SFT, best of {BEST_OF} by the judge", "sft-best")]
     named += [("DPO" if alpha == 0 else f"Sem-DPO, alpha {alpha:g}", f"alpha{alpha:g}") for alpha in alphas]
     rows += [row(title, results, plain) for title, name in named if (results := found(folder, name))]
-    text = as_markdown(rows)
+    text = as_markdown(rows) + "\n" + against_dpo(rows)
     (folder / "prompts.md").write_text(text)
     print(text)
     draw(rows, folder / "prompts.png")
@@ -157,6 +157,19 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
         numbers = (cell(r["taste"]), cell(r["faithfulness"]), won, cell(r["distance"]), cell(r["beyond"], 100.0, 0) + " %")
         table.append((r["name"], *numbers))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"
+
+
+def against_dpo(rows: list[dict[str, Any]]) -> str:
+    """What each alpha gives up and saves."""
+    means = {r["name"]: {key: float(np.mean(r[key])) for key in ("taste", "faithfulness")} for r in rows}
+    if "DPO" not in means:
+        return ""
+    plain, dpo, out = means["plain"], means["DPO"], ""
+    for name in (name for name in means if name.startswith("Sem-DPO")):
+        kept = (means[name]["taste"] - plain["taste"]) / (dpo["taste"] - plain["taste"])
+        saved = means[name]["faithfulness"] - dpo["faithfulness"]
+        out += f"{name}: {100 * kept:.0f} % of DPO's gain in taste over plain, {100 * saved:+.1f} points of faithfulness\n"
+    return out
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:

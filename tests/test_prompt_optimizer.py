@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_writer_material import writer
+from test_writer_sampling import biased
 
 import reward_models
 from diffalign.errors import UserError
 from pipelines import families
 from pipelines.semantics import distance, load_embedding
 from pipelines.writers.optimizer import PromptOptimizer
-from pipelines.writers.studio import Sampling, Studio
+from pipelines.writers.rewriting import to_text
+from pipelines.writers.studio import Sampling, Studio, lost_by
+from pipelines.writers.writer import Writer
 
 SHORT = {"max_rewrite_tokens": 6}
 
@@ -43,6 +47,42 @@ def test_nothing_goes_beyond_the_cap(optimizer: PromptOptimizer) -> None:
     assert [r.text for r in capped] == [r.text for r in free if r.distance <= cap] and len(capped) < len(free)
     nothing_left = optimizer("a red circle", n=2, max_distance=0.0, **SHORT)
     assert [(r.text, r.distance, r.unchanged) for r in nothing_left] == [("a red circle", 0.0, True)]
+
+
+def test_a_rewrite_that_was_broken_off_says_so(optimizer: PromptOptimizer) -> None:
+    (short,) = optimizer("a cat", **SHORT)
+    assert short.broken_off and type(short.text) is str
+    assert "broken off" in to_text([[short]]) and "broken off" not in to_text([[replace(short, broken_off=False)]])
+    assert not PromptOptimizer(ends_at_once())("a cat", **SHORT)[0].broken_off
+
+
+def ends_at_once() -> Writer:
+    """It leaves every prompt as it is."""
+    made = writer("gpt2", template="rephrase", context=1000)
+    return biased(made, **{f"t{made.tokenizer.eos_token_id}": 50.0})
+
+
+def test_what_the_generator_does_not_read_is_told() -> None:
+    pipe = families.load_pipeline("tiny")
+    long = "a red circle on a white background, " + ", ".join(["vivid"] * 60)
+    (lost,) = lost_by(pipe, [long])
+    assert lost.endswith("vivid") and lost_by(pipe, ["a red circle", long]) == ["", lost] and lost_by(object(), [long]) == [""]
+    studio = Studio(pipe, {"oracle": reward_models.load("oracle")}, Sampling(steps=1, guidance_scale=1.0))
+    chosen = PromptOptimizer(ends_at_once(), None, studio)
+    assert chosen(long, draw=1, **SHORT)[0].lost == lost  # no embedding is needed to know
+    assert PromptOptimizer(chosen.writer).before(lambda prompt: prompt.upper())("a cat") == "A CAT"
+    with pytest.warns(UserWarning, match="does not read the end"):
+        PromptOptimizer(chosen.writer).before(_Deaf(pipe.tokenizer))(long)
+
+
+class _Deaf:
+    """A pipeline that only says what it was asked to draw."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompt: str) -> str:
+        return prompt
 
 
 def test_judges_put_the_best_first() -> None:

@@ -9,16 +9,17 @@ pipe = optimizer.before(pipe)             # a Diffusers pipeline that is shown r
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any, overload
 
 from diffalign.errors import UserError
 from pipelines.progress import Progress
 from pipelines.semantics import Embedding, distance, load_embedding
-from pipelines.writers.sampling import How, candidates
-from pipelines.writers.studio import Sampling, Studio, standardised
+from pipelines.writers.sampling import BrokenOff, How, candidates
+from pipelines.writers.studio import Sampling, Studio, lost_by, standardised
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
 
@@ -35,8 +36,9 @@ class Rewrite:
     distance: float | None = None  # 1 - cos between prompt and text, in [0, 2]; None without an embedding
     score: float | None = None  # of its pictures among those of the other candidates, over all judges; None without a generator
     scores: Mapping[str, float] = field(default_factory=dict)  # each judge's own, for the prompt, larger is better
+    broken_off: bool = False  # the writer had not ended at ``max_rewrite_tokens``
     unchanged: bool = False  # the prompt itself, because nothing near enough was found, or because the writer left it
-    lost: str = ""  # its end that the embedding's text encoder does not read (CLIP: beyond 77 tokens)
+    lost: str = ""  # its end that the generator (without one, the embedding) does not read (CLIP: beyond 77 tokens)
 
     def __str__(self) -> str:
         return self.text
@@ -135,7 +137,7 @@ class PromptOptimizer:
         cleaned = [clean(prompt) for prompt in prompts]
         found = self._measured(cleaned, [list(dict.fromkeys(texts)) for texts in drawn], max_distance, batch_size)
         if self.studio is not None:
-            found = self._ranked(found, progress)
+            found = [_with_lost(self.studio.pipe, rewrites) for rewrites in self._ranked(found, progress)]
         return [rewrites[:n] for rewrites in found]
 
     def stream(self, prompts: Iterable[str], chunk: int = 64, **options: Any) -> Iterator[list[Rewrite]]:
@@ -147,12 +149,16 @@ class PromptOptimizer:
     def before(self, pipe: Any, **options: Any) -> Callable[..., Any]:
         """``pipe``, a Diffusers pipeline, as a function that rewrites prompts before it draws them.
 
-        It takes what the pipeline takes; ``prompt`` is a text or a list. ``options`` are those of a call.
+        It takes what the pipeline takes; ``prompt`` is a text or a list. ``options`` are those of a call. It warns of a rewrite
+        whose end the pipeline does not read.
         """
 
         def rewriting(prompt: str | Sequence[str], *args: Any, **kwargs: Any) -> Any:
             asked = [prompt] if isinstance(prompt, str) else list(prompt)
             texts = [rewrites[0].text for rewrites in self(asked, **options)]
+            for text, lost in zip(texts, lost_by(pipe, texts), strict=True):
+                if lost:
+                    warnings.warn(f"The pipeline does not read the end {lost!r} of the rewrite {text!r}.", stacklevel=2)
             return pipe(texts[0] if isinstance(prompt, str) else texts, *args, **kwargs)
 
         return rewriting
@@ -171,12 +177,12 @@ class PromptOptimizer:
         """Different candidates with their distances, those beyond the cap thrown away."""
         if self.embedding is None:
             pairs = zip(prompts, drawn, strict=True)
-            return [[Rewrite(p, text, unchanged=text == p) for text in texts] for p, texts in pairs]
+            return [[_unmeasured(p, text) for text in texts] for p, texts in pairs]
         rows = [(p, text) for p, texts in zip(prompts, drawn, strict=True) for text in texts]
         asked, texts = [p for p, _ in rows], [text for _, text in rows]
         distances, lost = distance(self.embedding, asked, texts, batch_size).tolist(), self.embedding.cut(texts)
         measured = [
-            Rewrite(p, text, far, unchanged=text == p, lost=end)
+            Rewrite(p, str(text), far, unchanged=text == p, broken_off=_broken_off(text), lost=end)
             for (p, text), far, end in zip(rows, distances, lost, strict=True)
         ]
         each, out = iter(measured), []
@@ -187,8 +193,6 @@ class PromptOptimizer:
 
     def _ranked(self, found: Sequence[Sequence[Rewrite]], progress: Progress | None) -> list[list[Rewrite]]:
         """By what their pictures score, the best first."""
-        from dataclasses import replace
-
         rows = [r for rewrites in found for r in rewrites]
         scores = self.studio.scores([r.prompt for r in rows], [r.text for r in rows], progress)
         ends = [sum(len(rewrites) for rewrites in found[:k]) for k in range(len(found) + 1)]
@@ -201,6 +205,19 @@ class PromptOptimizer:
             scored = [replace(r, score=float(t), scores=o) for r, t, o in zip(rewrites, totals, own, strict=True)]
             out.append(sorted(scored, key=lambda r: -r.score))
         return out
+
+
+def _with_lost(pipe: Any, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
+    """With what the generator does not read of each."""
+    return [replace(r, lost=end) for r, end in zip(rewrites, lost_by(pipe, [r.text for r in rewrites]), strict=True)]
+
+
+def _unmeasured(prompt: str, text: str) -> Rewrite:
+    return Rewrite(prompt, str(text), unchanged=text == prompt, broken_off=_broken_off(text))
+
+
+def _broken_off(text: str) -> bool:
+    return isinstance(text, BrokenOff)
 
 
 def _studio(generator: Any, judges: str | Mapping[str, Any], sampling: Sampling, device: str, dtype: str) -> Studio:

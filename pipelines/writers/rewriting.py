@@ -48,6 +48,7 @@ def _told(rewrite: Rewrite) -> str:
     facts = [] if rewrite.distance is None else [f"distance {rewrite.distance:.3f}"]
     facts += [f"{name} {value:.4g}" for name, value in rewrite.scores.items()]
     facts += ["unchanged"] if rewrite.unchanged else []
+    facts += ["broken off: --max-rewrite-tokens"] if rewrite.broken_off else []
     facts += [f"the text encoder does not read {rewrite.lost!r}"] if rewrite.lost else []
     return f"{rewrite.text}  [{'; '.join(facts)}]" if facts else rewrite.text
 
@@ -63,4 +64,5 @@ def write(found: Sequence[Sequence[Rewrite]], path: Path) -> None:
 
 def _row(rewrite: Rewrite, rank: int) -> dict[str, Any]:
     known = {"prompt": rewrite.prompt, "rewrite": rewrite.text, "rank": rank, "distance": rewrite.distance}
-    return {**known, "score": rewrite.score, **rewrite.scores, "unchanged": rewrite.unchanged, "lost": rewrite.lost}
+    ends = {"unchanged": rewrite.unchanged, "broken_off": rewrite.broken_off, "lost": rewrite.lost}
+    return {**known, "score": rewrite.score, **rewrite.scores, **ends}

@@ -102,7 +102,7 @@ def candidates(
         seed: of samples; beams need none.
         temperature, top_p, top_k: of samples. They are applied in this order: temperature, top_k, top_p.
         beams, groups, diversity, length_penalty: of beam searches (``Decoding``).
-        max_rewrite_tokens: where a rewrite is broken off that has not ended by itself; its end mark counts.
+        max_rewrite_tokens: where a rewrite is broken off that has not ended by itself; its end mark counts. It is ``BrokenOff``.
         batch_size: sequences that are written at once.
         progress: is told ("writing", rewrites done, rewrites in all).
 
@@ -140,6 +140,10 @@ def _own_settings(writer: Writer) -> Iterator[None]:
         writer.model.generation_config = kept
 
 
+class BrokenOff(str):
+    """A rewrite that was broken off before it had ended."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call of ``candidates``."""
@@ -165,21 +169,25 @@ class _Job:
             processors = [*self._warpers(), GumbelNoise(self.seed, part, self.encoding.ends)]
             written = self._written([prompt for prompt, _ in part], 1, 1, processors)
             for (prompt, _), rewrites in zip(part, written, strict=True):
-                yield prompt, [self.encoding.text(rewrite) for rewrite in rewrites]
+                yield prompt, [self._text(rewrite) for rewrite in rewrites]
 
     def _beams(self) -> Iterator[tuple[str, list[str]]]:
         choice = self.decoding
         groups = choice.groups if choice.how == "diverse-beam" else 1
         width = choice.beams // groups
         for part in _parts(self._by_length(), max(1, self.batch_size // width)):
-            by_group: list[list[list[list[int]]]] = []  # group, prompt, beam, token
+            by_group: list[list[list[_Ids]]] = []  # group, prompt, beam
             for _ in range(groups):
-                earlier = [[beam for group in by_group for beam in group[row]] for row in range(len(part))]
+                earlier = [[beam.ids for group in by_group for beam in group[row]] for row in range(len(part))]
                 penalties = [Hamming(earlier, width, choice.diversity, self._longest(part))] if by_group else []
                 by_group.append(self._written(part, width, width, penalties))
             for row, prompt in enumerate(part):
                 ranked = [group[row][rank] for rank in range(width) for group in by_group]
-                yield prompt, [self.encoding.text(beam) for beam in ranked[: self.n]]
+                yield prompt, [self._text(beam) for beam in ranked[: self.n]]
+
+    def _text(self, written: _Ids) -> str:
+        text = self.encoding.text(written.ids)
+        return text if written.ended else BrokenOff(text)
 
     def _by_length(self) -> list[str]:
         """Prompts of like length go together, which wastes the least on padding."""
@@ -200,7 +208,7 @@ class _Job:
             warpers.append(TopPLogitsWarper(choice.top_p))
         return warpers
 
-    def _written(self, prompts: Sequence[str], beams: int, returned: int, processors: Sequence) -> list[list[list[int]]]:
+    def _written(self, prompts: Sequence[str], beams: int, returned: int, processors: Sequence) -> list[list[_Ids]]:
         """For each prompt ``returned`` completions, as far as their end mark and without it."""
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -244,9 +252,17 @@ def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _before_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+@dataclass(frozen=True)
+class _Ids:
+    """A rewrite as far as its end mark and without it."""
+
+    ids: list[int]
+    ended: bool
+
+
+def _before_end(ids: Sequence[int], ends: Sequence[int]) -> _Ids:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return list(ids[:stop])
+    return _Ids(list(ids[:stop]), stop < len(ids))
 
 
 # ---------------------------------------------------------------------------------- what is done to the logits

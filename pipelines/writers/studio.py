@@ -15,6 +15,7 @@ import numpy as np
 
 from diffalign.errors import UserError
 from pipelines import sampling
+from pipelines.families._encoding import truncated_prompts
 from pipelines.progress import Progress
 
 if TYPE_CHECKING:
@@ -81,6 +82,15 @@ class Studio:
         place = {pair: n for n, pair in enumerate(different)}
         rows = [place[pair] for pair in zip(prompts, rewrites, strict=True)]
         return {name: values.reshape(len(different), -1).mean(axis=1)[rows] for name, values in scored.items()}
+
+
+def lost_by(pipe: Any, texts: Sequence[str]) -> list[str]:
+    """What of each text a pipeline does not read, because it lies beyond the tokens of its first text encoder; "" for nothing."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None:
+        return [""] * len(texts)
+    lost = {cut.prompt: cut.lost for cut in truncated_prompts(tokenizer, list(dict.fromkeys(texts)))}
+    return [lost.get(text, "") for text in texts]
 
 
 def judged(judges: Mapping[str, Scorer], pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
