@@ -30,7 +30,7 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    dtype = _widest(prediction)
+    dtype = widest(prediction)
     return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
 
 
@@ -83,7 +83,7 @@ def log_probs(logits: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     each = logits.gather(2, tokens[:, :, None])[..., 0] - logits.logsumexp(dim=2)
-    return torch.where(counted, each, torch.zeros_like(each)).to(_widest(each))
+    return torch.where(counted, each, torch.zeros_like(each)).to(widest(each))
 
 
 def completions(log_p: Tensor, weights: Tensor) -> Tensor:
@@ -91,7 +91,8 @@ def completions(log_p: Tensor, weights: Tensor) -> Tensor:
     return (log_p * weights.to(log_p.dtype)).sum(dim=1)
 
 
-def _widest(values: Tensor) -> torch.dtype:
+def widest(values: Tensor) -> torch.dtype:
+    """float64, or float32 on MPS, which has no other."""
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 

@@ -5,8 +5,9 @@
 
 Rows come from JSON, JSON lines, CSV, TSV, Parquet, a data set saved on disk, or one of the hub. Texts may be plain, or
 conversations as TRL has them (lists of turns with role and content): then the last turn of the user is the prompt and the last
-one of the assistant the rewrite. Of a row that cannot be used the place and the reason are kept; a pair of twice the same
-rewrite teaches nothing and is left out, as is a row that was there before. Both are counted.
+one of the assistant the rewrite; how many conversations have more turns, which are not read, is said. Of a row that cannot be
+used the place and the reason are kept; a pair of twice the same rewrite teaches nothing and is left out, as is a row that was
+there before. Both are counted.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class RewriteTable(Generic[Row]):
     where: str
     left_out: Mapping[str, int]  # how many rows, by reason: ties, identical, repeated, unwanted, unusable
     problems: tuple[RowProblem, ...]  # of each unusable row its place and reason
+    longer_talks: int = 0  # conversations with turns before the user's last, which are not read
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,7 +97,8 @@ class RewriteTable(Generic[Row]):
         """One line: where the data are, how many, and what was left out."""
         left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
         first = f" (the first: {self.problems[0]})" if self.problems else ""
-        return f"{self.where}: {len(self)} {'rewrites' if isinstance(self.rows[0], Expansion) else 'pairs'}{left}{first}"
+        talks = f"; of {self.longer_talks} conversations only the last turns are read" if self.longer_talks else ""
+        return f"{self.where}: {len(self)} {'rewrites' if isinstance(self.rows[0], Expansion) else 'pairs'}{left}{first}{talks}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -217,10 +220,11 @@ def _table(
     others = [name for name in rows.columns if name not in names.values() and name not in known]
     found: dict[str, Row] = {}
     left_out = {"ties": 0, "identical": 0, "repeated": 0, "unwanted": 0}
-    problems = []
+    problems, longer = [], 0
     for index in range(len(rows)):
         try:
             row = _parsed(rows, index, names, others, parse)
+            longer += any(_has_earlier_turns(cell) for cell in rows.row(index, tuple(dict.fromkeys(names.values()))).values())
         except RowProblem as problem:
             problems.append(problem)
         except _LeftOut as reason:
@@ -229,7 +233,8 @@ def _table(
             key = json.dumps(_seen(row))
             left_out["repeated"] += key in found
             found.setdefault(key, row)
-    table = RewriteTable(tuple(found.values()), rows.description, {**left_out, "unusable": len(problems)}, tuple(problems))
+    left_out["unusable"] = len(problems)
+    table = RewriteTable(tuple(found.values()), rows.description, left_out, tuple(problems), longer)
     if not found:
         why = ", ".join(f"{n} {reason}" for reason, n in table.left_out.items() if n) or "it has no rows"
         first = f" The first that is unusable: {problems[0]}." if problems else ""
@@ -367,6 +372,13 @@ def _turns(cell: Any) -> list[Mapping[str, Any]] | None:
     if isinstance(cell, list) and cell and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in cell):
         return cell
     return None
+
+
+def _has_earlier_turns(cell: Any) -> bool:
+    """Whether a conversation says anything before the user's last turn, or before an answer where no user speaks."""
+    turns = _turns(cell) or []
+    last = max((k for k, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
+    return last > 0
 
 
 def _label(cells: Mapping[str, Any], names: Mapping[str, str]) -> float:

@@ -14,7 +14,7 @@ from diffalign.errors import UserError
 from pipelines import families
 from pipelines.semantics import distance, load_embedding
 from pipelines.writers.optimizer import PromptOptimizer
-from pipelines.writers.rewriting import to_text
+from pipelines.writers.rewriting import rewrite_file, to_text
 from pipelines.writers.studio import Sampling, Studio, lost_by
 from pipelines.writers.writer import Writer
 
@@ -107,6 +107,60 @@ def test_a_long_list_comes_as_a_stream(optimizer: PromptOptimizer) -> None:
     assert texts([first, *streamed]) == texts(optimizer(prompts, n=2, **SHORT))
 
 
+def test_a_stream_counts_its_prompts(optimizer: PromptOptimizer) -> None:
+    told: list[tuple[str, int, int]] = []
+    prompts = [f"a cat {k}" for k in range(5)]
+    assert len(list(optimizer.stream(prompts, 2, lambda *said: told.append(said), **SHORT))) == 5
+    assert told == [("rewriting", 2, 5), ("rewriting", 4, 5), ("rewriting", 5, 5)]
+
+
+def test_a_prompt_that_cannot_be_rewritten_stays_where_it_is(optimizer: PromptOptimizer) -> None:
+    found = optimizer(["a cat", "word " * 400, "a red star", " "], strict=False, n=2, **SHORT)
+    alone = optimizer(["a cat", "a red star"], n=2, **SHORT)
+    assert texts([found[0], found[2]]) == texts(alone)
+    (long,), (empty,) = found[1], found[3]
+    assert long.unchanged and "takes" in long.problem and long.text == ("word " * 400).strip()
+    assert empty.problem == "prompt is empty" and empty.text == ""
+    assert "cannot be rewritten: prompt is empty" in to_text(found)
+    assert optimizer([" "], strict=False)[0][0].problem
+
+
+def test_a_file_of_prompts(optimizer: PromptOptimizer, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\na red star\n")
+    assert texts(optimizer(file, n=2, **SHORT)) == texts(optimizer(["a cat", "a red star"], n=2, **SHORT))
+    with pytest.raises(UserError, match="is a file. Its prompts are rewritten by Path"):
+        optimizer(str(file))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_a_file_becomes_another_and_goes_on_after_a_break(optimizer: PromptOptimizer, tmp_path: Path, ending: str) -> None:
+    file, whole, cut = tmp_path / "prompts.txt", tmp_path / f"whole{ending}", tmp_path / f"cut{ending}"
+    file.write_text("".join(f"a cat {k}\n" for k in range(5)) + "word " * 400 + "\n")
+    options = {"n": 2, "chunk": 2, **SHORT}
+    came = rewrite_file(optimizer, file, whole, **options)
+    assert (came.prompts, came.left, came.rewrites) == (6, 1, 11) and "1 prompts could not be rewritten" in came.to_text()
+    told: list[tuple[int, int]] = []
+
+    def dying(stage: str, done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewrite_file(optimizer, file, cut, progress=dying, **options)
+    part = tmp_path / f"cut{ending}.part"
+    part.write_bytes(part.read_bytes()[:-9])  # the last line was not written to its end
+    assert not cut.exists()
+    with pytest.raises(UserError, match="is what is left of rewriting other prompts, or by another writer or other settings"):
+        rewrite_file(optimizer, file, cut, seed=3, **options)
+    rewrite_file(optimizer, file, cut, progress=dying, **options)
+    assert told == [(2, 6), (4, 6), (4, 6), (6, 6)]  # twice two prompts done, the second time lost
+    assert cut.read_bytes() == whole.read_bytes() and not part.exists()
+    with pytest.raises(UserError, match="is there already"):
+        rewrite_file(optimizer, file, cut, **options)
+
+
 def texts(found) -> list[list[str]]:
     return [[rewrite.text for rewrite in rewrites] for rewrites in found]
 
@@ -148,6 +202,8 @@ def test_mistakes_are_said(optimizer: PromptOptimizer) -> None:
     with pytest.raises(UserError, match="4 rewrites cannot be chosen from 2 candidates"):
         optimizer("a cat", n=4, draw=2)
     with pytest.raises(UserError, match="A prompt cannot be rewritten: prompt is empty"):
-        optimizer(["a cat", "  "])
+        optimizer("  ")
+    with pytest.raises(UserError, match="Prompt 2 of 3 cannot be rewritten: prompt is empty. So it is with 2 of 3 prompts"):
+        optimizer(["a cat", "  ", ""])
     with pytest.raises(UserError, match="takes .* tokens"):
         optimizer("word " * 400)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_writer_material import writer
 
 from pipelines import cli
+from pipelines.rewrite_pairs import read_rewrites
+from pipelines.writers.drift import Drift, read_drift
 from pipelines.writers.studio import Studio
 
 PROMPTS = ("a red circle on a blue background", "a small green square", "a red star", "a yellow star", "a cyan cross")
@@ -42,11 +47,13 @@ def test_the_five_commands_one_after_the_other(
     folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ["--tracker", "none", "--quiet", "--adapter", "full", "--validation-pairs", "1", "--steps", "2", "--batch-size", "2"]
-    sft = ["--model", folder / "start", "--pairs", folder / "expansions.jsonl", "--output", folder / "sft"]
+    sft = ["--model", "tiny", "--pairs", folder / "expansions.jsonl", "--output", folder / "sft"]
     fine(capsys, "sft", *sft, *plain)
 
     build = ["--prompts", folder / "prompts.txt", "--writer", folder / "sft", "--embedding", "tiny", "--candidates", "4"]
-    said = fine(capsys, "build", *build, *DRAWN, "--min-gap", "0", "--out", folder / "pairs.parquet")
+    said = fine(
+        capsys, "build", *build, *DRAWN, "--max-rewrite-tokens", "40", "--min-gap", "0", "--out", folder / "pairs.parquet"
+    )
     assert "5 pairs from 5 prompts" in said and "further than 0.1" in said
 
     train = ["--model", folder / "sft", "--pairs", folder / "pairs.parquet", "--output", folder / "sem", "--embedding", "tiny"]
@@ -64,17 +71,89 @@ def test_the_five_commands_one_after_the_other(
     evaluate = ["--prompts", folder / "prompts.txt", "--writers", both, "--best-of", "2", "--embedding", "tiny"]
     chosen_with, scores = [], Studio.scores
     monkeypatch.setattr(Studio, "scores", lambda self, *given: chosen_with.append(self.how.seed) or scores(self, *given))
-    warmth = ["--temperature", "0.7", "--top-p", "0.9"]
+    warmth = ["--temperature", "0.7", "--top-p", "0.9", "--delta", "0.2"]
     said = fine(capsys, "evaluate", *evaluate, *DRAWN, *warmth, "--pictures", "2", "--out", folder / "evaluation")
     assert "sem, best of 2" in said and "What the weights promise" in said
     values = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     assert [way["name"] for way in values["ways"]] == ["plain", "sft", "sft, best of 2", "sem", "sem, best of 2"]
     assert (values["temperature"], values["top_p"], values["drawn"]["seed"]) == (0.7, 0.9, 0)
     assert chosen_with == [1, 1]  # the best of several is chosen on pictures that are not measured
+    promised, distances = values["ways"][3]["promised"], read_drift(folder / "sem").distances
+    assert promised["beyond"] == pytest.approx(sum(d > 0.2 for d in distances) / len(distances))  # at this delta
+    assert values["ways"][3]["broken_off"] > 0 and values["ways"][0]["broken_off"] == 0 and "broken off" in said
+    assert values["left out"] == [] and values["max_distance"] is None
     plain_way = values["ways"][0]
     assert plain_way["distance"] == 0 and plain_way["unchanged"] == 1 and plain_way["beyond"] == 0
     assert {"oracle.taste", "oracle.faithfulness"} <= plain_way["parts"].keys()
     assert (folder / "evaluation" / "side_by_side.png").stat().st_size > 10_000
+
+
+def test_an_evaluation_under_a_cap_leaves_out_what_cannot_be_rewritten(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    listed = folder / "odd.txt"
+    listed.write_text("a red star\n" + "word " * 400 + "\na yellow star\n")
+    evaluate = ["--prompts", listed, "--writers", f"w={folder / 'start'}", "--embedding", "tiny", "--out", folder / "capped"]
+    fine(capsys, "evaluate", *evaluate, *DRAWN, "--max-distance", "0")
+    values = json.loads((folder / "capped" / "evaluation.json").read_text())
+    assert values["prompts"] == 2 and values["left out"][0].startswith("odd.txt:2: the prompt takes")
+    assert values["ways"][1]["unchanged"] == 1 and values["ways"][1]["distance"] == 0
+    report = (folder / "capped" / "report.md").read_text()
+    assert "1 prompts that cannot be rewritten were left out:\n\n* odd.txt:2:" in report
+
+
+def test_drift_in_another_embedding_is_not_compared(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    writer("gpt2", template="rephrase").save(folder / "other")
+    Drift(5.0, "clip", "another", [0.1, 0.2]).write(folder / "other")
+    evaluate = ["--prompts", folder / "prompts.txt", "--writers", f"w={folder / 'other'}", "--embedding", "tiny"]
+    fine(capsys, "evaluate", *evaluate, *DRAWN, "--out", folder / "else")
+    assert "- (trained by distances of clip)" in (folder / "else" / "report.md").read_text()
+
+
+def test_two_processes_build_together(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    build = ["build", "--prompts", folder / "prompts.txt", "--writer", "tiny", "--embedding", "tiny", "--min-gap", "0"]
+    words = [str(w) for w in (*build, "--candidates", "4", "--chunk", "1", *DRAWN, "--max-rewrite-tokens", "40")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (tmp_path / "two.candidates.jsonl").write_text('{"purpose": "another"}\n')  # of another build: the first process drops it
+    both = [*torchrun, "-m", "pipelines.cli", "prompts", *words, "--overwrite", "--out", str(tmp_path / "two.jsonl")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(both, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("pairs from 5 prompts") == 1
+    fine(capsys, *words, "--out", tmp_path / "one.jsonl")
+    one, two = (read_rewrites(tmp_path / f"{name}.jsonl").rows for name in ("one", "two"))
+    assert [(r.prompt, r.chosen, r.rejected) for r in one] == [(r.prompt, r.chosen, r.rejected) for r in two]
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_a_dry_run_says_what_would_be_refused(folder: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pairs = folder / "dry.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"prompt": p, "chosen": f"{p}, vivid", "rejected": f"{p}, pale"}) + "\n" for p in PROMPTS)
+    )
+    train = [
+        "train",
+        "--model",
+        folder / "start",
+        "--pairs",
+        pairs,
+        "--output",
+        folder / "dry",
+        "--dry-run",
+        "--embedding",
+        "tiny",
+    ]
+    for more, message in (
+        (["--embedding", "nobody/nothing"], "nobody/nothing"),
+        (["--gold-weight", "1"], "there is no reference rewrite"),
+        (["--loss", "madpo"], "needs a judge's scores of both rewrites"),
+        (["--distances", "data"], "5 of 5 rows have no distance"),
+        (["--token-guidance", "0.5", "--token-rewards", folder / "no-writer"], "no-writer"),
+    ):
+        code, _, wrong = ran(capsys, *train, *more)
+        assert code == 2 and message in " ".join(wrong.split()), (more, wrong)
+    assert "Try --length mean" in fine(capsys, *train, "--loss", "orpo", "--beta", "1")
+    assert "Try --length mean" not in fine(capsys, *train, "--loss", "orpo", "--beta", "1", "--length", "mean")
+    assert "Try --length" not in fine(capsys, *train, "--loss", "simpo", "--loss-options", "gamma=0")  # CPO
 
 
 def test_a_dry_run_checks_and_trains_nothing(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -88,6 +167,7 @@ def test_a_dry_run_checks_and_trains_nothing(folder: Path, capsys: pytest.Captur
     [
         (["rewrite", "--writer", "x"], "Give prompts on the command line, or a list with --prompts: one of the two"),
         (["rewrite", "a cat", "--writer", "x", "--generator", "tiny"], "give both, or neither"),
+        (["rewrite", "a cat", "--writer", "x", "--count", "3"], "--column and --count belong to a list"),
         (["rewrite", "a cat", "--writer", "no-such-folder/x", "--out", "x.txt"], "rewrites are written as .jsonl or .csv"),
         (["rewrite", "a cat", "--writer", "x", "--temprature", "2"], "unknown arguments: --temprature 2"),
         (["train", "--model", "x", "--output", "y", "--aplha", "2"], "--aplha: unknown option; did you mean --alpha?"),

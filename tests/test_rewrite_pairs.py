@@ -224,6 +224,21 @@ def test_conversations_with_a_prompt_of_their_own(tmp_path: Path) -> None:
     assert texts(read_rewrites(tmp_path / "d.csv")) == [PLAIN]
 
 
+def test_turns_that_are_not_read_are_said(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "a cat"}]
+    longer = [{"role": "system", "content": "be brief"}, *asked]
+    answers = {side: [{"role": "assistant", "content": f"a {side} cat"}] for side in ("chosen", "rejected")}
+    table = read_rewrites(jsonl(tmp_path / "a.jsonl", [{"prompt": asked, **answers}]))
+    assert table.longer_talks == 0 and "conversations" not in table.description
+    rows = [{"prompt": longer, **answers}, {"prompt": [{"role": "user", "content": "a dog"}], **answers}]
+    table = read_rewrites(jsonl(tmp_path / "b.jsonl", rows))
+    assert table.longer_talks == 1 and "of 1 conversations only the last turns are read" in table.description
+    whole = {side: [*asked, *answer] for side, answer in answers.items()}
+    assert read_rewrites(jsonl(tmp_path / "c.jsonl", [whole])).longer_talks == 0
+    more = {side: [*asked, *answers["chosen"], *talk] for side, talk in whole.items()}
+    assert read_rewrites(jsonl(tmp_path / "d.jsonl", [more])).longer_talks == 1
+
+
 def test_conversations_that_begin_with_the_prompt(tmp_path: Path) -> None:
     """TRL's implicit prompt."""
     whole = {side: [said("user", "a cat"), *TALK[side]] for side in ("chosen", "rejected")}

@@ -6,17 +6,21 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from golden_losses import cases, variants
+from golden_losses import Numbers, Tokens, cases, variants, wpo_weight
 from torch import Tensor, nn
 
 from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader, collate, validation_batches
 from diffalign.errors import UserError
 from diffalign.learner import GivenTexts
 from diffalign.likelihood import token_log_probs
+from diffalign.losses.baselines import RunningMean
+from diffalign.objectives._family import LossAtWork
+from diffalign.objectives._tokens import Counting, TokenLosses
 from diffalign.objectives.prompt_sft import PromptSFT
 from diffalign.objectives.sem_dpo import SemDPO, semantic_weights, tilted
 from diffalign.references import Frozen
@@ -102,35 +106,131 @@ class Logits:
         return self.logits if last is None else self.logits[:, -last:]
 
 
-def batch_of(numbers) -> TextBatch:
+def batch_of(numbers: Numbers) -> TextBatch:
     columns = [numbers.input(name) for name in ("input_ids", "attention_mask", "completion_mask")]
     begins = int((columns[2].cumsum(dim=1) == 0).sum(dim=1).min())
-    sides = [Texts(tokens, mask.bool(), chosen.bool(), begins) for tokens, mask, chosen in zip(*(c.chunk(2) for c in columns))]
-    return TextBatch(*sides, label=torch.ones(len(sides[0])), weight=torch.ones(len(sides[0])), index=torch.arange(len(sides[0])))
+    parts = 3 if numbers.path.parent.name == "trl_tpo" else 2
+    sides = [
+        Texts(tokens, mask.bool(), chosen.bool(), begins) for tokens, mask, chosen in zip(*(c.chunk(parts) for c in columns))
+    ]
+    texts = dict(zip(("winner", "loser", "gold"), sides, strict=False))
+    n = len(sides[0])
+    return TextBatch(**texts, label=torch.ones(n), weight=torch.ones(n), index=torch.arange(n))
 
 
-SAME = {"sigmoid": "dpo", "sigmoid_norm": "dpo", "hinge": "hinge", "robust": "rdpo", "exo_pair": "exo", "nca_pair": "nca",
-        "apo_zero": "apo-zero", "apo_down": "apo-down", "bco_pair": "bco", "discopop": "discopop"}  # fmt: skip
+def asked(kind: str, v: dict) -> tuple[SemDPO, float, float]:
+    """Our settings for one of TRL's, with the label that its smoothing is, and how many of its losses ours is."""
+    beta, noise = v.get("beta", 0.1), v.get("label_smoothing", 0.0)
+    same = {"sigmoid": "dpo", "sigmoid_norm": "dpo", "nca_pair": "nca", "bco_pair": "bco", "exo_pair": "exo", "tpo-l": "simpo"}
+    loss, tail = same.get(kind, kind.replace("_", "-")), v.get("ld_alpha")
+    constants = {"simpo": {"gamma": v.get("simpo_gamma", v.get("tpo_l_gamma"))}, "exo": {"noise": noise}}.get(loss)
+    length = "mean" if kind in ("sigmoid_norm", "ipo", "simpo", "tpo-l") else "sum"
+    how = {"length": length, "loss": loss, "loss_options": constants, "tail_weight": 1.0 if tail is None else tail}
+    return SemDPO(beta=beta, alpha=0.0, **how), 1.0 if loss == "exo" else 1.0 - noise, beta**2 if kind == "ipo" else 1.0
+
+
+def told(kind: str, v: dict, batch: TextBatch, policy: Logits, reference: Logits) -> Tensor:
+    """TRL's losses [B] from the objective's."""
+    if kind == "sft":  # TRL averages over the tokens of a batch, we over a row's: long rows weigh more there
+        total = PromptSFT(length="sum")(batch, Logits(policy.logits.chunk(2)[0])).loss
+        return total.sum().expand(len(total)) / batch.winner.lengths.sum()
+    objective, label, times = asked(kind, v)
+    batch = replace(batch, label=torch.full_like(batch.label, label, dtype=torch.float64))
+    if kind == "bco_pair":  # TRL's paired form measures against zero
+        at_work = LossAtWork(objective.chosen(), objective.beta, Still())
+        return TokenLosses(policy, reference, at_work, Counting())(batch, reference).loss
+    return objective(batch, policy, reference).loss / times
+
+
+class Still(RunningMean):
+    """A baseline that stays at zero."""
+
+    def update(self, values: Tensor) -> None:
+        pass
+
+
+def agree(numbers: Numbers, loss: Tensor, logits: Tensor) -> None:
+    loss.backward()
+    torch.testing.assert_close(loss, numbers.expected("loss"), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits.grad, numbers.expected("grad_policy_logits"), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("path", cases("trl_dpo", "logits*"), ids=lambda p: p.stem)
 def test_the_objective_itself_gives_trls_losses_and_gradients(path: Path) -> None:
-    compared = []
+    compared = set()
     for v, numbers in variants(path, "f64"):
-        kinds = v["loss_type"]
-        plain = v["f_divergence_type"] == "reverse_kl" and not v["use_weighting"] and not v["label_smoothing"]
-        if len(kinds) > 1 or kinds[0] not in ("sigmoid", "sigmoid_norm") or not plain:
-            continue  # the others are compared loss by loss in golden_losses
-        logits = numbers.input("policy_logits").requires_grad_()
-        length, tail = ("mean" if kinds[0] == "sigmoid_norm" else "sum"), v["ld_alpha"]
-        objective = SemDPO(beta=v["beta"], alpha=0.0, length=length, tail_weight=1.0 if tail is None else tail)
-        batch = batch_of(numbers)
-        outcome = objective(batch, Logits(logits), Logits(numbers.input("ref_logits")))
-        outcome.loss.mean().backward()
-        torch.testing.assert_close(outcome.loss.mean(), numbers.expected("loss"), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(logits.grad, numbers.expected("grad_policy_logits"), rtol=1e-8, atol=1e-10)
-        compared.append((kinds[0], tail))
-    assert ("sigmoid", None) in compared and len(compared) >= 2, compared
+        logits, batch = numbers.input("policy_logits").requires_grad_(), batch_of(numbers)
+        models = Logits(logits), Logits(numbers.input("ref_logits"))
+        ids, mask = numbers.input("input_ids"), numbers.input("completion_mask")
+        weight = wpo_weight(Tokens.of(logits, ids, mask)) if v["use_weighting"] else 1.0  # a pair's weight, outside the loss
+        weights = v["loss_weights"] or [1.0]
+        parts = [w * (weight * told(kind, v, batch, *models)).mean() for kind, w in zip(v["loss_type"], weights, strict=True)]
+        agree(numbers, sum(parts), logits)
+        compared |= set(v["loss_type"])
+    assert compared >= {"sft", "sigmoid", "ipo", "sigmoid_norm", "nca_pair", "bco_pair", "apo_zero", "exo_pair"}, compared
+
+
+@pytest.mark.parametrize("path", cases("trl_cpo_simpo"), ids=lambda p: p.stem)
+def test_cpo_and_simpo_through_the_objective(path: Path) -> None:
+    """A model that finds everything equally likely makes CPO of DPO; SimPO needs none."""
+    compared = set()
+    for v, numbers in variants(path, "f64"):
+        if v.get("alpha", 0.0) or (v["loss_type"] == "simpo" and v.get("label_smoothing")):
+            continue  # AlphaPO's reward is no setting of ours; TRL's smoothed SimPO keeps gamma's sign (golden_losses has both)
+        logits, batch = numbers.input("policy_logits").requires_grad_(), batch_of(numbers)
+        nothing = Logits(torch.zeros_like(logits))
+        flat = told(v["loss_type"], {**v, "label_smoothing": v.get("label_smoothing", 0.0)}, batch, Logits(logits), nothing)
+        if v["loss_type"] in ("ipo", "hinge", "sigmoid"):  # sums differ by lengths times log V, which is none of the policy's
+            flat = unreferenced(v, batch, logits)
+        nll = told("sft", v, batch, Logits(logits), nothing).mean()
+        agree(numbers, flat.mean() + v.get("cpo_alpha", 1.0) * nll, logits)
+        compared.add(v["loss_type"])
+    assert compared == {"simpo", "sigmoid", "hinge", "ipo"}
+
+
+def unreferenced(v: dict, batch: TextBatch, logits: Tensor) -> Tensor:
+    """The loss of a pair against a reference to which all completions are certain: log-probabilities zero."""
+    certain = torch.full_like(logits, -1e4)
+    tokens = torch.cat([batch.winner.tokens, batch.loser.tokens])
+    certain[:, :-1].scatter_(2, tokens[:, 1:, None], 1e4)
+    return told(v["loss_type"], v, batch, Logits(logits), Logits(certain))
+
+
+@pytest.mark.parametrize("path", cases("trl_tpo"), ids=lambda p: p.stem)
+def test_triple_preference_optimisation_through_the_objective(path: Path) -> None:
+    for v, numbers in variants(path, "f64"):
+        logits, batch = numbers.input("policy_logits").requires_grad_(), batch_of(numbers)
+        objective, label, times = asked(v["loss_type"], v)
+        batch = replace(batch, label=torch.full_like(batch.label, label, dtype=torch.float64))
+        pair, gold = logits.chunk(3)[:2], logits.chunk(3)[2]
+        whole, policy = Logits(logits), Logits(torch.cat(pair))
+        certain = torch.full_like(policy.logits, -1e4)
+        certain[:, :-1].scatter_(2, torch.cat([batch.winner.tokens, batch.loser.tokens])[:, 1:, None], 1e4)
+        reference = Logits(certain.detach())
+        plain = objective(batch, policy, reference).loss
+        added = replace(objective, gold_weight=v["tpo_alpha"])(batch, whole, reference).loss - plain
+        # ours is the mean over a row's gold tokens, TRL's that over the batch's: rows weighted by their lengths
+        lengths = batch.gold.lengths
+        agree(numbers, (plain / times).mean() + (added * lengths).sum() / lengths.sum(), logits)
+        assert gold.shape == pair[0].shape
+
+
+@pytest.mark.parametrize("path", cases("trl_orpo"), ids=lambda p: p.stem)
+def test_orpo_through_the_objective(path: Path) -> None:
+    for v, numbers in variants(path, "f64"):
+        logits, batch = numbers.input("policy_logits").requires_grad_(), batch_of(numbers)
+        constants = {"weight": v["beta"], "rate": 1.0}
+        objective = SemDPO(beta=1.0, alpha=0.0, length="mean", loss="orpo", loss_options=constants)
+        model = Logits(logits)
+        odds = objective(batch, model, model).loss - PromptSFT()(batch, Logits(logits.chunk(2)[0])).loss
+        # TRL's likelihood term reads the prompt's tokens, too
+        nll = Tokens.of(logits, numbers.input("input_ids"), numbers.input("attention_mask")).part(0, 2).nll()
+        numbers.compare("per_pair_beta_logsigmoid_logodds", -odds)
+        loss = nll + odds.mean()
+        loss.backward()
+        numbers.compare("loss", loss)  # within what the released float32 casts leave
+        numbers.compare("grad_policy_logits", logits.grad)
+        assert numbers.wrong == []
 
 
 # ------------------------------------------------------------------------------------------------------------ identities
@@ -301,7 +401,29 @@ def test_kto_measures_against_mismatched_completions() -> None:
     torch.testing.assert_close(made.things["baseline"].value, ratio.detach())
 
 
-@pytest.mark.parametrize("loss", ["ipo", "hinge", "simpo", "orpo", "cdpo", "apo-zero", "sppo", "bco", "kto", "aot", "beta-dpo"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "ipo",
+        "hinge",
+        "simpo",
+        "orpo",
+        "cdpo",
+        "apo-zero",
+        "sppo",
+        "bco",
+        "kto",
+        "aot",
+        "beta-dpo",
+        "rdpo",
+        "apo-down",
+        "nca",
+        "exo",
+        "discopop",
+        "hypo",
+        "cal-dpo",
+    ],
+)
 def test_losses_of_the_family_work_on_rewrites(loss: str) -> None:
     data, policy = some_rewrites(), Writer(0)
     made = learner(SemDPO(alpha=2.0, loss=loss, length="mean"), data, policy)

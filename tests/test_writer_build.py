@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from test_writer_material import writer
+from test_writer_sampling import biased
 
 import reward_models
 from diffalign.errors import UserError
 from pipelines import families
+from pipelines.prompts import Prompt
 from pipelines.rewrite_pairs import read_rewrites
 from pipelines.semantics import load_embedding
 from pipelines.writers.build import Candidates, Pairing, Proposing, build, pair_up
+from pipelines.writers.sampling import BrokenOff
+from pipelines.writers.sampling import candidates as rewrites_of
 from pipelines.writers.studio import Sampling, Studio, standardised
+from pipelines.writers.writer import Writer
 
 PROMPTS = ["a red circle on a blue background", "a red star", "a small green square"]
 PROPOSING = Proposing(count=4, max_rewrite_tokens=6)
@@ -36,7 +41,13 @@ def embedding() -> Any:
 
 def made(studio: Studio, embedding: Any, out: Path, prompts: Sequence[str] = PROMPTS, **options: Any) -> Any:
     options = {"proposing": PROPOSING, "pairing": Pairing(min_gap=0.0), "chunk": 1, **options}
-    return build(prompts, writer("gpt2", template="rephrase"), studio, embedding, out, **options)
+    return build(prompts, ending(), studio, embedding, out, **options)
+
+
+def ending(bias: float = 5.0) -> Writer:
+    """It often ends a rewrite before six tokens, and not always."""
+    made = writer("gpt2", template="rephrase")
+    return biased(made, **{f"t{made.tokenizer.eos_token_id}": bias})
 
 
 # ---------------------------------------------------------------------------------------------------------------- building
@@ -57,6 +68,34 @@ def test_best_and_worst_become_a_pair_with_all_that_is_known(studio: Studio, emb
         assert row.distance == pytest.approx(found["distances"][best])
         assert row.provenance["chosen_oracle"] == pytest.approx(scores[best])
         assert row.provenance["chosen_way"] in ("sample", "diverse-beam")
+
+
+def test_rewrites_that_had_not_ended_are_no_candidates(studio: Studio, embedding: Any, tmp_path: Path) -> None:
+    built = made(
+        studio, embedding, tmp_path / "pairs.jsonl", proposing=Proposing(count=6, ways=("sample",), max_rewrite_tokens=6)
+    )
+    drawn = [text for texts in rewrites_of(ending(), PROMPTS, 6, max_rewrite_tokens=6) for text in texts]
+    broken = [text for text in drawn if isinstance(text, BrokenOff)]
+    assert 0 < len(broken) < len(drawn) and built.broken_off == len(broken)
+    lines = (tmp_path / "pairs.candidates.jsonl").read_text().splitlines()[1:]
+    kept = [text for line in lines for text in json.loads(line)["texts"]]
+    assert kept and not set(kept) & {str(text) for text in broken}
+    assert f"{len(broken)} candidates had not ended at max_rewrite_tokens" in built.to_text()
+    with pytest.raises(UserError, match="12 candidates had not ended: raise --max-rewrite-tokens"):
+        build(PROMPTS, ending(-50.0), studio, embedding, tmp_path / "none.jsonl", proposing=PROPOSING)
+
+
+def test_a_prompt_that_cannot_be_rewritten_stops_nothing(studio: Studio, embedding: Any, tmp_path: Path) -> None:
+    mark = ending().tokenizer.eos_token
+    bad = Prompt(f"a {mark} cat", origin="list.txt:7")
+    asked = [PROMPTS[0], bad, Prompt(PROMPTS[1], origin="list.txt:8"), "word " * 400]
+    built = made(studio, embedding, tmp_path / "pairs.jsonl", prompts=asked)
+    assert built.prompts == 2 and len(built.unwritable) == 2
+    assert built.unwritable[0].startswith(f"list.txt:7: prompt contains {mark!r}")
+    assert built.unwritable[1].startswith("prompt 4: the prompt takes")
+    assert "2 prompts that cannot be rewritten were left out:\n  list.txt:7" in built.to_text()
+    with pytest.raises(UserError, match="There are no prompts to rewrite; list.txt:7: prompt contains"):
+        made(studio, embedding, tmp_path / "none.jsonl", prompts=[bad])
 
 
 def test_pictures_are_judged_for_the_prompt_and_not_for_the_rewrite(studio: Studio) -> None:
@@ -155,5 +194,5 @@ def test_settings_that_cannot_be_are_refused(studio: Studio, embedding: Any, tmp
         Proposing(count=2, ways=("sample", "beam", "diverse-beam"))
     with pytest.raises(UserError, match=r"ends in .txt; pairs are written as .jsonl or .parquet"):
         made(studio, embedding, tmp_path / "pairs.txt")
-    with pytest.raises(UserError, match="There are no prompts to build from"):
+    with pytest.raises(UserError, match="There are no prompts to rewrite"):
         made(studio, embedding, tmp_path / "pairs.jsonl", prompts=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffalign.train import Trainer
 from pipelines import config, recipes
 from pipelines.objective_tables import objective_in_full
 from pipelines.writers import training
+from pipelines.writers.drift import Drift, read_drift
 from pipelines.writers.settings import COMMANDS
 from pipelines.writers.training import train_writer
 from pipelines.writers.writer import Writer
@@ -110,6 +112,48 @@ def test_tgdpo_rewards_tokens_by_another_writer(start: Path, pairs: Path, tmp_pa
         train_writer("sem-dpo", **options(start, pairs, tmp_path / "x", token_guidance=0.5))
 
 
+def test_distances_of_the_data_are_taken_when_asked_for(start: Path, pairs: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"distance": n / 100} for n, line in enumerate(pairs.read_text().splitlines())]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = options(start, own, tmp_path / "read", alpha=5.0, steps=1, validation_pairs=0)
+    summary = train_writer("sem-dpo", **{**read, "distances": "data", "embedding": "nobody/nothing"})  # which nobody asks
+    assert summary["weights"]["mean"] == pytest.approx(0.075) and summary["weights"]["embedding"] == "the data"
+    assert read_drift(tmp_path / "read").distances == pytest.approx([n / 100 for n in range(16)])
+    train_writer("sem-dpo", **{**read, "output": str(tmp_path / "measured")})
+    measured = read_drift(tmp_path / "measured")
+    assert measured.embedding == "tiny" and measured.fingerprint and max(measured.distances) > 0.2
+    own.write_text("".join(json.dumps({**row, "distance": None} if n == 3 else row) + "\n" for n, row in enumerate(rows)))
+    with pytest.raises(UserError, match=r"1 of 16 rows have no distance \(the first: own.jsonl:line 4\)"):
+        train_writer("sem-dpo", **{**read, "distances": "data", "output": str(tmp_path / "x")})
+
+
+def test_what_the_weights_promise_can_be_asked_for_any_threshold(tmp_path: Path) -> None:
+    kept = Drift(2.0, "clip", "abc", [0.0, 0.1, 0.4])
+    kept.write(tmp_path)
+    weights = [math.exp(-2.0 * d) for d in kept.distances]
+    for delta, beyond in ((0.05, weights[1] + weights[2]), (0.3, weights[2]), (0.5, 0.0)):
+        told = read_drift(tmp_path).promised(delta)
+        assert told.tilted_beyond == pytest.approx(beyond / sum(weights)) and told.tilted_beyond <= told.bound
+    assert read_drift(tmp_path / "nothing") is None
+    (tmp_path / "distances.json").write_text('{"alpha": 1}')
+    with pytest.raises(UserError, match="is not as a run of Sem-DPO wrote it"):
+        read_drift(tmp_path)
+
+
+def test_gold_rewrites_are_read_only_where_they_are_learnt_from(start: Path, pairs: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows[2]["gold"], rows[5]["gold"] = None, "very " * 200  # one lacks it, one is too long
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train_writer("sem-dpo", **options(start, some, tmp_path / "dpo", steps=1))["rows"] == {"rows": 16}
+    triple = {"gold_weight": 1.0, "steps": 1, "max_left_out": 0.2}
+    counts = train_writer("sem-dpo", **options(start, some, tmp_path / "tpo", **triple))["rows"]
+    assert counts == {"rows": 14, "left out, no gold": 1, "left out, rewrite too long": 1}
+    with pytest.raises(UserError, match=r"2 of 16 rows .* cannot be used.*some.jsonl:line 3: there is no reference rewrite"):
+        train_writer("sem-dpo", **options(start, some, tmp_path / "x", gold_weight=1.0))
+
+
 # ------------------------------------------------------------------------------------------------------------------ resume
 
 
@@ -138,6 +182,16 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(start: Path, pairs: Path, tmp_
     ends = [sorted((tmp_path / name / "checkpoints").glob("checkpoint-*"))[-1] for name in ("whole", "cut")]
     for path in sorted(ends[0].glob("*.pt")):
         assert_same(torch.load(path, weights_only=True), torch.load(ends[1] / path.name, weights_only=True), path.name)
+
+
+def test_a_run_does_not_go_on_with_another_rewarding_writer(start: Path, pairs: Path, tmp_path: Path) -> None:
+    rewarding = options(start, pairs, tmp_path / "dpo", alpha=0.0, steps=2)
+    train_writer("sem-dpo", **rewarding)
+    guided = {"alpha": 0.0, "token_guidance": 0.5, "token_rewards": str(tmp_path / "dpo"), "steps": 2}
+    train_writer("sem-dpo", **options(start, pairs, tmp_path / "run", **guided))
+    train_writer("sem-dpo", **{**rewarding, "steps": 3}, overwrite=True)  # of the same name
+    with pytest.raises(UserError, match="belongs to another run. data:"):
+        train_writer("sem-dpo", resume=True, **options(start, pairs, tmp_path / "run", **guided))
 
 
 def test_a_run_does_not_go_on_with_other_data(start: Path, pairs: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ class LossChoice:
         return losses.load(self.loss, extras, **own | losses.read_options(self.loss, self.loss_options or {}))
 
 
+PER_TOKEN = ("simpo", "orpo", "ipo")
+"""Losses that take log-probabilities per token where they come from (Meng et al. 2024, Hong et al. 2024; IPO as TRL has it)."""
 SMALL_BETA = 10.0
 """Losses of absolute scale come from language models, where beta is of order one."""
 
@@ -64,6 +66,12 @@ def remarks(objective: Any) -> list[str]:
     name = getattr(objective, "loss", None)
     if name is None or name not in losses.names():
         return []
+    is_cpo = name == "simpo" and objective.chosen().settings.gamma == 0
+    if name in PER_TOKEN and getattr(objective, "length", "mean") == "sum" and not is_cpo:
+        return [
+            f"The loss {name} was made for the mean of a completion's log-probabilities over its tokens; with length sum long "
+            "rewrites count for more, and its constants mean something else. Try --length mean."
+        ]
     if objective.chosen().scale == "absolute" and objective.beta > SMALL_BETA:
         return [
             f"The loss {name} takes likelihoods as they are, not their ratios to a reference, and wants a beta of order one; "

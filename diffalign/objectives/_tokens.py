@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffalign.health import token_health
-from diffalign.likelihood import completions, log_ratio, token_log_probs
+from diffalign.likelihood import completions, log_ratio, token_log_probs, widest
 from diffalign.objectives._family import LossAtWork, looks_back
 from diffalign.protocols import LanguageModel
 from diffalign.types import LogLikelihood, LogRatio, Outcome, TextBatch, Texts
@@ -59,7 +59,7 @@ class Counting:
 
     def each(self, texts: Texts, shared: Tensor | None = None) -> Tensor:
         """c [N, S] without guidance; beyond ``shared`` [N] tokens of the completion they count ``tail_weight``."""
-        counted = texts.completion.float()
+        counted = texts.completion.to(widest(texts.tokens))  # a third of a sum over three tokens, in all its digits
         if self.tail_weight != 1.0 and shared is not None:
             beyond = texts.completion & (texts.completion.cumsum(dim=1) > shared[:, None])
             counted = torch.where(beyond, self.tail_weight * counted, counted)

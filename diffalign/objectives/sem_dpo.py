@@ -21,13 +21,17 @@ optimizer step's pairs (of all processes), ``data`` by Z over all pairs to train
 Not found in public, and chosen here (no training code is released): alpha, and the embedding (the paper's is a CLIP text tower);
 normalisation; beta and the learning rate; how many rewrites are drawn for a prompt. The README has what these do.
 
-Settings of relatives: ``length`` mean for length-normalised DPO, SimPO, ORPO and IPO in the manner of TRL; ``tail_weight`` for
-LD-DPO; ``token_guidance`` for TGDPO; ``gold_weight`` for Triple-PO's term on a reference rewrite (arXiv 2405.16681), whose data
-have a column gold, with ``loss`` simpo and its gamma 0.
+Settings of relatives: ``length`` mean for length-normalised DPO, SimPO, ORPO and IPO in the manner of TRL; ``loss`` simpo with
+gamma 0 and ``sft_weight`` for CPO (arXiv 2401.08417; in units of beta: its weight 1 is 1 / beta); ``tail_weight`` for LD-DPO;
+``token_guidance`` for TGDPO; ``gold_weight`` for Triple-PO's term on a reference rewrite (arXiv 2405.16681), whose data
+have a column gold, with ``loss`` simpo and its gamma 0. That term is the mean over a gold rewrite's own tokens, so that a row
+does not depend on what else is in its batch; TRL's is the mean over all gold tokens of the batch, which is ours with rows
+weighted by their lengths. W, like a row's weight, multiplies all of the row's loss, its gold and ``sft_weight`` terms too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -86,15 +90,13 @@ class SemDPO(LossChoice):
 
     def learner(self, given: GivenTexts) -> Learner:
         """Raises UserError where the data lack what the settings need."""
-        loss, of_all = self.chosen(), given.texts.distances
-        if self.alpha and (of_all is None or bool(of_all.isnan().any())):
-            raise UserError("Sem-DPO weighs winners by their distance from the prompt, which these data do not have.")
-        if self.gold_weight and given.texts.data.gold is None:
-            raise UserError("gold_weight needs reference rewrites, a column gold, which these data do not have.")
-        if self.token_guidance and given.texts.data.token_rewards is None:
-            raise UserError("token_guidance needs another model's rewards of the tokens (--token-rewards).")
-        if "rewards" in loss.needs and (given.texts.data.scores is None or bool(given.texts.data.scores.isnan().any())):
-            raise UserError(f"The loss {loss.name} needs a judge's scores of both rewrites, which these data do not all have.")
+        loss, of_all, data = self.chosen(), given.texts.distances, given.texts.data
+        has = {"gold": data.gold, "token_rewards": data.token_rewards}
+        known = {"distance": of_all, "scores": data.scores}
+        self.refuse_lacking(
+            {name for name, values in has.items() if values is not None}
+            | {name for name, values in known.items() if values is not None and not bool(values.isnan().any())}
+        )
         baseline = loss.baseline() if loss.baseline else None
         refuse_small_batches(loss, given)
         refuse_lone_samples(baseline, given)
@@ -109,6 +111,17 @@ class SemDPO(LossChoice):
             things={"baseline": baseline} if baseline else {},
             reference=given.reference,
         )
+
+    def refuse_lacking(self, has: Container[str]) -> None:
+        """Raise UserError unless the data have what the settings look at: distance, gold, token_rewards, scores."""
+        if self.alpha and "distance" not in has:
+            raise UserError("Sem-DPO weighs winners by their distance from the prompt, which these data do not have.")
+        if self.gold_weight and "gold" not in has:
+            raise UserError("gold_weight needs reference rewrites, a column gold, which these data do not have.")
+        if self.token_guidance and "token_rewards" not in has:
+            raise UserError("token_guidance needs another model's rewards of the tokens (--token-rewards).")
+        if "rewards" in self.chosen().needs and "scores" not in has:
+            raise UserError(f"The loss {self.loss} needs a judge's scores of both rewrites, which these data do not all have.")
 
     def __call__(self, batch: TextBatch, policy: LanguageModel, reference: LanguageModel) -> Outcome:
         """Losses [B] of the pairs in ``batch``, before W, with margins and log-ratios. One policy and one reference call."""

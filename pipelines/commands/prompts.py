@@ -70,13 +70,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _dry_run(name: str, settings: Any) -> int:
+    from diffalign.objectives._family import remarks
     from pipelines.run_folder import to_yaml
     from pipelines.writers import ingredients
     from pipelines.writers.settings import COMMANDS
 
-    print(to_yaml(COMMANDS[name], settings))
+    print("\n".join([to_yaml(COMMANDS[name], settings), *remarks(settings.objective)]))
     table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, print)
-    rows = ingredients.encode(table, writer, settings.data, print)
+    rows = ingredients.encode(table, writer, settings.data, print, ingredients.wants_gold(settings))
+    ingredients.check_dry(settings, table, rows)
     print(table.description)
     print(", ".join(f"{what}: {n}" for what, n in rows.counts.items()))
     return 0
@@ -92,6 +94,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="rephrase, chat, or a text with {prompt} in it (default: as the writer was trained)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled rewrites (default 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="of sampled rewrites (default 1)")
+    parser.add_argument("--top-k", type=whole(0), default=0, help="of sampled rewrites (default 0: all tokens)")
     parser.add_argument("--max-rewrite-tokens", type=whole(1), default=75, metavar="N", help="of a rewrite (default 75)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of everything that is drawn (default 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of writer and generator")
@@ -125,14 +128,20 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
 
 
-def _prompts(args: argparse.Namespace, split: str) -> list[str]:
-    from pipelines.prompts import read_prompts
+def _add_beams(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--diversity", type=float, default=1.0, help="of a diverse beam: nats off a repeated token (default 1)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: power of the length (default 1)")
+
+
+def _prompts(args: argparse.Namespace, split: str) -> list[Any]:
+    from pipelines.prompts import Prompt, read_prompts
 
     if args.prompts == "tiny":
         from pipelines.tiny import scenes
 
-        return scenes.captions(args.count or 500, seed={"train": 11, "test": 2026}[split], split=split)
-    return [prompt.text for prompt in read_prompts(args.prompts, args.column)][: args.count]
+        captions = scenes.captions(args.count or 500, seed={"train": 11, "test": 2026}[split], split=split)
+        return [Prompt(text, None, f"tiny:{number}") for number, text in enumerate(captions, start=1)]
+    return read_prompts(args.prompts, args.column)[: args.count]
 
 
 def _studio(args: argparse.Namespace) -> Any:
@@ -180,6 +189,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=whole(1), default=8, help="prompts between two saves (default 8)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, and drop candidates of another build")
     _add_writing(parser)
+    _add_beams(parser)
     _add_drawing(parser)
 
 
@@ -193,7 +203,9 @@ def _build(args: argparse.Namespace) -> int:
     share, wait, device = processes()
     args.device = args.device or device
     ways = tuple(way.strip() for way in args.ways.split(",") if way.strip())
-    drawing = {"temperature": args.temperature, "top_p": args.top_p, "max_rewrite_tokens": args.max_rewrite_tokens}
+    drawing = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    drawing |= {"diversity": args.diversity, "length_penalty": args.length_penalty}
+    drawing |= {"max_rewrite_tokens": args.max_rewrite_tokens}
     proposing = build.Proposing(args.candidates, ways, seed=args.seed, with_prompt=args.with_prompt, **drawing)
     prompts = _prompts(args, "train")
     with Bar(shown=share[0] == 0, unit="prompt") as bar:
@@ -232,9 +244,11 @@ def _add_rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draw", type=whole(1), help="candidates to choose from (default: 4 for each, where there is a choice)")
     parser.add_argument("--max-distance", type=float, help="never further from the prompt than this; else the prompt itself")
     parser.add_argument("--embedding", help=f"{EMBEDDING.removesuffix(' (default clip)')} (default: none without --max-distance)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a .jsonl or .csv file; without one, to the terminal")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    text = "a .jsonl or .csv file, gone on with after a break; without one, to the terminal"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, and drop what is left of another job")
     _add_writing(parser)
+    _add_beams(parser)
     _add_drawing(parser, needed=False)
 
 
@@ -249,8 +263,11 @@ def _rewrite(args: argparse.Namespace) -> int:
         raise UserError("Give prompts on the command line, or a list with --prompts: one of the two.")
     if bool(args.generator) != bool(args.judges):
         raise UserError("--generator draws rewrites and --judges choose among them: give both, or neither.")
-    rewriting.check_out(args.out, args.overwrite)
-    prompts = args.texts or _prompts(args, "test")
+    if args.texts and (args.column or args.count):
+        raise UserError("--column and --count belong to a list (--prompts); these prompts stand on the command line.")
+    if args.out is not None:
+        rewriting.check_out(args.out, args.overwrite)
+    prompts = args.texts or [prompt.text for prompt in _prompts(args, "test")]
     name = args.embedding or ("clip" if args.max_distance is not None else None)
     embedding = load_embedding(name, device=args.device) if name else None
     optimizer = PromptOptimizer(_writer(args.writer, args), embedding, _studio(args) if args.generator else None)
@@ -262,15 +279,20 @@ def _rewrite(args: argparse.Namespace) -> int:
         "draw": args.draw,
         "temperature": args.temperature,
         "top_p": args.top_p,
+        "top_k": args.top_k,
+        "diversity": args.diversity,
+        "length_penalty": args.length_penalty,
         "max_rewrite_tokens": args.max_rewrite_tokens,
     }
     with Bar(shown=len(prompts) > 8, unit="prompt") as bar:
-        found = rewriting.rewritten(optimizer, prompts, bar.advance, **options)
-    if args.out is None:
-        print(rewriting.to_text(found))
-    else:
-        rewriting.write(found, args.out)
-        print(f"{args.out}: {sum(map(len, found))} rewrites of {len(found)} prompts")
+        if args.out is None:
+            here = args.texts  # a mistake in what was just typed is one; in a list it should not stop the others
+            found = optimizer(here, **options) if here else rewriting.rewritten(optimizer, prompts, bar.advance, **options)
+            told = rewriting.to_text(found)
+        else:
+            more = {"overwrite": args.overwrite, "progress": bar.advance}
+            told = rewriting.rewrite_file(optimizer, prompts, args.out, **more, **options).to_text()
+    print(told)
     return 0
 
 
@@ -286,6 +308,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--best-of", type=whole(2), metavar="N", help="and for each the best of N by the judges, for comparison")
     parser.add_argument("--embedding", default="clip", help=EMBEDDING)
+    parser.add_argument("--max-distance", type=float, help="never further from the prompt than this; else the prompt itself")
     parser.add_argument("--delta", type=float, default=0.1, help="distance beyond which a rewrite has drifted (default 0.1)")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="report, numbers and pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
@@ -298,15 +321,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipelines.progress import Bar
     from pipelines.semantics import load_embedding
     from pipelines.writers import evaluation
+    from pipelines.writers.drift import read_drift
 
     outputs.check_folder(args.out, args.overwrite)
     ways = []
     for name, where in _named(args.writers).items():
-        writer, promised = _writer(where, args), evaluation.promised_by(where)
-        ways.append(evaluation.Way(name, writer, promised=promised))
+        writer = _writer(where, args)
+        ways.append(evaluation.Way(name, writer, drift=read_drift(where)))
         ways += [evaluation.Way(f"{name}, best of {args.best_of}", writer, args.best_of)] if args.best_of else []
     limits = {"delta": args.delta, "seed": args.seed, "max_rewrite_tokens": args.max_rewrite_tokens}
-    limits |= {"temperature": args.temperature, "top_p": args.top_p}
+    limits |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "max_distance": args.max_distance}
     with Bar(unit="picture") as bar:
         evaluation.evaluate(
             _prompts(args, "test"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import numpy as np
 from diffalign.errors import UserError
 from pipelines import outputs
 from pipelines.progress import Progress
+from pipelines.prompts import Prompt
 from pipelines.rewrite_pairs import RewritePair, write_rewrites
 from pipelines.semantics import Embedding, distance
-from pipelines.writers.sampling import How, candidates
+from pipelines.writers.fitting import fitting
+from pipelines.writers.journal import Lines
+from pipelines.writers.sampling import BrokenOff, How, candidates
 from pipelines.writers.studio import Studio, standardised
-from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
 
 
@@ -35,8 +38,11 @@ class Proposing:
 
     count: int = 8
     ways: tuple[How, ...] = ("sample", "diverse-beam")
-    temperature: float = 1.0
+    temperature: float = 1.0  # of samples, like the next two
     top_p: float = 1.0
+    top_k: int = 0
+    diversity: float = 1.0  # of a diverse beam
+    length_penalty: float = 1.0  # of beams
     seed: int = 0
     max_rewrite_tokens: int = 75
     with_prompt: bool = False  # the prompt itself is a candidate, too
@@ -47,17 +53,32 @@ class Proposing:
         if not 1 <= len(self.ways) <= self.count:
             raise UserError(f"{self.count} candidates cannot be shared out among {len(self.ways)} ways of looking for them.")
 
-    def propose(self, writer: Writer, prompts: Sequence[str]) -> list[list[tuple[str, str]]]:
-        """(text, way) of different candidates for each prompt, in the order they were found."""
+    def propose(self, writer: Writer, prompts: Sequence[str]) -> list[Proposed]:
+        """Candidates for each prompt. Those that the writer had not ended are none: they would teach it not to end."""
         found: list[dict[str, str]] = [{p: "prompt"} if self.with_prompt else {} for p in prompts]
+        broken = [0] * len(prompts)
         for k, way in enumerate(self.ways):
             n = self.count // len(self.ways) + (k < self.count % len(self.ways))
-            warped = {"temperature": self.temperature, "top_p": self.top_p} if way == "sample" else {}
-            drawn = candidates(writer, prompts, n, way, self.seed, **warped, max_rewrite_tokens=self.max_rewrite_tokens)
-            for texts, known in zip(drawn, found, strict=True):
-                for text in texts:
-                    known.setdefault(text, way)
-        return [list(known.items()) for known in found]
+            drawn = candidates(writer, prompts, n, way, self.seed, **self._options(way))
+            for row, (texts, known) in enumerate(zip(drawn, found, strict=True)):
+                whole = [text for text in texts if not isinstance(text, BrokenOff)]
+                broken[row] += len(texts) - len(whole)
+                known |= {text: way for text in whole if text not in known}
+        return [Proposed(list(known.items()), n) for known, n in zip(found, broken, strict=True)]
+
+    def _options(self, way: How) -> dict[str, Any]:
+        of_samples = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        of_beams = {"length_penalty": self.length_penalty}
+        own = {"sample": of_samples, "beam": of_beams, "diverse-beam": {**of_beams, "diversity": self.diversity}}
+        return {**own.get(way, {}), "max_rewrite_tokens": self.max_rewrite_tokens}
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """What was found for one prompt, before it is judged."""
+
+    candidates: list[tuple[str, str]]  # (text, way), all different, in the order they were found
+    broken_off: int  # found, and left out because they had not ended at ``max_rewrite_tokens``
 
 
 @dataclass(frozen=True)
@@ -77,16 +98,14 @@ class Candidates:
     ways: tuple[str, ...]
     distances: tuple[float, ...]
     scores: Mapping[str, tuple[float, ...]]  # of each judge
-
-    def as_line(self) -> str:
-        values = {"prompt": self.prompt, "texts": self.texts, "ways": self.ways, "distances": self.distances}
-        return json.dumps({**values, "scores": self.scores}, ensure_ascii=False) + "\n"
+    broken_off: int = 0  # others, that had not ended and are none
 
     @staticmethod
-    def from_line(line: str) -> Candidates:
-        values = json.loads(line)
+    def of(values: Mapping[str, Any]) -> Candidates:
+        """As they were read from a line."""
         columns = {name: tuple(values[name]) for name in ("texts", "ways", "distances")}
-        return Candidates(values["prompt"], **columns, scores={name: tuple(v) for name, v in values["scores"].items()})
+        scores = {name: tuple(v) for name, v in values["scores"].items()}
+        return Candidates(values["prompt"], **columns, scores=scores, broken_off=values["broken_off"])
 
 
 @dataclass(frozen=True)
@@ -101,22 +120,32 @@ class Built:
     winner_distance: float  # mean
     loser_distance: float
     far: float
+    broken_off: int  # candidates that had not ended at ``max_rewrite_tokens``
+    unwritable: tuple[str, ...]  # prompts that the writer cannot take: where each stands, and why
     path: Path = field(compare=False)
 
     def to_text(self) -> str:
         """A few lines for the terminal."""
-        return "\n".join(
-            [
-                f"{self.path}: {self.pairs} pairs from {self.prompts} prompts",
-                f"left out: {self.too_close} prompts whose candidates are too close, {self.too_few} with too few",
-                f"mean distance from the prompt: winners {self.winner_distance:.3f}, losers {self.loser_distance:.3f}; "
-                f"{100 * self.drifted:.0f} % of the winners are further than {self.far:g}",
-            ]
-        )
+        lines = [
+            f"{self.path}: {self.pairs} pairs from {self.prompts} prompts",
+            f"left out: {self.too_close} prompts whose candidates are too close, {self.too_few} with too few",
+            f"mean distance from the prompt: winners {self.winner_distance:.3f}, losers {self.loser_distance:.3f}; "
+            f"{100 * self.drifted:.0f} % of the winners are further than {self.far:g}",
+        ]
+        if self.broken_off:
+            lines.append(f"{self.broken_off} candidates had not ended at max_rewrite_tokens and were left out")
+        return "\n".join([*lines, *unwritable_lines(self.unwritable)])
+
+
+def unwritable_lines(problems: Sequence[str]) -> list[str]:
+    """A line of how many, and the first few."""
+    if not problems:
+        return []
+    return [f"{len(problems)} prompts that cannot be rewritten were left out:", *(f"  {problem}" for problem in problems[:5])]
 
 
 def build(
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     writer: Writer,
     studio: Studio,
     embedding: Embedding,
@@ -133,6 +162,8 @@ def build(
 ) -> Built | None:
     """Make pairs of prompts, each different one once, into ``out`` (.jsonl or .parquet).
 
+    Prompts that the writer cannot take are left out, counted and named.
+
     Args:
         far: a distance beyond which a winner counts as drifted, in the summary.
         chunk: prompts that are proposed for, drawn and judged together; what is lost when a run is cut off.
@@ -140,14 +171,13 @@ def build(
             ``wait``, the others return None.
 
     Raises:
-        UserError: ``out`` is there (unless ``overwrite``), candidates beside it are of another build, a judge fails, or no pair
-            is left.
+        UserError: ``out`` is there (unless ``overwrite``), candidates beside it are of another build, a judge fails, or no
+            prompt or pair is left.
     """
     path = Path(out).expanduser()
     check_out(path, overwrite)
-    asked = list(dict.fromkeys(clean(prompt) for prompt in prompts))
-    if not asked:
-        raise UserError("There are no prompts to build from.")
+    fit = fitting(prompts, [writer], proposing.max_rewrite_tokens)
+    asked = fit.prompts
     journal = Journal(path, _purpose(writer, studio, embedding, proposing), overwrite and share[0] == 0)
     if overwrite:
         wait()  # until the first process has dropped what is of another build
@@ -165,7 +195,8 @@ def build(
     known = journal.read()
     kept = [known[prompt] for prompt in asked]
     journal.gather([*kept, *(one for prompt, one in known.items() if prompt not in set(asked))])
-    return pair_up(kept, path, pairing, far, {"generator": _name_of(studio.pipe), "writer": writer.name or "writer"})
+    made_by = {"generator": _name_of(studio.pipe), "writer": writer.name or "writer"}
+    return pair_up(kept, path, pairing, far, made_by, fit.problems)
 
 
 def check_out(path: Path, overwrite: bool) -> None:
@@ -181,24 +212,23 @@ def _found(
 ) -> Iterator[Candidates]:
     """Candidates of some prompts, judged."""
     proposed = proposing.propose(writer, prompts)
-    rows = [(prompt, text) for prompt, found in zip(prompts, proposed, strict=True) for text, _ in found]
+    rows = [(prompt, text) for prompt, found in zip(prompts, proposed, strict=True) for text, _ in found.candidates]
     asked, texts = [p for p, _ in rows], [t for _, t in rows]
-    distances, scores = distance(embedding, asked, texts).tolist(), studio.scores(asked, texts)
+    distances = distance(embedding, asked, texts).tolist() if rows else []
+    scores = studio.scores(asked, texts) if rows else {name: np.zeros(0) for name in studio.judges}
     at = 0
     for prompt, found in zip(prompts, proposed, strict=True):
-        span = slice(at, at + len(found))
-        at += len(found)
+        n = len(found.candidates)
+        span = slice(at, at + n)
+        at += n
         own = {name: tuple(float(v) for v in values[span]) for name, values in scores.items()}
-        yield Candidates(prompt, tuple(t for t, _ in found), tuple(w for _, w in found), tuple(distances[span]), own)
+        ways = tuple(way for _, way in found.candidates)
+        yield Candidates(prompt, tuple(texts[span]), ways, tuple(distances[span]), own, found.broken_off)
 
 
 def _purpose(writer: Writer, studio: Studio, embedding: Embedding, proposing: Proposing) -> str:
     """A short name for everything that candidates and scores depend on."""
-    from pipelines.families._encoding import digest
-
-    nets = {name: digest(part) for name, part in sorted(studio.pipe.components.items()) if hasattr(part, "state_dict")}
-    judges = {name: judge.provenance() for name, judge in studio.judges.items()}
-    parts = [writer.fingerprint(), nets, judges, embedding.fingerprint, vars(proposing), vars(studio.how)]
+    parts = [writer.fingerprint(), *studio.identity(), embedding.fingerprint, vars(proposing)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -212,7 +242,14 @@ def _name_of(pipe: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
-def pair_up(found: Sequence[Candidates], path: Path, pairing: Pairing, far: float, provenance: Mapping[str, Any]) -> Built:
+def pair_up(
+    found: Sequence[Candidates],
+    path: Path,
+    pairing: Pairing,
+    far: float,
+    provenance: Mapping[str, Any],
+    unwritable: Sequence[str] = (),
+) -> Built:
     """Best against worst of every prompt, written to ``path``.
 
     Raises:
@@ -220,7 +257,7 @@ def pair_up(found: Sequence[Candidates], path: Path, pairing: Pairing, far: floa
     """
     names = list(found[0].scores)
     overall = standardised({name: [c.scores[name] for c in found] for name in names})
-    rows, too_few, too_close = [], 0, 0
+    rows, too_few, too_close, broken = [], 0, 0, sum(one.broken_off for one in found)
     for one, totals in zip(found, overall, strict=True):
         allowed = [k for k, d in enumerate(one.distances) if pairing.max_distance is None or d <= pairing.max_distance]
         if len(one.texts) < 2 or not allowed:
@@ -235,12 +272,25 @@ def pair_up(found: Sequence[Candidates], path: Path, pairing: Pairing, far: floa
         raise UserError(
             f"No pair is left of {len(found)} prompts: {too_close} with candidates closer than min_gap {pairing.min_gap:g}, "
             f"{too_few} with too few. Lower --min-gap, ask for more candidates, or raise their temperature."
+            + (f" {broken} candidates had not ended: raise --max-rewrite-tokens, or train the writer first." if broken else "")
         )
     write_rewrites(rows, path)
     winners = np.array([row.distance for row in rows])
     losers = np.array([row.provenance["rejected_distance"] for row in rows])
     drifted = float((winners > far).mean())
-    return Built(len(rows), len(found), too_close, too_few, drifted, float(winners.mean()), float(losers.mean()), far, path)
+    return Built(
+        pairs=len(rows),
+        prompts=len(found),
+        too_close=too_close,
+        too_few=too_few,
+        drifted=drifted,
+        winner_distance=float(winners.mean()),
+        loser_distance=float(losers.mean()),
+        far=far,
+        broken_off=broken,
+        unwritable=tuple(unwritable),
+        path=path,
+    )
 
 
 def _pair(one: Candidates, best: int, worst: int, totals: np.ndarray, provenance: Mapping[str, Any]) -> RewritePair:
@@ -262,7 +312,7 @@ def _pair(one: Candidates, best: int, worst: int, totals: np.ndarray, provenance
 
 
 class Journal:
-    """What was found so far: ``OUT.candidates.jsonl``, and a part of each process while it works. A line is whole or not there.
+    """What was found so far: ``OUT.candidates.jsonl``, and a part of each process while it works.
 
     Raises:
         UserError: it is of another build.
@@ -271,20 +321,16 @@ class Journal:
     def __init__(self, out: Path, purpose: str, anew: bool) -> None:
         self._whole, self._purpose = out.with_name(f"{out.stem}.candidates.jsonl"), purpose
         if anew and self._foreign():
-            for path in self._files():
-                path.unlink()
+            for lines in self._files():
+                lines.path.unlink()
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[Lines]:
         parts = sorted(self._whole.parent.glob(f"{self._whole.name}.part-*"))
-        return [*([self._whole] if self._whole.exists() else []), *parts]
+        return [Lines(path, self._purpose) for path in (self._whole, *parts) if path.exists()]
 
     def _foreign(self) -> Path | None:
         """A file of another build."""
-        for path in self._files():
-            first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-            if first and first != json.dumps({"purpose": self._purpose}):
-                return path
-        return None
+        return next((lines.path for lines in self._files() if lines.foreign()), None)
 
     def read(self) -> dict[str, Candidates]:
         """By prompt, of all processes."""
@@ -293,46 +339,18 @@ class Journal:
                 f"{other} is what is left of a build with another writer, generator, judges or settings. Start that as it was "
                 "started to go on with it, or add --overwrite to drop it."
             )
-        found = {}
-        for path in self._files():
-            for line in path.read_bytes().decode("utf-8").split("\n")[1:-1]:  # the last is empty, or cut off
-                one = Candidates.from_line(line)
-                found[one.prompt] = one
-        return found
+        found = [Candidates.of(values) for lines in self._files() for values in lines.read()]
+        return {one.prompt: one for one in found}
 
-    def part(self, rank: int) -> Part:
+    @contextmanager
+    def part(self, rank: int) -> Iterator[Callable[[Candidates], None]]:
         """A process's own file, open for adding."""
-        return Part(self._whole.with_name(f"{self._whole.name}.part-{rank}"), self._purpose)
+        with Lines(self._whole.with_name(f"{self._whole.name}.part-{rank}"), self._purpose).adding() as add:
+            yield lambda found: add(vars(found))
 
     def gather(self, found: Sequence[Candidates]) -> None:
         """All in one file; the parts go."""
-        lines = [json.dumps({"purpose": self._purpose}) + "\n", *(one.as_line() for one in found)]
-        outputs.write_file(self._whole, "".join(lines))
-        for path in self._files():
-            if path != self._whole:
-                path.unlink()
-
-
-class Part:
-    """A file that lines are added to, each on disk before the next."""
-
-    def __init__(self, path: Path, purpose: str) -> None:
-        self._path, self._purpose = path, purpose
-
-    def __enter__(self) -> Callable[[Candidates], None]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        data = self._path.read_bytes() if self._path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        self._file = self._path.open("ab")
-        self._file.truncate(whole)  # what follows the last line's end was cut off
-        if not whole:
-            self._file.write((json.dumps({"purpose": self._purpose}) + "\n").encode())
-            self._file.flush()
-        return self._add
-
-    def _add(self, found: Candidates) -> None:
-        self._file.write(found.as_line().encode())
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        lines = [json.dumps({"purpose": self._purpose}), *(json.dumps(vars(one), ensure_ascii=False) for one in found)]
+        outputs.write_file(self._whole, "".join(f"{line}\n" for line in lines))
+        for path in self._whole.parent.glob(f"{self._whole.name}.part-*"):
+            path.unlink()

@@ -18,7 +18,7 @@ from diffalign.errors import UserError
 from pipelines.writers.templates import Template, clean, marks_of
 
 Ids = list[int]
-Kind = Literal["empty", "mark in text", "prompt too long", "rewrite too long"]
+Kind = Literal["empty", "mark in text", "prompt too long", "rewrite too long", "no gold"]
 SHOWN = 60
 """Characters of a text in a message."""
 
@@ -163,12 +163,15 @@ class Encoding:
         Raises:
             UserError: it is empty, has a special token's text in it, or leaves no room for ``max_rewrite_tokens``.
         """
+        if why := self.unwritable(prompt):
+            raise UserError(f"A prompt cannot be rewritten: {why}.")
+        return self.prompt(prompt)
+
+    def unwritable(self, prompt: str) -> str | None:
+        """Why a prompt cannot be rewritten; None if it can."""
         if problem := self._unfit("prompt", prompt):
-            raise UserError(f"A prompt cannot be rewritten: {problem[1]}.")
-        ids = self.prompt(prompt)
-        if problem := self._too_long(prompt, ids, room_for=self.max_rewrite_tokens or 1):
-            raise UserError(f"A prompt cannot be rewritten: {problem}. Shorten it.")
-        return ids
+            return problem[1]
+        return self._too_long(prompt, self.prompt(prompt), room_for=self.max_rewrite_tokens or 1)
 
     def _unfit(self, name: str, text: str) -> tuple[Kind, str] | None:
         if not clean(text):

@@ -13,7 +13,6 @@ was measured of the writer: the bound is on the data that it was trained on, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -27,11 +26,13 @@ from diffalign.evaluate import mean_with_interval, win_rate
 from pipelines import grids, outputs
 from pipelines.markdown import table_lines
 from pipelines.progress import Progress
-from pipelines.run_folder import SUMMARY_FILE
+from pipelines.prompts import Prompt
 from pipelines.semantics import Embedding, distance
-from pipelines.writers.sampling import candidates
+from pipelines.writers.drift import Drift
+from pipelines.writers.fitting import fitting
+from pipelines.writers.optimizer import DRAWN
+from pipelines.writers.sampling import BrokenOff, candidates
 from pipelines.writers.studio import Studio, judged, standardised
-from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
 
 PLAIN = "plain"
@@ -47,7 +48,7 @@ class Way:
     name: str
     writer: Writer
     best_of: int = 1
-    promised: Mapping[str, float] | None = None  # of the data it was trained on: ``weights`` of its ``summary.json``
+    drift: Drift | None = None  # of the data that it was trained on (``drift.read_drift``)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Found:
     distances: np.ndarray  # [prompts]
     varied: float  # mean distance between two rewrites of one prompt
     cut: int
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Line:
     beyond: float  # share of rewrites further than delta
     words: float
     cut: int
+    broken_off: int  # rewrites that had not ended at ``max_rewrite_tokens``
     varied: float
     different: float
     unchanged: float
@@ -84,7 +87,7 @@ class Line:
 
 
 def evaluate(
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     ways: Sequence[Way],
     studio: Studio,
     embedding: Embedding,
@@ -93,18 +96,24 @@ def evaluate(
     delta: float = 0.1,
     seed: int = 0,
     variety: int = 4,
+    max_distance: float | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     max_rewrite_tokens: int = 75,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[Line]:
     """Compare ways with each other and with the plain prompts; a report, pictures side by side and numbers go into ``output``.
 
+    Prompts that one of the writers cannot take are left out for all of them, counted and named.
+
     Args:
         delta: a distance beyond which a rewrite counts as drifted.
         variety: rewrites of each prompt by which variety is measured.
-        temperature, top_p, max_rewrite_tokens: how rewrites are sampled (``sampling.candidates``).
+        max_distance: the first of a few rewrites that is no further from its prompt is taken, else the prompt itself, as
+            ``PromptOptimizer`` does.
+        temperature, top_p, top_k, max_rewrite_tokens: how rewrites are sampled (``sampling.candidates``).
 
     Raises:
         UserError: ``output`` holds something (unless ``overwrite``), two ways of one name, or a judge that fails.
@@ -112,49 +121,74 @@ def evaluate(
     folder = outputs.check_folder(output, overwrite)
     if repeated := [w.name for k, w in enumerate(ways) if w.name in {PLAIN, *(v.name for v in ways[:k])}]:
         raise UserError(f"Two ways are called {repeated[0]!r}; give each writer a name of its own, as in mine=runs/sem-dpo.")
-    asked = list(dict.fromkeys(clean(prompt) for prompt in prompts))
-    sampled = {"temperature": temperature, "top_p": top_p, "max_rewrite_tokens": max_rewrite_tokens}
+    fit = fitting(prompts, [way.writer for way in ways], max_rewrite_tokens)
+    asked = fit.prompts
+    sampled = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_rewrite_tokens": max_rewrite_tokens}
+    choosing = Choosing(variety, max_distance, {"seed": seed, **sampled})
     found = [_found(PLAIN, asked, asked, studio, embedding, 0.0, progress)]
     for way in ways:
-        texts, varied = _written(way, asked, studio, embedding, variety, {"seed": seed, **sampled}, progress)
-        found.append(_found(way.name, asked, texts, studio, embedding, varied, progress))
-    promises = {way.name: way.promised for way in ways}
-    lines = [_line(one, found[0], asked, delta, promises.get(one.name)) for one in found]
+        texts, varied = _written(way, asked, studio, embedding, choosing, progress)
+        found.append(replace(_found(way.name, asked, texts, studio, embedding, varied, progress), drift=way.drift))
+    lines = [_line(one, found[0], asked, delta) for one in found]
     outputs.clear(folder, OWNED)
-    outputs.write_json(folder / "evaluation.json", _values(lines, asked, studio, embedding, delta, {"seed": seed, **sampled}))
+    how = {"seed": seed, **sampled, "max_distance": max_distance, "left out": fit.problems}
+    outputs.write_json(folder / "evaluation.json", _values(lines, asked, studio, embedding, delta, how))
     _write_rewrites(folder / "rewrites.csv", asked, found)
     outputs.write_png(folder / "side_by_side.png", pictures_side_by_side(asked, found, studio.how.pictures))
-    outputs.write_file(folder / "report.md", report(lines, asked, found, delta))
+    outputs.write_file(folder / "report.md", report(lines, asked, found, delta, embedding, fit.problems))
     return lines
-
-
-def promised_by(where: str | Path) -> Mapping[str, float] | None:
-    """What Sem-DPO's weights promise of the data that a writer was trained on; None where it is not on record."""
-    summary = Path(where).expanduser() / SUMMARY_FILE
-    return json.loads(summary.read_text()).get("weights") if summary.is_file() else None
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
-def _written(
-    way: Way, prompts: list[str], studio: Studio, embedding: Embedding, variety: int, sampled: Mapping[str, Any], progress: Any
-) -> tuple[list[str], float]:
-    """A rewrite of each prompt, and how far several of one prompt are apart.
+@dataclass(frozen=True)
+class Choosing:
+    """How a way's rewrites are drawn, and which may be chosen."""
 
-    The best of several is chosen on pictures of its own: the luck of the noise that chose it is not in what is measured.
-    """
-    many = max(variety, way.best_of)
-    drawn = candidates(way.writer, prompts, many, "sample", **sampled, progress=progress)
+    variety: int  # rewrites of each prompt by which variety is measured
+    max_distance: float | None
+    sampled: Mapping[str, Any]
+
+    def candidates(self, way: Way) -> int:
+        """How many a way's rewrite is chosen from."""
+        return way.best_of if self.max_distance is None else max(way.best_of, DRAWN)
+
+    def allowed(self, prompts: Sequence[str], drawn: Sequence[Sequence[str]], embedding: Embedding) -> list[list[str]]:
+        """Those near enough to their prompts; the prompt itself where none is."""
+        if self.max_distance is None:
+            return [list(texts) for texts in drawn]
+        rows = [(prompt, text) for prompt, texts in zip(prompts, drawn, strict=True) for text in texts]
+        far = iter(distance(embedding, [p for p, _ in rows], [t for _, t in rows]).tolist())
+        near = [[text for text in texts if next(far) <= self.max_distance] for texts in drawn]
+        return [texts or [prompt] for prompt, texts in zip(prompts, near, strict=True)]
+
+
+def _written(
+    way: Way, prompts: list[str], studio: Studio, embedding: Embedding, choosing: Choosing, progress: Any
+) -> tuple[list[str], float]:
+    """A rewrite of each prompt, and how far several of one prompt are apart."""
+    many, variety = choosing.candidates(way), choosing.variety
+    drawn = candidates(way.writer, prompts, max(variety, many), "sample", **choosing.sampled, progress=progress)
     pairs = [(a, b) for texts in drawn for a, b in combinations(texts[:variety], 2)]
     varied = float(distance(embedding, [a for a, _ in pairs], [b for _, b in pairs]).mean()) if pairs else 0.0
+    near = choosing.allowed(prompts, [texts[:many] for texts in drawn], embedding)
     if way.best_of == 1:
-        return [texts[0] for texts in drawn], varied
-    rows = [(p, t) for p, texts in zip(prompts, drawn, strict=True) for t in texts[: way.best_of]]
+        return [texts[0] for texts in near], varied
+    return _best(prompts, [texts[: way.best_of] for texts in near], studio, progress), varied
+
+
+def _best(prompts: Sequence[str], drawn: Sequence[Sequence[str]], studio: Studio, progress: Any) -> list[str]:
+    """The best of each prompt's rewrites by the judges.
+
+    Chosen on pictures of their own: the luck of the noise that chose it is not in what is measured.
+    """
+    rows = [(prompt, text) for prompt, texts in zip(prompts, drawn, strict=True) for text in texts]
     other_noise = replace(studio, how=replace(studio.how, seed=studio.how.seed + 1))
     scores = other_noise.scores([p for p, _ in rows], [t for _, t in rows], progress)
-    overall = standardised({name: values.reshape(len(prompts), -1).tolist() for name, values in scores.items()})
-    return [texts[int(np.argmax(totals))] for texts, totals in zip(drawn, overall, strict=True)], varied
+    ends = np.cumsum([len(texts) for texts in drawn])[:-1]
+    overall = standardised({name: [part.tolist() for part in np.split(values, ends)] for name, values in scores.items()})
+    return [texts[int(np.argmax(totals))] for texts, totals in zip(drawn, overall, strict=True)]
 
 
 def _found(
@@ -171,7 +205,7 @@ def _found(
     return Found(name, texts, drawn, scores, parts, distances, varied, sum(bool(end) for end in embedding.cut(texts)))
 
 
-def _line(one: Found, plain: Found, prompts: list[str], delta: float, promised: Mapping[str, float] | None) -> Line:
+def _line(one: Found, plain: Found, prompts: list[str], delta: float) -> Line:
     per = len(one.pictures) // len(prompts)
     groups = [prompt for prompt in prompts for _ in range(per)]
 
@@ -193,10 +227,11 @@ def _line(one: Found, plain: Found, prompts: list[str], delta: float, promised: 
         beyond=float((one.distances > delta).mean()),
         words=float(np.mean([len(text.split()) for text in one.texts])),
         cut=one.cut,
+        broken_off=sum(isinstance(text, BrokenOff) for text in one.texts),
         varied=one.varied,
         different=len(set(one.texts)) / len(one.texts),
         unchanged=float(np.mean([text == prompt for text, prompt in zip(one.texts, prompts, strict=True)])),
-        promised=promised,
+        promised=None if one.drift is None else {"alpha": one.drift.alpha, **vars(one.drift.promised(delta))},
     )
 
 
@@ -208,15 +243,23 @@ def _mean_of_known(values: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------------------- report
 
 
-def report(lines: Sequence[Line], prompts: Sequence[str], found: Sequence[Found], delta: float) -> str:
+def report(
+    lines: Sequence[Line],
+    prompts: Sequence[str],
+    found: Sequence[Found],
+    delta: float,
+    embedding: Embedding,
+    left_out: Sequence[str] = (),
+) -> str:
     """Markdown: scores, drift, the bound, and some rewrites to read."""
     parts = [
         f"# Prompt writers on {len(prompts)} held-out prompts",
         "Scores are for the prompt that was typed. In brackets: 95 % interval over prompts; wins are against the plain prompt.",
+        *_left_out(left_out),
         _score_table(lines),
         "## How far rewrites went",
         "\n".join(_distance_table(lines, delta)),
-        *_promises(lines, delta),
+        *_promises(lines, found, embedding),
         "## Pictures\n\n![Plain prompts and rewrites, from the same noise](side_by_side.png)",
         "## Rewrites",
         "\n".join(table_lines([PLAIN, *(one.name for one in found[1:])], _examples(prompts, found))),
@@ -245,7 +288,8 @@ def _percent(values: tuple[float, float, float]) -> str:
 
 
 def _distance_table(lines: Sequence[Line], delta: float) -> list[str]:
-    head = ["", "mean distance", "median / 90 % / 99 %", f"beyond {delta:g}", "words", "cut", "variety", "different", "unchanged"]
+    far = ["mean distance", "median / 90 % / 99 %", f"beyond {delta:g}"]
+    head = ["", *far, "words", "cut", "broken off", "variety", "different", "unchanged"]
     rows = [
         [
             line.name,
@@ -254,6 +298,7 @@ def _distance_table(lines: Sequence[Line], delta: float) -> list[str]:
             f"{100 * line.beyond:.1f} %",
             f"{line.words:.1f}",
             str(line.cut),
+            str(line.broken_off),
             f"{line.varied:.3f}",
             f"{100 * line.different:.0f} %",
             f"{100 * line.unchanged:.0f} %",
@@ -263,8 +308,16 @@ def _distance_table(lines: Sequence[Line], delta: float) -> list[str]:
     return table_lines(head, rows)
 
 
-def _promises(lines: Sequence[Line], delta: float) -> list[str]:
-    told = [line for line in lines if line.promised]
+def _left_out(problems: Sequence[str], shown: int = 10) -> list[str]:
+    if not problems:
+        return []
+    more = [f"* and {len(problems) - shown} more"] if len(problems) > shown else []
+    listed = [*(f"* {problem}" for problem in problems[:shown]), *more]
+    return ["\n".join([f"{len(problems)} prompts that cannot be rewritten were left out:", "", *listed])]
+
+
+def _promises(lines: Sequence[Line], found: Sequence[Found], embedding: Embedding) -> list[str]:
+    told = [(line, one.drift) for line, one in zip(lines, found, strict=True) if line.promised and one.drift]
     if not told:
         return []
     head = ["", "alpha", "winners' mean distance", "as weighted", "winners beyond", "as weighted", "bound", "measured"]
@@ -274,15 +327,20 @@ def _promises(lines: Sequence[Line], delta: float) -> list[str]:
             f"{line.promised['alpha']:g}",
             *(f"{line.promised[name]:.3f}" for name in ("mean", "tilted_mean")),
             *(f"{100 * line.promised[name]:.1f} %" for name in ("beyond", "tilted_beyond", "bound")),
-            f"{100 * line.beyond:.1f} %" if line.promised["delta"] == delta else f"- (delta was {line.promised['delta']:g})",
+            f"{100 * line.beyond:.1f} %" if _comparable(drift, embedding) else f"- (trained by distances of {drift.embedding})",
         ]
-        for line in told
+        for line, drift in told
     ]
     remark = (
         "The first columns are of the winners in the training data, plain and as Sem-DPO's weights see them; the bound is "
         "exp(-alpha delta) / Z. It is on these data, not on the writer: nothing follows for a writer that does not fit them."
     )
     return ["## What the weights promise, and what was measured", "\n".join(table_lines(head, rows)), remark]
+
+
+def _comparable(drift: Drift, embedding: Embedding) -> bool:
+    """Whether a writer's data were measured as its rewrites are. Of a column in the data nobody knows."""
+    return not drift.fingerprint or drift.fingerprint == embedding.fingerprint
 
 
 def _examples(prompts: Sequence[str], found: Sequence[Found]) -> list[list[str]]:

@@ -33,7 +33,9 @@ from pipelines.rewrite_pairs import Expansion, RewritePair, RewriteTable, read_e
 from pipelines.run import PRECISIONS, Say
 from pipelines.semantics import distance, load_embedding
 from pipelines.tiny import shipped
-from pipelines.writers.encoding import Encoded, Problem
+from pipelines.writers import _sources
+from pipelines.writers.drift import Drift
+from pipelines.writers.encoding import Encoded, Encoding, Problem
 from pipelines.writers.settings import PromptTrainSettings, RewriteSettings
 from pipelines.writers.writer import Writer
 
@@ -55,6 +57,7 @@ class Prepared:
     counts: Mapping[str, int]  # rows used, and left out by reason
     train_rows: list[int]
     validation_rows: list[int]
+    drift: Drift | None = None  # of the rows to train on
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -89,15 +92,18 @@ class Rows:
     counts: Mapping[str, int]
 
 
-def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say) -> Rows:
+def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say, gold: bool = False) -> Rows:
     """Every row as tokens. Nothing is cut: what does not fit is left out.
+
+    Args:
+        gold: the objective learns from reference rewrites: a row without one does not fit, either. Otherwise they are not read.
 
     Raises:
         UserError: more than ``max_left_out`` of the rows do not fit.
     """
     bound = writer.context is not None and data.max_rewrite_tokens >= writer.context  # the context says so in any case
     encoding = writer.encoding(data.max_prompt_tokens, None if bound else data.max_rewrite_tokens)
-    found = [(row, encoding.row(row.origin, row.prompt, _texts(row))) for row in table]
+    found = [(row, _encoded(row, encoding, gold)) for row in table]
     kept = [(row, got) for row, got in found if isinstance(got, Encoded)]
     problems = [got for _, got in found if isinstance(got, Problem)]
     for problem in problems[:5]:
@@ -109,20 +115,23 @@ def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say)
         listed = "; ".join(str(p) for p in [*problems, *table.problems][:3])
         raise UserError(
             f"{unusable} of {total} rows of {table.where} cannot be used, more than max_left_out ({data.max_left_out:g}) allows. "
-            f"The first: {listed}. Raise max_prompt_tokens or max_rewrite_tokens, or max_left_out."
+            f"The first: {listed}. Raise max_prompt_tokens or max_rewrite_tokens where texts are too long, or max_left_out."
         )
     counts = {"rows": len(kept), **{f"left out, {why}": n for why, n in {**table.left_out, **by_kind}.items() if n}}
     return Rows([row for row, _ in kept], [got for _, got in kept], counts)
 
 
-def _texts(row: RewritePair | Expansion) -> dict[str, str]:
+def _encoded(row: RewritePair | Expansion, encoding: Encoding, gold: bool) -> Encoded | Problem:
     if isinstance(row, Expansion):
-        return {"rewrite": row.rewrite}
-    return {"chosen": row.chosen, "rejected": row.rejected, **({"gold": row.gold} if row.gold else {})}
+        return encoding.row(row.origin, row.prompt, {"rewrite": row.rewrite})
+    if gold and not row.gold:
+        return Problem(row.origin, "no gold", "there is no reference rewrite (column gold), which gold_weight learns from")
+    texts = {"chosen": row.chosen, "rejected": row.rejected, **({"gold": row.gold} if gold else {})}
+    return encoding.row(row.origin, row.prompt, texts)
 
 
 def as_tokens(rows: Rows, pad: int, distances: Tensor | None = None) -> EncodedRewrites:
-    """The rows as the core takes them; gold rewrites if every row has one."""
+    """The rows as the core takes them, with gold rewrites if they were encoded."""
     weight = torch.tensor([row.weight for row in rows.rows])
     prompt = Ragged([e.prompt for e in rows.encoded])
     if isinstance(rows.rows[0], Expansion):
@@ -149,14 +158,44 @@ def _scores(rows: Sequence[RewritePair]) -> Tensor | None:
     return None if bool(found.isnan().all()) else found
 
 
-def measured(rows: Rows, settings: RewriteSettings, say: Say, progress: Progress | None) -> Tensor:
-    """[N] distances of the preferred rewrites from their prompts."""
+@dataclass(frozen=True)
+class Distances:
+    """[N] distances of the preferred rewrites from their prompts, and where they come from."""
+
+    values: Tensor
+    embedding: str = "the data"
+    fingerprint: str = ""
+
+    def drift(self, rows: Sequence[int], alpha: float) -> Drift:
+        """Of the rows that are trained on."""
+        return Drift(alpha, self.embedding, self.fingerprint, self.values[list(rows)].tolist())
+
+
+def distances_of(rows: Rows, settings: RewriteSettings, say: Say, progress: Progress | None) -> Distances:
+    """Measured, or read.
+
+    Raises:
+        UserError: the embedding is not here, or rows have no distance of their own that were to be read.
+    """
+    if settings.distances == "data":
+        refuse_unmeasured(rows.rows)
+        return Distances(torch.tensor([row.distance for row in rows.rows]))
     embedding = load_embedding(settings.embedding)
     prompts, winners = [row.prompt for row in rows.rows], [row.chosen for row in rows.rows]
     cut = sum(bool(lost) for lost in embedding.cut(winners))
     if cut:
         say(f"{cut} of {len(winners)} rewrites are longer than the embedding {settings.embedding} reads: their ends do not count")
-    return distance(embedding, prompts, winners, settings.embed_batch, progress)
+    found = distance(embedding, prompts, winners, settings.embed_batch, progress)
+    return Distances(found, embedding.name, embedding.fingerprint)
+
+
+def refuse_unmeasured(rows: Sequence[RewritePair]) -> None:
+    """Raise UserError for rows without a distance of their own."""
+    if lacking := [row.origin for row in rows if row.distance is None]:
+        raise UserError(
+            f"data.distances is data, but {len(lacking)} of {len(rows)} rows have no distance (the first: {lacking[0]}). "
+            "Add the column, or let them be measured (--distances measured)."
+        )
 
 
 def digest_of(table: RewriteTable, settings: PromptTrainSettings, data: EncodedRewrites) -> str:
@@ -167,6 +206,9 @@ def digest_of(table: RewriteTable, settings: PromptTrainSettings, data: EncodedR
             sha.update(len(row).to_bytes(4, "little") + torch.tensor(row).numpy().tobytes())
     if data.distance is not None:
         sha.update(data.distance.numpy().tobytes())
+    for side in data.token_rewards or ():
+        for row in side:
+            sha.update(torch.tensor(row, dtype=torch.float32).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -196,11 +238,11 @@ def prepare(
         UserError: rows do not fit, an embedding or a writer is missing, or the data lack what the objective needs.
     """
     say(table.description)
-    base_digest, rows = digest(writer.model), encode(table, writer, settings.data, say)
-    wanted = getattr(settings.objective, "alpha", 0.0) > 0
+    base_digest, rows = digest(writer.model), encode(table, writer, settings.data, say, wants_gold(settings))
+    alpha = getattr(settings.objective, "alpha", 0.0)
     with Bar(progress and accelerator.is_main_process) as bar:
-        distances = measured(rows, settings.data, say, bar.advance) if wanted else None
-        data = as_tokens(rows, writer.encoding().pad, distances)
+        found = distances_of(rows, settings.data, say, bar.advance) if alpha > 0 else None
+        data = as_tokens(rows, writer.encoding().pad, found.values if found else None)
         if settings.data.token_rewards is not None:
             data = _rewarded(settings, data, writer, accelerator.device, bar.advance)
     prompts = [row.prompt for row in rows.rows]
@@ -209,7 +251,45 @@ def prepare(
     writer, reference = _attach(settings, writer, accelerator)
     weights = TrainedWeights(writer.model)
     data_digest = digest_of(table, settings, data)
-    return Prepared(writer, weights, reference, base_digest, data, data_digest, prompts, rows.counts, train_rows, validation_rows)
+    return Prepared(
+        writer=writer,
+        weights=weights,
+        reference=reference,
+        base_digest=base_digest,
+        data=data,
+        data_digest=data_digest,
+        prompts=prompts,
+        counts=rows.counts,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        drift=found.drift(train_rows, alpha) if found else None,
+    )
+
+
+def wants_gold(settings: PromptTrainSettings) -> bool:
+    """Whether reference rewrites are learnt from."""
+    return getattr(settings.objective, "gold_weight", 0.0) > 0
+
+
+def check_dry(settings: PromptTrainSettings, table: RewriteTable, rows: Rows) -> None:
+    """What of the data and of other models can be found out without measuring or training anything.
+
+    Raises:
+        UserError: an embedding or a writer is not here, or the data lack what the objective needs.
+    """
+    if not hasattr(settings.objective, "refuse_lacking"):
+        return
+    scores = as_tokens(rows, 0).scores
+    has = {"gold"} if wants_gold(settings) else set()
+    if scores is not None and not bool(scores.isnan().any()):
+        has.add("scores")
+    if settings.data.token_rewards is not None:
+        _sources.find(settings.data.token_rewards)
+        has.add("token_rewards")
+    if getattr(settings.objective, "alpha", 0.0) > 0:
+        refuse_unmeasured(rows.rows) if settings.data.distances == "data" else load_embedding(settings.data.embedding)
+        has.add("distance")
+    settings.objective.refuse_lacking(has)
 
 
 def _rewarded(

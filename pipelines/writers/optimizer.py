@@ -3,6 +3,7 @@
 optimizer = PromptOptimizer.from_pretrained("runs/sem-dpo")
 optimizer("a cat")                        # one rewrite
 optimizer("a cat", n=4, max_distance=0.2) # four, none further from the prompt than that
+optimizer(Path("prompts.txt"))            # a list of them for each prompt of a file
 pipe = optimizer.before(pipe)             # a Diffusers pipeline that is shown rewrites
 """
 
@@ -10,14 +11,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, overload
 
 from diffalign.errors import UserError
 from pipelines.progress import Progress
+from pipelines.prompts import FORMATS, read_prompts
 from pipelines.semantics import Embedding, distance, load_embedding
+from pipelines.writers.fitting import unwritable
 from pipelines.writers.sampling import BrokenOff, How, candidates
 from pipelines.writers.studio import Sampling, Studio, lost_by, standardised
 from pipelines.writers.templates import clean
@@ -39,6 +43,7 @@ class Rewrite:
     broken_off: bool = False  # the writer had not ended at ``max_rewrite_tokens``
     unchanged: bool = False  # the prompt itself, because nothing near enough was found, or because the writer left it
     lost: str = ""  # its end that the generator (without one, the embedding) does not read (CLIP: beyond 77 tokens)
+    problem: str = ""  # why the prompt could not be rewritten, and is here unchanged (``strict=False``)
 
     def __str__(self) -> str:
         return self.text
@@ -92,10 +97,10 @@ class PromptOptimizer:
     @overload
     def __call__(self, prompts: str, **options: Any) -> list[Rewrite]: ...
     @overload
-    def __call__(self, prompts: Sequence[str], **options: Any) -> list[list[Rewrite]]: ...
+    def __call__(self, prompts: Sequence[str] | Path, **options: Any) -> list[list[Rewrite]]: ...
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | Path,
         *,
         n: int = 1,
         how: How = "sample",
@@ -105,11 +110,17 @@ class PromptOptimizer:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        diversity: float = 1.0,
+        length_penalty: float = 1.0,
         max_rewrite_tokens: int = 75,
         batch_size: int = 32,
+        strict: bool = True,
         progress: Progress | None = None,
     ) -> list[Rewrite] | list[list[Rewrite]]:
         """Up to ``n`` different rewrites of each prompt, the best first: a list for one prompt, a list of lists for several.
+
+        Several are a list, or a file by its ``Path`` (as ``pipelines.prompts.read_prompts`` reads it). For files that take long,
+        ``pipelines.writers.rewriting.rewrite_file`` goes on where it was cut off.
 
         Best are those whose pictures score best, if there is a studio; otherwise they stay in the writer's order. The same seed
         gives the same rewrites, whatever other prompts there are.
@@ -119,32 +130,47 @@ class PromptOptimizer:
                 ``unchanged``.
             draw: how many candidates to choose from; by default four for each rewrite that is wanted where there is a cap or a
                 studio, else as many as are wanted.
-            how, temperature, top_p, top_k, max_rewrite_tokens: see ``pipelines.writers.sampling.candidates``.
+            how, temperature, top_p, top_k, diversity, length_penalty, max_rewrite_tokens: see
+                ``pipelines.writers.sampling.candidates``.
+            strict: False gives a prompt that cannot be rewritten back unchanged, with the ``problem``, in place of an error.
 
         Raises:
-            UserError: a prompt that is empty or too long, a cap without an embedding, a number out of range.
+            UserError: a prompt that is empty, too long, or the name of a file; a cap without an embedding; a number out of range.
         """
-        if isinstance(prompts, str):
-            options = {"n": n, "how": how, "seed": seed, "max_distance": max_distance, "draw": draw, "temperature": temperature}
-            rest = {"top_p": top_p, "top_k": top_k, "max_rewrite_tokens": max_rewrite_tokens, "batch_size": batch_size}
-            return self([prompts], **options, **rest, progress=progress)[0]
+        asked, alone = _asked(prompts)
         self._check(n, max_distance, draw)
+        problems = unwritable(self.writer, asked, max_rewrite_tokens)
+        if problems and strict:
+            raise UserError(_refused(problems, len(asked)))
         choosing = max_distance is not None or self.studio is not None
         wanted = draw or (DRAWN * n if choosing else n)
         warped = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        beams = {"diversity": diversity, "length_penalty": length_penalty}
         limits = {"max_rewrite_tokens": max_rewrite_tokens, "batch_size": batch_size}
-        drawn = candidates(self.writer, prompts, wanted, how, seed, **warped, **limits, progress=progress)
-        cleaned = [clean(prompt) for prompt in prompts]
-        found = self._measured(cleaned, [list(dict.fromkeys(texts)) for texts in drawn], max_distance, batch_size)
-        if self.studio is not None:
+        fit = [prompt for k, prompt in enumerate(asked) if k not in problems]
+        drawn = candidates(self.writer, fit, wanted, how, seed, **warped, **beams, **limits, progress=progress)
+        found = self._measured(fit, [list(dict.fromkeys(texts)) for texts in drawn], max_distance, batch_size)
+        if self.studio is not None and fit:
             found = [_with_lost(self.studio.pipe, rewrites) for rewrites in self._ranked(found, progress)]
-        return [rewrites[:n] for rewrites in found]
+        each = iter(found)
+        kept = [[_left(asked[k], problems[k])] if k in problems else next(each)[:n] for k in range(len(asked))]
+        return kept[0] if alone else kept
 
-    def stream(self, prompts: Iterable[str], chunk: int = 64, **options: Any) -> Iterator[list[Rewrite]]:
-        """The same for a list of any length, ``chunk`` prompts at a time; yields one prompt's rewrites after the other's."""
-        rest = iter(prompts)
+    def stream(
+        self, prompts: Iterable[str], chunk: int = 64, progress: Progress | None = None, **options: Any
+    ) -> Iterator[list[Rewrite]]:
+        """The same for a list of any length, ``chunk`` prompts at a time; yields one prompt's rewrites after the other's.
+
+        ``progress`` is told ("rewriting", prompts done, prompts in all; or done, where the list has no length).
+        """
+        rest, done = iter(prompts), 0
+        total = len(prompts) if isinstance(prompts, Sized) else None
         while part := list(islice(rest, chunk)):
-            yield from self(part, **options)
+            found = self(part, **options)
+            done += len(part)
+            if progress is not None:
+                progress("rewriting", done, done if total is None else total)
+            yield from found
 
     def before(self, pipe: Any, **options: Any) -> Callable[..., Any]:
         """``pipe``, a Diffusers pipeline, as a function that rewrites prompts before it draws them.
@@ -175,7 +201,7 @@ class PromptOptimizer:
         self, prompts: Sequence[str], drawn: Sequence[Sequence[str]], cap: float | None, batch_size: int
     ) -> list[list[Rewrite]]:
         """Different candidates with their distances, those beyond the cap thrown away."""
-        if self.embedding is None:
+        if self.embedding is None or not prompts:
             pairs = zip(prompts, drawn, strict=True)
             return [[_unmeasured(p, text) for text in texts] for p, texts in pairs]
         rows = [(p, text) for p, texts in zip(prompts, drawn, strict=True) for text in texts]
@@ -205,6 +231,29 @@ class PromptOptimizer:
             scored = [replace(r, score=float(t), scores=o) for r, t, o in zip(rewrites, totals, own, strict=True)]
             out.append(sorted(scored, key=lambda r: -r.score))
         return out
+
+
+def _asked(prompts: str | Sequence[str] | Path) -> tuple[list[str], bool]:
+    """Cleaned prompts, and whether one was asked for by itself."""
+    if isinstance(prompts, Path):
+        return [clean(prompt.text) for prompt in read_prompts(prompts)], False
+    if not isinstance(prompts, str):
+        return [clean(prompt) for prompt in prompts], False
+    if prompts.strip().lower().endswith(FORMATS) and Path(prompts.strip()).is_file():
+        raise UserError(f'{prompts!r} is a file. Its prompts are rewritten by Path("{prompts.strip()}"); a string is a prompt.')
+    return [clean(prompts)], True
+
+
+def _refused(problems: Mapping[int, str], of: int) -> str:
+    first, why = next(iter(problems.items()))
+    if of == 1:
+        return f"A prompt cannot be rewritten: {why}."
+    more = f" So it is with {len(problems)} of {of} prompts." if len(problems) > 1 else ""
+    return f"Prompt {first + 1} of {of} cannot be rewritten: {why}.{more} strict=False leaves such prompts as they are."
+
+
+def _left(prompt: str, problem: str) -> Rewrite:
+    return Rewrite(prompt, prompt, unchanged=True, problem=problem)
 
 
 def _with_lost(pipe: Any, rewrites: Sequence[Rewrite]) -> list[Rewrite]:

@@ -1,38 +1,134 @@
-"""A list of prompts rewritten, for the terminal or into a file."""
+"""A list of prompts rewritten, for the terminal or into a file that a long job goes on with when it was cut off.
+
+    rewrite_file(optimizer, "prompts.txt", "rewrites.jsonl", n=4, max_distance=0.2)
+
+A prompt that the writer cannot take stays as it is, with the reason. What is done lies in ``OUT.part`` until all of it is there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
 from pipelines import outputs
 from pipelines.progress import Progress
+from pipelines.prompts import read_prompts
+from pipelines.writers.journal import Lines
 from pipelines.writers.optimizer import PromptOptimizer, Rewrite
 
 CHUNK = 64
 ENDINGS = (".jsonl", ".csv")
 
 
-def check_out(path: Path | None, overwrite: bool) -> None:
+@dataclass(frozen=True)
+class Rewritten:
+    """What a list came to."""
+
+    path: Path
+    prompts: int
+    rewrites: int
+    left: int  # prompts that could not be rewritten, and stand there unchanged with the reason
+    unchanged: int  # prompts that stayed as they were for another reason
+    broken_off: int  # rewrites that had not ended
+
+    def to_text(self) -> str:
+        """A line for the terminal, and one for each thing that is not as it should be."""
+        lines = [f"{self.path}: {self.rewrites} rewrites of {self.prompts} prompts, {self.unchanged} of them unchanged"]
+        if self.left:
+            lines.append(f"{self.left} prompts could not be rewritten; the column problem says why")
+        if self.broken_off:
+            lines.append(f"{self.broken_off} rewrites had not ended at --max-rewrite-tokens")
+        return "\n".join(lines)
+
+
+def check_out(path: Path, overwrite: bool) -> None:
     """Raises UserError for a file that is there, or one of another kind."""
-    if path is None:
-        return
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; rewrites are written as {' or '.join(ENDINGS)}.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already. Name another --out, or add --overwrite to replace it.")
 
 
-def rewritten(optimizer: PromptOptimizer, prompts: Sequence[str], progress: Progress, **options: Any) -> list[list[Rewrite]]:
+def rewritten(
+    optimizer: PromptOptimizer, prompts: Sequence[str], progress: Progress | None = None, **options: Any
+) -> list[list[Rewrite]]:
     """Every prompt's rewrites, some prompts at a time."""
-    found: list[list[Rewrite]] = []
-    for rewrites in optimizer.stream(prompts, CHUNK, **options):
-        found.append(rewrites)
-        progress("rewriting", len(found), len(prompts))
-    return found
+    return list(optimizer.stream(prompts, CHUNK, progress, strict=False, **options))
+
+
+def rewrite_file(
+    optimizer: PromptOptimizer,
+    prompts: str | os.PathLike[str] | Sequence[str],
+    out: str | Path,
+    *,
+    column: str | None = None,
+    overwrite: bool = False,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Rewritten:
+    """Rewrite a file of prompts into another: a row for each rewrite, with all that is known of it.
+
+    Started again after it was cut off, it goes on where it was. Prompts that cannot be rewritten stay as they are, with the
+    reason in the column ``problem``.
+
+    Args:
+        prompts: a file or a list's name, as ``pipelines.prompts.read_prompts`` takes it; or the prompts themselves.
+        out: .jsonl or .csv.
+        column: of the prompts in the file.
+        chunk: prompts between two saves; what is lost when the job is cut off.
+        options: of ``PromptOptimizer``'s call.
+
+    Raises:
+        UserError: ``out`` is there (unless ``overwrite``), what is left beside it is of another job, or the prompts or options
+            are not as they should be.
+    """
+    path = Path(out).expanduser()
+    check_out(path, overwrite)
+    named = isinstance(prompts, (str, os.PathLike))
+    texts = [prompt.text for prompt in read_prompts(prompts, column)] if named else list(prompts)
+    if not texts:
+        raise UserError("There are no prompts to rewrite.")
+    lines = Lines(path.with_name(f"{path.name}.part"), _purpose(optimizer, texts, chunk, options))
+    if lines.foreign() and not overwrite:
+        raise UserError(
+            f"{lines.path} is what is left of rewriting other prompts, or by another writer or other settings. Start that as it "
+            "was started to go on with it, or add --overwrite to drop it."
+        )
+    if lines.foreign():
+        lines.path.unlink()
+    done = sum(len(part) for part in lines.read())
+    with lines.adding() as add:
+        for low in range(done, len(texts), chunk):  # in the company they would have had without a break: equal to the bit
+            found = optimizer(texts[low : low + chunk], strict=False, **options)
+            add([[_row(rewrite, rank) for rank, rewrite in enumerate(rewrites)] for rewrites in found])
+            if progress is not None:
+                progress("rewriting", min(low + chunk, len(texts)), len(texts))
+    found = [rows for part in lines.read() for rows in part]
+    write([row for rows in found for row in rows], path)
+    lines.path.unlink()
+    return _counted(path, found)
+
+
+def _purpose(optimizer: PromptOptimizer, prompts: Sequence[str], chunk: int, options: Any) -> str:
+    """A short name for everything that rewrites depend on."""
+    embedding, studio = optimizer.embedding, optimizer.studio
+    with_what = [embedding.fingerprint if embedding else None, studio.identity() if studio else None]
+    parts = [optimizer.writer.fingerprint(), *with_what, list(prompts), chunk, options]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _counted(path: Path, found: Sequence[Sequence[dict[str, Any]]]) -> Rewritten:
+    rows = [row for rows in found for row in rows]
+    left = sum(bool(row["problem"]) for row in rows)
+    unchanged = sum(rows[0]["unchanged"] for rows in found) - left
+    return Rewritten(path, len(found), len(rows), left, unchanged, sum(row["broken_off"] for row in rows))
 
 
 def to_text(found: Sequence[Sequence[Rewrite]]) -> str:
@@ -48,21 +144,22 @@ def _told(rewrite: Rewrite) -> str:
     facts = [] if rewrite.distance is None else [f"distance {rewrite.distance:.3f}"]
     facts += [f"{name} {value:.4g}" for name, value in rewrite.scores.items()]
     facts += ["unchanged"] if rewrite.unchanged else []
+    facts += [f"cannot be rewritten: {rewrite.problem}"] if rewrite.problem else []
     facts += ["broken off: --max-rewrite-tokens"] if rewrite.broken_off else []
     facts += [f"the text encoder does not read {rewrite.lost!r}"] if rewrite.lost else []
     return f"{rewrite.text}  [{'; '.join(facts)}]" if facts else rewrite.text
 
 
-def write(found: Sequence[Sequence[Rewrite]], path: Path) -> None:
-    """A row for each rewrite, with all that is known of it."""
-    rows = [_row(rewrite, rank) for rewrites in found for rank, rewrite in enumerate(rewrites)]
+def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Rows as JSON lines or CSV; there is never half a file."""
     if path.suffix.lower() == ".csv":
-        outputs.write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        outputs.write_csv(path, names, [[row.get(name) for name in names] for row in rows])
     else:
         outputs.write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _row(rewrite: Rewrite, rank: int) -> dict[str, Any]:
     known = {"prompt": rewrite.prompt, "rewrite": rewrite.text, "rank": rank, "distance": rewrite.distance}
-    ends = {"unchanged": rewrite.unchanged, "broken_off": rewrite.broken_off, "lost": rewrite.lost}
+    ends = {"unchanged": rewrite.unchanged, "broken_off": rewrite.broken_off, "lost": rewrite.lost, "problem": rewrite.problem}
     return {**known, "score": rewrite.score, **rewrite.scores, **ends}

@@ -101,7 +101,7 @@ def candidates(
         how: ``sample``; ``beam``, best first; ``diverse-beam``, the best of each group first, then the second best of each.
         seed: of samples; beams need none.
         temperature, top_p, top_k: of samples. They are applied in this order: temperature, top_k, top_p.
-        beams, groups, diversity, length_penalty: of beam searches (``Decoding``).
+        beams, groups, diversity, length_penalty: of beam searches (``Decoding``); samples do not look at them.
         max_rewrite_tokens: where a rewrite is broken off that has not ended by itself; its end mark counts. It is ``BrokenOff``.
         batch_size: sequences that are written at once.
         progress: is told ("writing", rewrites done, rewrites in all).

@@ -42,6 +42,9 @@ class RewriteSettings:
     max_left_out: float = option(0.01, "share of rows that may be left out before the run is refused", ge=0, le=1)
     validation_pairs: int = option(64, "rows kept out of training for validation", ge=0)
     embedding: str = option("clip", "embedding of meaning: clip, clip-h, tiny, or a folder or hub id of a text encoder")
+    distances: Literal["measured", "data"] = option(
+        "measured", "distance of a winner from its prompt: measured in the embedding, or the data's column distance"
+    )
     embed_batch: int = option(64, "texts embedded at a time", ge=1)
     token_rewards: str | None = option(None, "a writer trained by DPO, whose log-ratios reward the tokens (TGDPO)")
 

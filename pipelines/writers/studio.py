@@ -15,7 +15,7 @@ import numpy as np
 
 from diffalign.errors import UserError
 from pipelines import sampling
-from pipelines.families._encoding import truncated_prompts
+from pipelines.families._encoding import digest, truncated_prompts
 from pipelines.progress import Progress
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ class Studio:
     pipe: Any
     judges: Mapping[str, Scorer]
     how: Sampling = Sampling()
+
+    def identity(self) -> list[Any]:
+        """Everything that scores depend on."""
+        nets = {name: digest(part) for name, part in sorted(self.pipe.components.items()) if hasattr(part, "state_dict")}
+        return [nets, {name: judge.provenance() for name, judge in self.judges.items()}, vars(self.how)]
 
     def pictures(self, prompts: Sequence[str], rewrites: Sequence[str], progress: Progress | None = None) -> list[Image.Image]:
         """``how.pictures`` of each rewrite, one after the other, from the noise of its prompt. [N * pictures]"""
@@ -127,7 +132,8 @@ def standardised(scores: Mapping[str, Sequence[Sequence[float]]]) -> list[np.nda
 
 
 def _standardised(scores: Sequence[Sequence[float]]) -> list[np.ndarray]:
-    centred = [np.asarray(row, dtype=np.float64) - np.mean(row) for row in scores]
-    freedom = sum(len(row) - 1 for row in centred)
+    rows = [np.asarray(row, dtype=np.float64) for row in scores]
+    centred = [row - row.mean() if len(row) else row for row in rows]
+    freedom = sum(len(row) - 1 for row in centred if len(row))
     deviation = np.sqrt(sum((row**2).sum() for row in centred) / freedom) if freedom > 0 else 0.0
     return [row / deviation if deviation > 0 else row for row in centred]

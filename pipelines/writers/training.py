@@ -19,7 +19,6 @@ from accelerate.utils import set_seed
 
 from diffalign import objectives
 from diffalign.data.texts import validation_batches
-from diffalign.objectives.sem_dpo import tilted
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
 from pipelines import run
@@ -29,6 +28,7 @@ from pipelines.prompts import held_out_prompts
 from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
 from pipelines.writers import card, ingredients
+from pipelines.writers.drift import Drift
 from pipelines.writers.ingredients import Prepared
 from pipelines.writers.sampling import MAX_REWRITE_TOKENS, candidates
 from pipelines.writers.settings import COMMANDS, PromptTrainSettings
@@ -167,9 +167,11 @@ def finish(
         "fingerprint": {"reference": prepared.base_digest, "data": prepared.data_digest},
         "rows": dict(prepared.counts),
         "validation": _last_validation(settings.output / METRICS_FILE),
-        "weights": _weights(settings, prepared),
+        "weights": _weights(prepared.drift),
         "rewritten": rewrites,
     }
+    if prepared.drift is not None:
+        prepared.drift.write(settings.output)
     write_json(settings.output / SUMMARY_FILE, summary)
     curves = draw_curves(settings.output / METRICS_FILE, settings.output / "curves.png")
     card.write(settings, summary, curves, paper=f"arXiv {objectives.load(name).ABOUT.paper}")
@@ -186,9 +188,8 @@ def _last_validation(metrics: Path) -> dict[str, float] | None:
     return {k: v for k, v in rows[-1].items() if isinstance(v, float)} if rows else None
 
 
-def _weights(settings: PromptTrainSettings, prepared: Prepared) -> dict[str, float] | None:
+def _weights(drift: Drift | None) -> dict[str, Any] | None:
     """What Sem-DPO's weights did to the winners of the data, and the bound."""
-    if prepared.data.distance is None:
+    if drift is None:
         return None
-    distances = prepared.data.distance[prepared.train_rows]
-    return {"alpha": settings.objective.alpha, "delta": FAR, **vars(tilted(distances, settings.objective.alpha, FAR))}
+    return {"alpha": drift.alpha, "embedding": drift.embedding, "delta": FAR, **vars(drift.promised(FAR))}
