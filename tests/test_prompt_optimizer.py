@@ -154,6 +154,8 @@ def test_a_file_becomes_another_and_goes_on_after_a_break(optimizer: PromptOptim
     assert not cut.exists()
     with pytest.raises(UserError, match="is what is left of rewriting other prompts, or by another writer or other settings"):
         rewrite_file(optimizer, file, cut, seed=3, **options)
+    with pytest.raises(UserError, match="is what is left of rewriting"):  # other company, other last digits
+        rewrite_file(optimizer, file, cut, **{**options, "chunk": 3})
     rewrite_file(optimizer, file, cut, progress=dying, **options)
     assert told == [(2, 6), (4, 6), (4, 6), (6, 6)]  # twice two prompts done, the second time lost
     assert cut.read_bytes() == whole.read_bytes() and not part.exists()

@@ -103,7 +103,7 @@ def dtypes(file: Path) -> set[str]:
 def test_half_precision_files_load_as_float32_with_the_same_numbers(tokenizer, tmp_path: Path) -> None:
     torch.manual_seed(0)
     nets = model.build_text_encoder(tokenizer), model.build_vae(), model.build_unet()
-    save_half(tmp_path, tokenizer, *nets)
+    save_half(tmp_path, model.assemble(tokenizer, *nets))
     assert len(weights(tmp_path)) == 3 and all(dtypes(f) == {"F16"} for f in weights(tmp_path))
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
     for net, loaded in zip(nets, (pipe.text_encoder, pipe.vae, pipe.unet), strict=True):

@@ -33,6 +33,18 @@ TRAINING_OPTIONS: dict[str, tuple[type, str]] = {
 }
 """The fields of ``pipelines.tiny.train.WorldTraining``, listed so that ``--help`` need not import torch (a test compares)."""
 
+FLOW_OPTIONS: dict[str, tuple[type, str]] = {
+    "seed": (int, "seed of scenes, weights and noise"),
+    "scenes": (int, "different scenes drawn before training"),
+    "flow_steps": (int, "steps of transformer and text encoders"),
+    "flow_batch": (int, "pictures per step"),
+    "flow_learning_rate": (float, "peak learning rate"),
+    "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
+    "ema_decay": (float, "decay of the averaged weights"),
+    "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
+}
+"""The fields of ``pipelines.tiny.train_flow.FlowTraining``, in the same way."""
+
 JUDGE_OPTIONS: dict[str, tuple[type, str]] = {
     "seed": (int, "seed of scenes, weights, pictures and votes"),
     "scenes": (int, "different scenes with captions drawn for the first step"),
@@ -100,12 +112,13 @@ def _number(most: float = math.inf) -> Callable[[str], float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The eight jobs of ``diffalign world``."""
+    """The nine jobs of ``diffalign world``."""
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
     _add_draw(jobs.add_parser("draw", help="draw scenes with their captions (no model)"))
     _add_captions(jobs.add_parser("captions", help="write different plain captions, one a line (no model)"))
     _add_pairs(jobs.add_parser("pairs", help="sample pairs from a checkpoint and let synthetic people choose"))
     _add_train(jobs.add_parser("train", help="train the miniature Stable Diffusion from nothing"))
+    _add_train_flow(jobs.add_parser("train-flow", help="train the miniature Stable Diffusion 3 from nothing"))
     _add_check(jobs.add_parser("check", help="sample held-out captions and let the oracle count; status 1 if below the bar"))
     _add_train_judge(jobs.add_parser("train-judge", help="train the miniature PickScore from nothing"))
     words = "count how often the miniature PickScore agrees with the oracle on held-out pairs; status 1 if below the bar"
@@ -166,6 +179,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_training(parser, TRAINING_OPTIONS, "checkpoint")
 
 
+def _add_train_flow(parser: argparse.ArgumentParser) -> None:
+    _add_training(parser, FLOW_OPTIONS, "checkpoint")
+
+
 def _add_train_judge(parser: argparse.ArgumentParser) -> None:
     _add_training(parser, JUDGE_OPTIONS, "judge")
 
@@ -209,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the request cannot be met (too many captions, a folder in use, an unwritable path, a wrong model).
     """
     jobs = {"draw": _draw, "captions": _captions, "pairs": _pairs, "train": _train, "check": _check}
-    jobs |= {"train-judge": _train_judge, "check-judge": _check_judge, "train-writer": _train_writer}
+    jobs |= {"train-flow": _train_flow, "train-judge": _train_judge, "check-judge": _check_judge, "train-writer": _train_writer}
     return jobs[args.job](args)
 
 
@@ -282,6 +299,14 @@ def _train(args: argparse.Namespace) -> int:
 
     _check_output(args)
     train(args.output, WorldTraining(**_given(args, *TRAINING_OPTIONS)), say=lambda line: print(line, flush=True))
+    return 0
+
+
+def _train_flow(args: argparse.Namespace) -> int:
+    from pipelines.tiny.train_flow import FlowTraining, train
+
+    _check_output(args)
+    train(args.output, FlowTraining(**_given(args, *FLOW_OPTIONS)), say=lambda line: print(line, flush=True))
     return 0
 
 

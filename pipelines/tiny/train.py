@@ -14,7 +14,8 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,34 +178,25 @@ def encode(vae: nn.Module, pictures: np.ndarray, batch: int = 128) -> tuple[Tens
     return torch.cat(means), torch.cat(stds)
 
 
-class UNetTraining:
-    """UNet and text encoder with everything that changes while they are trained, so that a killed training can go on."""
+class NetworkTraining(ABC):
+    """Networks with everything that changes while they are trained, so that a killed training can go on."""
 
-    def __init__(self, config: WorldTraining, vae: nn.Module, pictures: np.ndarray, captions: list[str]) -> None:
-        torch.manual_seed(config.seed + 2)
-        self.config, self.done, self.seconds = config, 0, 0.0
-        self.tokenizer = model.build_tokenizer()
-        self.text_encoder, self.unet = model.build_text_encoder(self.tokenizer).train(), model.build_unet().train()
-        self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
-        self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-        self._noise = model.build_scheduler()
-        self._parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=config.unet_learning_rate, weight_decay=1e-2)
-        self._schedule = _schedule(self._optimizer, config.unet_steps)
-        self.average = Ema(self._parameters, config.ema_decay)
+    def __init__(self, networks: Sequence[nn.Module], steps: int, learning_rate: float, ema_decay: float) -> None:
+        self.steps, self.done, self.seconds = steps, 0, 0.0
+        self._parameters = [parameter for network in networks for parameter in network.parameters()]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=1e-2)
+        self._schedule = _schedule(self._optimizer, steps)
+        self.average = Ema(self._parameters, ema_decay)
+
+    @abstractmethod
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Of a batch that is drawn now: what is minimised, and the error [B] to be told."""
 
     def step(self) -> float:
-        """One optimizer step; returns the mean squared error of the predicted noise."""
-        start, empty = time.perf_counter(), len(self._ids) - 1
-        index = torch.randint(empty, (self.config.unet_batch,))
-        x_0 = self._mean[index] + self._std[index] * torch.randn_like(self._mean[index])
-        t, noise = torch.randint(1000, (len(index),)), torch.randn_like(x_0)
-        index[torch.rand(len(index)) < self.config.caption_dropout] = empty
-        text = self.text_encoder(self._ids[index]).last_hidden_state
-        prediction = self.unet(self._noise.add_noise(x_0, noise, t), t, text).sample
-        error = (prediction - noise).square().mean(dim=(1, 2, 3))  # [B]
-        snr = compute_snr(self._noise, t)
-        (error * snr.clamp(max=5.0) / snr).mean().backward()
+        """One optimizer step; returns the mean squared error of the prediction."""
+        start = time.perf_counter()
+        loss, error = self.losses()
+        loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._schedule.step()
@@ -236,30 +228,61 @@ class UNetTraining:
         self.done, self.seconds = state["done"], state["seconds"]
 
 
-def train_unet(training: UNetTraining, say: Say, save: Callable[[], None]) -> None:
-    """Step to the end; ``save`` is called now and then, while the networks hold their averaged weights."""
-    smooth, steps = None, training.config.unet_steps
-    while training.done < steps:
+class UNetTraining(NetworkTraining):
+    """UNet and text encoder."""
+
+    def __init__(self, config: WorldTraining, vae: nn.Module, pictures: np.ndarray, captions: list[str]) -> None:
+        torch.manual_seed(config.seed + 2)
+        self.config = config
+        self.tokenizer = model.build_tokenizer()
+        self.text_encoder, self.unet = model.build_text_encoder(self.tokenizer).train(), model.build_unet().train()
+        self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
+        self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        self._noise = model.build_scheduler()
+        super().__init__([self.unet, self.text_encoder], config.unet_steps, config.unet_learning_rate, config.ema_decay)
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Errors of the predicted noise."""
+        empty = len(self._ids) - 1
+        index = torch.randint(empty, (self.config.unet_batch,))
+        x_0 = self._mean[index] + self._std[index] * torch.randn_like(self._mean[index])
+        t, noise = torch.randint(1000, (len(index),)), torch.randn_like(x_0)
+        index[torch.rand(len(index)) < self.config.caption_dropout] = empty
+        text = self.text_encoder(self._ids[index]).last_hidden_state
+        prediction = self.unet(self._noise.add_noise(x_0, noise, t), t, text).sample
+        error = (prediction - noise).square().mean(dim=(1, 2, 3))  # [B]
+        snr = compute_snr(self._noise, t)
+        return (error * snr.clamp(max=5.0) / snr).mean(), error
+
+
+def train_network(name: str, training: NetworkTraining, say: Say, save: Callable[[], None]) -> None:
+    """Step to the end; ``save`` is called now and then."""
+    smooth = None
+    while training.done < training.steps:
         error = training.step()
         smooth = error if smooth is None else 0.99 * smooth + 0.01 * error
         if training.done % 100 == 0:
-            say(f"unet {training.done}/{steps} error {smooth:.4f} {training.seconds:.0f} s")
-        if training.done % 500 == 0 or training.done == steps:
+            say(f"{name} {training.done}/{training.steps} error {smooth:.4f} {training.seconds:.0f} s")
+        if training.done % 500 == 0 or training.done == training.steps:
             save()
 
 
-def save_half(output: Path, tokenizer, text_encoder: nn.Module, vae: nn.Module, unet: nn.Module) -> None:
-    """Write half-precision weights that load as float32 (Transformers goes by the dtype in the configuration)."""
-    halves = [copy.deepcopy(net).half() for net in (text_encoder, vae, unet)]
+def keep_state(training: NetworkTraining, file: Path) -> None:
+    """Write what a killed training goes on from; there is never half a file."""
+    torch.save(training.state_dict(), file.with_name(f"{file.name}.new"))
+    file.with_name(f"{file.name}.new").replace(file)
+
+
+def save_half(output: Path, pipe: Any) -> None:
+    """Write a pipeline in half precision that loads as float32 (Transformers goes by the dtype in the configuration)."""
     with written_aside(output) as folder:
-        model.assemble(tokenizer, *halves).save_pretrained(folder)
-        vae_file = folder / "vae" / "config.json"
-        settings = json.loads(vae_file.read_text())
-        settings.pop("_name_or_path", None)  # where it was trained is nobody's business
-        vae_file.write_text(json.dumps(settings, indent=2) + "\n")
-        config_file = folder / "text_encoder" / "config.json"
-        config = json.loads(config_file.read_text())
-        config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder)
+        for part in [folder / name for name, net in pipe.components.items() if isinstance(net, nn.Module)]:
+            config = json.loads((part / "config.json").read_text())
+            config.pop("_name_or_path", None)  # where it was trained is nobody's business
+            if "dtype" in config:
+                config["dtype"] = "float32"
+            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def train(output: Path, config: WorldTraining, say: Say = print) -> None:
@@ -278,13 +301,13 @@ def train(output: Path, config: WorldTraining, say: Say = print) -> None:
 
     def save() -> None:
         with training.average.applied():
-            save_half(output, training.tokenizer, training.text_encoder, vae, training.unet)
+            save_half(output, model.assemble(training.tokenizer, training.text_encoder, vae, training.unet))
+        training.text_encoder.train(), training.unet.train()
         (output / "training.json").write_text(json.dumps(_record(config, training, seconds_vae), indent=2) + "\n")
         (output / "sampling.json").write_text(json.dumps({"guidance_scale": config.guidance_scale}) + "\n")
-        torch.save(training.state_dict(), work / "unet.pt.new")
-        (work / "unet.pt.new").replace(work / "unet.pt")
+        keep_state(training, work / "unet.pt")
 
-    train_unet(training, say, save)
+    train_network("unet", training, say, save)
     say(f"saved {output}")
     shutil.rmtree(work)
 

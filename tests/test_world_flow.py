@@ -1,0 +1,94 @@
+"""The miniature Stable Diffusion 3: how it is trained, that a kill changes nothing, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from torch.nn import functional as F
+
+from pipelines import cli
+from pipelines.commands import world
+from pipelines.tiny import flow_model, model, shipped
+from pipelines.tiny.train import WorldTraining, draw_training_set
+from pipelines.tiny.train_flow import ZEROS, FlowTraining, TransformerTraining, alike_once, encode_captions, train
+
+SMALL = FlowTraining(scenes=24, flow_steps=3, flow_batch=4)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> tuple:
+    return draw_training_set(WorldTraining(scenes=SMALL.scenes))
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(shipped.CHECKPOINT, subfolder="vae", torch_dtype=torch.float32).eval()
+
+
+def begun(scenes: tuple, vae: AutoencoderKL) -> TransformerTraining:
+    return TransformerTraining(SMALL, vae, *scenes)
+
+
+def test_training_learns_and_a_killed_one_goes_on_to_the_bit(scenes: tuple, vae: AutoencoderKL, tmp_path: Path) -> None:
+    whole = begun(scenes, vae)
+    start = [p.detach().clone() for p in whole.text_encoders[1].parameters()]
+    errors = [whole.step() for _ in range(3)]
+    first = begun(scenes, vae)
+    first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(99)
+    second = begun(scenes, vae)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [second.step() for _ in range(2)] == errors[1:] and second.done == 3
+    for one, other in ((whole.transformer, second.transformer), (whole.text_encoders[0], second.text_encoders[0])):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(start, whole.text_encoders[1].parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_one_zero_that_counts_as_many_is_many_zeros() -> None:
+    tokenizer = model.build_tokenizer()
+    torch.manual_seed(0)
+    encoders, transformer = flow_model.build_text_encoders(tokenizer), flow_model.build_transformer()
+    ids = tokenizer(["a red circle", "a blue star above a green cross"], padding="max_length", return_tensors="pt").input_ids
+    text, pooled = encode_captions(encoders, ids)
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([200.0, 900.0])
+
+    def said(words: torch.Tensor) -> torch.Tensor:
+        return transformer(x, encoder_hidden_states=words, pooled_projections=pooled, timestep=t).sample
+
+    many = said(F.pad(text[:, :-1], (0, 0, 0, ZEROS)))
+    with alike_once(transformer, ZEROS):
+        torch.testing.assert_close(said(text), many, rtol=1e-4, atol=1e-5)
+    assert (said(text) - many).abs().max() > 1e-3  # one zero alone is another thing
+    pipe = flow_model.assemble(tokenizer, encoders, model.build_vae(), transformer)
+    words, _, theirs, _ = pipe.encode_prompt(["a red circle", "a blue star above a green cross"], None, None)
+    torch.testing.assert_close(words, F.pad(text[:, :-1], (0, 0, 0, ZEROS)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs, pooled, rtol=0, atol=1e-6)
+
+
+def test_what_is_written_loads_with_diffusers_and_draws(tmp_path: Path) -> None:
+    said: list[str] = []
+    train(tmp_path / "flow", SMALL, said.append)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow", text_encoder_3=None, tokenizer_3=None)
+    assert all(p.dtype == torch.float32 for net in (pipe.transformer, pipe.text_encoder, pipe.vae) for p in net.parameters())
+    out = pipe("a red circle", num_inference_steps=2, height=64, width=64, generator=torch.Generator().manual_seed(0))
+    assert out.images[0].size == (64, 64)
+    record = json.loads((tmp_path / "flow" / "training.json").read_text())
+    assert FlowTraining(**record["config"]) == SMALL and record["flow_steps_done"] == 3
+    assert not [f for f in (tmp_path / "flow").rglob("*.json") if "_name_or_path" in f.read_text()]
+    assert [p.name for p in tmp_path.iterdir()] == ["flow"] and said[-1].startswith("saved")
+
+
+def test_every_setting_can_be_given_on_the_command_line(tmp_path: Path) -> None:
+    fields = {f.name: type(f.default) for f in dataclasses.fields(FlowTraining)}
+    assert {name: kind for name, (kind, _) in world.FLOW_OPTIONS.items()} == fields
+    words = ["--scenes", "8", "--flow-steps", "1", "--flow-batch", "2"]
+    assert cli.main(["world", "train-flow", "--output", str(tmp_path / "f"), *words]) == 0
+    config = json.loads((tmp_path / "f" / "training.json").read_text())["config"]
+    assert (config["scenes"], config["flow_batch"], config["ema_decay"]) == (8, 2, FlowTraining.ema_decay)
