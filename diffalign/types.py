@@ -28,7 +28,7 @@ class PairBatch:
     winner: Tensor  # [B, C, H, W] clean latents x_0, scaled
     loser: Tensor  # [B, C, H, W] clean latents x_0, scaled
     conditioning: Conditioning
-    t: Tensor  # [B] int64, in [0, T)
+    t: Tensor  # [B] int64 in [0, T); of a flow float32 in (0, T]
     noise: Tensor  # [B, C, H, W]
     label: Tensor  # [B] probability that the winner is preferred; 1/2 is a tie
     weight: Tensor  # [B] factor on the pair's loss
@@ -71,8 +71,20 @@ class NoisyPair:
     loser: Tensor  # [B, C, H, W] x_t of the other one
     winner_target: Tensor  # [B, C, H, W] in the network's own parametrisation
     loser_target: Tensor  # [B, C, H, W]
-    t: Tensor  # [B] int64
+    t: Tensor  # [B]
     conditioning: Conditioning
+    error_weight: Tensor | None = None  # [B] factor on both sides' errors (``Schedule.error_weight``); None is 1
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Single samples at one noise level, as ``NoisyPair`` has two."""
+
+    x_t: Tensor  # [B, C, H, W]
+    target: Tensor  # [B, C, H, W] in the network's own parametrisation
+    t: Tensor  # [B]
+    conditioning: Conditioning
+    error_weight: Tensor | None = None  # [B]
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,8 @@ class TransitionPair:
     loser: Tensor  # [B, C, H, W] x_t on the other one
     winner_next: Tensor  # [B, C, H, W] stored x at t_previous
     loser_next: Tensor  # [B, C, H, W]
-    t: Tensor  # [B] int64
-    t_previous: Tensor  # [B] int64; -1 is the clean end
+    t: Tensor  # [B]
+    t_previous: Tensor  # [B]; -1 is the clean end
     conditioning: Conditioning
 
 

@@ -281,7 +281,7 @@ def loader_settings(settings: TrainSettings, prepared: Prepared) -> LoaderSettin
         prompt_dropout=settings.data.prompt_dropout,
         flip=settings.data.flip,
         latent_mode=settings.data.latents == "mode",
-        train_steps=len(prepared.family.denoiser.schedule),
+        levels=prepared.family.denoiser.schedule.levels(),
         curriculum=settings.data.curriculum,
         curriculum_stages=settings.data.curriculum_stages,
         curriculum_cumulative=settings.data.curriculum_cumulative,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.data.draws import Curriculum, Draw, Order, draw, fixed_draws
 from diffalign.errors import UserError
+from diffalign.levels import Levels
 from diffalign.types import Conditioning, PairBatch
 
 
@@ -40,7 +41,7 @@ class LoaderSettings:
     prompt_dropout: float = 0.0
     flip: bool = False
     latent_mode: bool = False  # True: the posterior's mean instead of a sample
-    train_steps: int = 1000  # T of the schedule
+    levels: Levels = Levels()  # of the schedule (``Schedule.levels``)
     curriculum: Literal["none", "margin"] = "none"  # margin: pairs that a judge tells apart most clearly come first
     curriculum_stages: int = 5
     curriculum_cumulative: bool = True  # later stages keep the pairs of the earlier ones
@@ -96,7 +97,7 @@ class PairLoader:
         s, shape = self._settings, self._pairs.latent_shape
         positions = range(first, first + s.batch_size)
         rows = [self._rows[self._order.row(p)] for p in positions]
-        draws = [draw(s.seed, p, shape, s.train_steps, s.prompt_dropout, s.flip) for p in positions]
+        draws = [draw(s.seed, p, shape, s.levels, s.prompt_dropout, s.flip) for p in positions]
         return collate(self._pairs, rows, draws, s.latent_mode)
 
 
@@ -161,9 +162,7 @@ def validation_batches(
 ) -> list[PairBatch]:
     """Fixed pairs with fixed (t, noise): the same batches at every validation."""
     items = [
-        (row, d)
-        for row in rows
-        for d in fixed_draws(settings.seed, row, pairs.latent_shape, settings.train_steps, draws_per_pair)
+        (row, d) for row in rows for d in fixed_draws(settings.seed, row, pairs.latent_shape, settings.levels, draws_per_pair)
     ]
     size = max(settings.batch_size, 1)
     chunks = [items[i : i + size] for i in range(0, len(items), size)]

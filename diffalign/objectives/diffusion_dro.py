@@ -44,7 +44,7 @@ from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
 from diffalign.objectives._family import LossChoice, refuse_extras, refuse_small_batches, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
 from diffalign.sources.policy_steps import PolicySteps, ReplayBatch
 from diffalign.sources.rollout import Sampling, SolverName
@@ -116,7 +116,7 @@ class DiffusionDRO(LossChoice):
         return Outcome(loss, pair.t, {**metrics, "policy_gap": now[1].detach(), "active": active})
 
 
-def side_by_side(batch: ReplayBatch, schedule: NoiseSchedule) -> NoisyPair:
+def side_by_side(batch: ReplayBatch, schedule: Schedule) -> NoisyPair:
     """The expert, noised to its step's t, as the winner; the step, with what was predicted there as target, as the loser."""
     r = batch.replayed
     return NoisyPair(
@@ -126,6 +126,7 @@ def side_by_side(batch: ReplayBatch, schedule: NoiseSchedule) -> NoisyPair:
         loser_target=r.prediction,
         t=r.t,
         conditioning=r.conditioning,
+        error_weight=schedule.error_weight(r.t),
     )
 
 
