@@ -87,8 +87,9 @@ class FlowGrid:
     An even line of S points is bent towards noise, and may then be stretched so that it ends at ``shift_terminal``:
 
         shift                     sigma' = shift sigma / (1 + (shift - 1) sigma)
-        use_dynamic_shifting      the same with shift = exp(mu), or mu if ``time_shift_type`` is linear; mu of a number of tokens is
-                                  on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)
+        use_dynamic_shifting      the same with shift = exp(mu), or mu if ``time_shift_type`` is linear
+
+    where mu of a number of tokens lies on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
 
     ``line``, the points before they are bent:
 
