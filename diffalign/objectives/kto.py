@@ -95,10 +95,11 @@ class KTO:
         def error(model: Predictor, conditioning: Conditioning) -> Tensor:
             return denoising_error(model(x_t, batch.t, conditioning), target)
 
-        rho = error(reference, batch.conditioning) - (now := error(policy, batch.conditioning))
+        told = batch.winner_conditioning
+        rho = error(reference, told) - (now := error(policy, told))
         watched = rho.detach()
         if z.watches == "mismatched":
-            rolled = {name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}
+            rolled = {**told, **{name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}}
             with torch.no_grad():
                 watched = error(reference, rolled) - error(policy, rolled)
         z.update(processes.gather(watched))

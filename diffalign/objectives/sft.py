@@ -42,7 +42,7 @@ class SFT:
         """Denoising errors [B] of the winners in ``batch``. One policy call on B samples."""
         x_t = policy.schedule.add_noise(batch.winner, batch.noise, batch.t)
         target = policy.schedule.target(batch.winner, batch.noise, batch.t)
-        error = denoising_error(policy(x_t, batch.t, batch.conditioning), target)
+        error = denoising_error(policy(x_t, batch.t, batch.winner_conditioning), target)
         return Outcome(loss=error, t=batch.t, metrics={"winner_error": error.detach()})
 
     @torch.no_grad()

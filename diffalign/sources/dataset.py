@@ -16,4 +16,5 @@ def noised(batch: PairBatch, schedule: NoiseSchedule) -> NoisyPair:
         loser_target=schedule.target(batch.loser, noise, t),
         t=t,
         conditioning=batch.conditioning,
+        framing=batch.framing,
     )
