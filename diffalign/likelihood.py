@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from diffalign.protocols import LanguageModel, Predictor
 from diffalign.schedule import Over, Schedule
-from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair
+from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair, on_both_sides
 
 
 def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = 
 
 def pair_errors(predictor: Predictor, pair: NoisyPair) -> tuple[Tensor, Tensor]:
     """Denoising errors of winner and loser, [B] each, from one call of the network on the stacked pair."""
-    conditioning = {name: torch.cat([value, value]) for name, value in pair.conditioning.items()}
+    conditioning = on_both_sides(pair.conditioning, pair.framing)
     prediction = predictor(torch.cat([pair.winner, pair.loser]), torch.cat([pair.t, pair.t]), conditioning)
     weight = None if pair.error_weight is None else torch.cat([pair.error_weight, pair.error_weight])
     winner, loser = denoising_error(prediction, torch.cat([pair.winner_target, pair.loser_target]), weight).chunk(2)
@@ -67,7 +67,7 @@ def transition(
     ``predictor`` must predict as the sampler's did: wrap it in ``solvers.Guided`` if the trajectories were guided. Then one
     call of the network holds both sides with and without the prompt, 4 B rows.
     """
-    conditioning = {name: torch.cat([value, value]) for name, value in pair.conditioning.items()}
+    conditioning = on_both_sides(pair.conditioning)
     x_t, x_next = torch.cat([pair.winner, pair.loser]), torch.cat([pair.winner_next, pair.loser_next])
     t, t_previous = torch.cat([pair.t, pair.t]), torch.cat([pair.t_previous, pair.t_previous])
     prediction = predictor(x_t, t, conditioning)

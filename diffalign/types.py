@@ -17,6 +17,27 @@ from torch.nn import functional as F
 Conditioning = Mapping[str, Tensor]
 """What a network is conditioned on, by argument name; every tensor is [B, ...]. SD: ``encoder_hidden_states`` [B, L, D]."""
 
+FRAMING = "framing"
+"""Name in a conditioning of how the pictures came to be: [B, 6] float32, height and width of the original, top and left of the
+crop after resizing, height and width of what is left. Rows of NaN are of pictures that a model sampled. It belongs to the picture,
+not to the prompt; networks that were trained with such numbers (SDXL) read it, all others leave it alone."""
+
+
+def framed(conditioning: Conditioning, framing: Tensor | None) -> Conditioning:
+    """The conditioning of prompts together with the framing [B, 6] of pictures, where that is known."""
+    return conditioning if framing is None else {**conditioning, FRAMING: framing}
+
+
+def on_both_sides(conditioning: Conditioning, framing: Tensor | None = None) -> Conditioning:
+    """Of a stacked pair, winners first, [2 B, ...]: the prompt's twice, and of ``framing`` [B, 2, 6] each picture's own."""
+    twice = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+    return framed(twice, None if framing is None else torch.cat([framing[:, 0], framing[:, 1]]))
+
+
+def against_sampled(framing: Tensor | None) -> Tensor | None:
+    """The framing [B, 6] of winners as that of pairs [B, 2, 6] whose losers a model sampled."""
+    return None if framing is None else torch.stack([framing, torch.full_like(framing, torch.nan)], dim=1)
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -34,12 +55,18 @@ class PairBatch:
     weight: Tensor  # [B] factor on the pair's loss
     index: Tensor  # [B] int64, row of the data set
     scores: Tensor | None = None  # [B, 2] float32, a judge's score of winner and loser; NaN where a pair has none
+    framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
 
     def __len__(self) -> int:
         return len(self.t)
 
+    @property
+    def winner_conditioning(self) -> Conditioning:
+        """Of the winners alone [B, ...]: prompt and framing."""
+        return framed(self.conditioning, None if self.framing is None else self.framing[:, 0])
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
-        """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels, weights or scores."""
+        """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels, weights, scores or framing."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype if dtype and x.is_floating_point() else None, non_blocking=True)
@@ -54,6 +81,7 @@ class PairBatch:
             weight=self.weight.to(device),
             index=self.index,
             scores=None if self.scores is None else self.scores.to(device),
+            framing=None if self.framing is None else self.framing.to(device),
         )
 
     def slice(self, start: int, stop: int) -> PairBatch:
@@ -73,6 +101,7 @@ class NoisyPair:
     loser_target: Tensor  # [B, C, H, W]
     t: Tensor  # [B]
     conditioning: Conditioning
+    framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
     error_weight: Tensor | None = None  # [B] factor on both sides' errors (``Schedule.error_weight``); None is 1
 
 

@@ -173,7 +173,7 @@ def prepare(
         feedback.refuse_another_model(stored, here, settings.model, str(settings.start_lora) if saved else None)
         say(feedback.describe(stored))
     with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
-        family.encoder.to(accelerator.device)
+        family.encoder.work_on(accelerator.device)
         cache = _encode_pairs(settings, table, family, say, bar.advance) if table is not None and not sampling else None
         prompts = _encode_prompts(settings, table, family, bar.advance, stored) if sampling else None
         if cache is not None and judges:
@@ -242,7 +242,7 @@ def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progre
 def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
     cut = family.truncated(sorted(set(prompts)))
     if cut:
-        say(f"{len(cut)} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
+        say(f"{len({one.prompt for one in cut})} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
 
 
 def _attach(

@@ -17,7 +17,7 @@ from diffalign.data.cache_files import CacheFolder, ShardWriter, journal_name
 from diffalign.data.cache_values import cast
 from diffalign.data.pairs import ImageSource, PreferencePair, Progress, RowProblem, UnreadableImage
 from diffalign.data.table import Kind, PairTable
-from diffalign.data.transform import Position, Transform
+from diffalign.data.transform import Framing, Position, Transform
 from diffalign.errors import UserError
 from diffalign.protocols import Encoder
 
@@ -46,7 +46,11 @@ class _Prepared:
 
     pair: PreferencePair
     keys: tuple[str, ...]
-    views: tuple[list[Tensor] | None, ...]
+    views: tuple[list[View] | None, ...]
+
+
+View = tuple[Tensor, Framing]
+"""Pixels [3, H, W] in [-1, 1], and how they were cut from the picture."""
 
 
 def refuse_unreadable(skipped: Sequence[tuple[str, str]], total: int, limit: float, kind: Kind) -> None:
@@ -129,7 +133,7 @@ class _ImagePhase:
         record = {"row": row, "winner": items[0], "loser": items[-1], "prompt": pair.prompt}
         self._waiting.append(record | {"label": pair.label, "weight": pair.weight, **scores, "origin": pair.origin})
 
-    def _item(self, key: str, views: list[Tensor] | None, origin: str) -> int:
+    def _item(self, key: str, views: list[View] | None, origin: str) -> int:
         if key not in self.keys:
             assert views is not None, "a picture that is not known comes with its pixels"
             self.keys[key] = self._new_keys[key] = self._added
@@ -206,12 +210,17 @@ def _prepared(
             try:
                 source = pair.side(side).held()
                 keys.append(_key(source, transform, position))
-                views.append(None if keys[-1] in known else transform.views(source.open(), position))
+                views.append(None if keys[-1] in known else _views(source, transform, position))
             except UnreadableImage as error:
                 return RowProblem(pair.origin, side, str(error))
         return _Prepared(pair, tuple(keys), tuple(views))
 
     return map_ahead(prepare, read(), workers)
+
+
+def _views(source: ImageSource, transform: Transform, position: Position) -> list[View]:
+    image = source.open()
+    return list(zip(transform.views(image, position), transform.framings(image.size, position), strict=True))
 
 
 def _key(source: ImageSource, transform: Transform, position: Position) -> str:
@@ -220,8 +229,12 @@ def _key(source: ImageSource, transform: Transform, position: Position) -> str:
     return hashlib.sha256((source.digest() + place).encode()).hexdigest()[:32]
 
 
-def _encode_images(encoder: Encoder, dtype: str, pixels: list[Tensor], origins: list[str]) -> dict[str, np.ndarray]:
+def _encode_images(encoder: Encoder, dtype: str, views: list[View], origins: list[str]) -> dict[str, np.ndarray]:
+    pixels, framings = zip(*views, strict=True)
     with torch.no_grad():
         encoded = encoder.encode_images(torch.stack(pixels))
     moments = torch.stack([encoded["mean"], encoded["std"]], dim=1)  # [B, 2, C, h, w]
-    return {"moments": cast(moments, dtype, [f"a picture of {origin}" for origin in origins])}
+    return {
+        "moments": cast(moments, dtype, [f"a picture of {origin}" for origin in origins]),
+        "framing": np.array(framings, dtype=np.int32),
+    }

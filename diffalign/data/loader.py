@@ -28,6 +28,8 @@ class EncodedPairs(Protocol):
 
     def moments(self, pair_index: int, side: str, flipped: bool) -> tuple[Tensor, Tensor]: ...
 
+    def framing(self, pair_index: int, side: str, flipped: bool) -> Tensor: ...  # [6]; may be missing altogether
+
     def conditioning(self, pair_index: int | None) -> Conditioning: ...
 
 
@@ -139,6 +141,7 @@ def collate(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw], lat
         weight=torch.tensor([float(pairs.weights[row]) for row in rows]),
         index=torch.tensor(rows),
         scores=_scores(pairs, rows),
+        framing=_framing(pairs, rows, draws),
     )
 
 
@@ -150,6 +153,14 @@ def _scores(pairs: EncodedPairs, rows: Sequence[int]) -> Tensor | None:
     known = torch.as_tensor(known, dtype=torch.float32)
     found = known[list(rows)]
     return None if found.isnan().all() and known.isnan().all() else found
+
+
+def _framing(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw]) -> Tensor | None:
+    """[B, 2, 6] float32; None where nobody knows how the pictures were cut."""
+    if not hasattr(pairs, "framing"):
+        return None
+    both = [[pairs.framing(row, side, d.flip) for side in ("winner", "loser")] for row, d in zip(rows, draws, strict=True)]
+    return torch.stack([torch.stack(sides) for sides in both])
 
 
 def _latent(pairs: EncodedPairs, row: int, side: str, d: Draw, mode: bool) -> Tensor:

@@ -17,6 +17,10 @@ Position = tuple[float, float]
 
 CENTER: Position = (0.5, 0.5)
 
+Framing = tuple[int, int, int, int, int, int]
+"""What was done to a picture: height and width of the original; top and left of the crop, in pixels after resizing; height and
+width of what is left. SDXL is trained with these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -50,14 +54,33 @@ class Transform:
         upright = self.apply(image, position, flipped=False)
         return [upright, upright.flip(-1)] if self.flip else [upright]
 
+    def framings(self, size: tuple[int, int], position: Position) -> list[Framing]:
+        """What ``views`` does to a picture of ``size`` (width, height), for each of them.
+
+        A mirrored view is a crop of the mirrored picture: what was left of the crop is now right of it.
+        """
+        (width, _), (top, left) = self._resized(size), self._corner(size, position)
+        original, target = (size[1], size[0]), (self.resolution, self.resolution)
+        lefts = [left, width - self.resolution - left] if self.flip else [left]
+        return [(*original, top, x, *target) for x in lefts]
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) with the shorter side at ``resolution``."""
+        scale = self.resolution / min(size)
+        width, height = (max(self.resolution, round(length * scale)) for length in size)
+        return width, height
+
+    def _corner(self, size: tuple[int, int], position: Position) -> tuple[int, int]:
+        """Top and left of the crop after resizing."""
+        width, height = self._resized(size)
+        return round(position[0] * (height - self.resolution)), round(position[1] * (width - self.resolution))
+
     def apply(self, image: Image.Image, position: Position, flipped: bool) -> Tensor:
         """An RGB picture -> float32 [3, resolution, resolution] in [-1, 1]."""
-        side = self.resolution
-        scale = side / min(image.size)
-        width, height = (max(side, round(length * scale)) for length in image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        top, left = round(position[0] * (height - side)), round(position[1] * (width - side))
+        side, resized = self.resolution, self._resized(image.size)
+        top, left = self._corner(image.size, position)
+        if resized != image.size:
+            image = image.resize(resized, Image.Resampling.BILINEAR)
         pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32)
         tensor = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1)
         return (tensor.flip(-1) if flipped else tensor).contiguous()

@@ -48,7 +48,7 @@ from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
 from diffalign.sources.policy_steps import PolicySteps, ReplayBatch
 from diffalign.sources.rollout import Sampling, SolverName
-from diffalign.types import NoisyPair, Outcome
+from diffalign.types import FRAMING, NoisyPair, Outcome, against_sampled
 
 ABOUT = About("2510.18353", "experts, and the policy's own steps", "frozen start", "margin", (PICTURES, PAIRS), takes_loss=True)
 
@@ -119,14 +119,16 @@ class DiffusionDRO(LossChoice):
 def side_by_side(batch: ReplayBatch, schedule: Schedule) -> NoisyPair:
     """The expert, noised to its step's t, as the winner; the step, with what was predicted there as target, as the loser."""
     r = batch.replayed
+    prompt = {name: value for name, value in r.conditioning.items() if name != FRAMING}
     return NoisyPair(
         winner=schedule.add_noise(r.x_0, batch.noise, r.t),
         loser=r.x_t,
         winner_target=schedule.target(r.x_0, batch.noise, r.t),
         loser_target=r.prediction,
         t=r.t,
-        conditioning=r.conditioning,
         error_weight=schedule.error_weight(r.t),
+        conditioning=prompt,
+        framing=against_sampled(r.conditioning.get(FRAMING)),
     )
 
 

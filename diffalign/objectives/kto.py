@@ -94,7 +94,8 @@ class KTO:
         rho = errors(reference, noisy) - (now := errors(policy, noisy))
         watched = rho.detach()
         if z.watches == "mismatched":
-            rolled = replace(noisy, conditioning={name: value.roll(1, dims=0) for name, value in batch.conditioning.items()})
+            others = {name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}
+            rolled = replace(noisy, conditioning={**noisy.conditioning, **others})
             with torch.no_grad():
                 watched = errors(reference, rolled) - errors(policy, rolled)
         z.update(processes.gather(watched))

@@ -16,6 +16,7 @@ def noised(batch: PairBatch, schedule: Schedule) -> NoisyPair:
         loser_target=schedule.target(batch.loser, noise, t),
         t=t,
         conditioning=batch.conditioning,
+        framing=batch.framing,
         error_weight=schedule.error_weight(t),
     )
 
@@ -24,4 +25,4 @@ def noised_winners(batch: PairBatch, schedule: Schedule) -> Noisy:
     """The winners alone, with the same draw."""
     t, noise = batch.t, batch.noise
     x_t, target = schedule.add_noise(batch.winner, noise, t), schedule.target(batch.winner, noise, t)
-    return Noisy(x_t, target, t, batch.conditioning, schedule.error_weight(t))
+    return Noisy(x_t, target, t, batch.winner_conditioning, schedule.error_weight(t))

@@ -44,7 +44,7 @@ from torch import Tensor
 from diffalign.protocols import Predictor
 from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
-from diffalign.types import Conditioning, NoisyPair, PairBatch
+from diffalign.types import Conditioning, NoisyPair, PairBatch, on_both_sides
 
 Evaluate = Literal["target", "source"]
 Window = Literal["all", "last", "renoise"]
@@ -91,7 +91,7 @@ def inverted(batch: PairBatch, predictor: Predictor, schedule: Schedule, setting
     n = len(batch)
     x_0 = torch.cat([batch.winner, batch.loser])
     t = torch.cat([batch.t, batch.t])
-    conditioning = {name: torch.cat([value, value]) for name, value in batch.conditioning.items()}
+    conditioning = on_both_sides(batch.conditioning, batch.framing)
     generators = _generators(batch.noise) if settings.eta else None
     x_t, target = invert(x_0, t, conditioning, predictor, schedule, settings, generators)
     return NoisyPair(
@@ -102,6 +102,7 @@ def inverted(batch: PairBatch, predictor: Predictor, schedule: Schedule, setting
         t=batch.t,
         conditioning=batch.conditioning,
         error_weight=schedule.error_weight(batch.t),
+        framing=batch.framing,
     )
 
 

@@ -48,11 +48,29 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def truncated_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[TruncatedPrompt]:
-    """The prompts with more than ``model_max_length`` tokens, in order."""
+def tokenized(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Any:
+    """``input_ids`` and ``attention_mask`` [B, length], padded and cut to ``length`` (``model_max_length`` if not given)."""
+    length = tokenizer.model_max_length if length is None else length
+    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def about_clip(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What the states of a CLIP text encoder depend on."""
+    settings = text_encoder.config
+    return {
+        "text_encoder": digest(text_encoder),
+        "text_activation": settings.hidden_act,
+        "text_shape": [settings.num_hidden_layers, settings.num_attention_heads],
+        "tokenizer": tokenizer_digest(tokenizer),
+        "tokens": tokenizer.model_max_length,
+    }
+
+
+def truncated_prompts(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> list[TruncatedPrompt]:
+    """The prompts with more than ``limit`` tokens (``model_max_length`` if not given), in order."""
     if not prompts:
         return []
-    limit = tokenizer.model_max_length
+    limit = tokenizer.model_max_length if limit is None else limit
     with quietly():  # "longer than the maximum length" is what is asked here
         ids = tokenizer(list(prompts)).input_ids
     cut = [(prompt, row) for prompt, row in zip(prompts, ids, strict=True) if len(row) > limit]

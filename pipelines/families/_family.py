@@ -10,38 +10,23 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.protocols import Denoiser, Encoder, Predictor
+from diffalign.protocols import Predictor
 from pipelines.families import _lora
+from pipelines.families._denoiser import NetworkDenoiser
+from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
 from pipelines.families._files import installed_into
+from pipelines.families._names import INDEX_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
-from pipelines.families._sources import INDEX_FILE, NOTE_FILE, Origin, read
+from pipelines.families._sources import Origin, read
 
-
-class FamilyDenoiser(Denoiser, Protocol):
-    """A denoiser that can be put around a wrapped network."""
-
-    def with_network(self, network: nn.Module) -> FamilyDenoiser: ...
-
-
-class FamilyEncoder(Encoder, Protocol):
-    """An encoder that can be moved and let go."""
-
-    COMPONENTS: Sequence[str]  # the pipeline's attributes that it holds
-
-    def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]: ...
-
-    def to(self, device: torch.device | str) -> None: ...
-
-    def release(self, keep_decoder: bool = False) -> None: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
+UNET = "unet"
 
 
 class Family:
@@ -51,8 +36,8 @@ class Family:
         self,
         name: str,
         pipeline: Any,
-        denoiser: FamilyDenoiser,
-        encoder: FamilyEncoder,
+        denoiser: NetworkDenoiser,
+        encoder: FrozenEncoder,
         network_name: str,
         lora_targets: Sequence[str],
         resolution: int,
@@ -62,6 +47,7 @@ class Family:
         self.resolution = resolution  # pixels on a side that the network was made for
         self._network = denoiser.network  # kept apart: ``denoiser`` may later be put around a wrapper of it
         self._pipeline, self._network_name, self._lora_targets = pipeline, network_name, tuple(lora_targets)
+        self._latents = pipeline.vae.config.latent_channels, pipeline.vae_scale_factor  # kept: the autoencoder may be let go
         self._released = False
 
     @property
@@ -96,7 +82,7 @@ class Family:
 
     def detach_lora(self) -> None:
         """Remove the adapter: the network is the base again."""
-        self.network.unload_lora()
+        _lora.detach(self.network)
 
     def train_fully(self) -> None:
         """Make every weight of the network trainable, in float32."""
@@ -155,14 +141,14 @@ class Family:
     def release_encoders(self, keep_decoder: bool = False) -> None:
         """Free the encoders' memory, once the cache is filled. The decoder is kept for objectives that sample."""
         self.encoder.release(keep_decoder)
-        for name in self.encoder.COMPONENTS:
+        for name in self.encoder.components:
             setattr(self._pipeline, name, None)
         self._released = True
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of square pictures of ``resolution`` pixels a side."""
-        side = resolution // self._pipeline.vae_scale_factor
-        return self.network.config.in_channels, side, side
+        channels, factor = self._latents
+        return channels, resolution // factor, resolution // factor
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -172,7 +158,12 @@ class Family:
             self.network.disable_gradient_checkpointing()
 
     def set_channels_last(self, on: bool) -> None:
-        """Store convolution weights channels-last, which is faster on GPUs. Call before an optimizer is made."""
+        """Store a UNet's convolution weights channels-last, which is faster on GPUs. Call before an optimizer is made.
+
+        Transformers have no convolutions to speak of: nothing happens.
+        """
+        if self._network_name != UNET:
+            return
         self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
 
     def set_attention(self, kind: str) -> None:
@@ -212,14 +203,15 @@ class Family:
             self.encoder.to(device)
             return self._pipeline
         pipe = read(self._needed_origin(), dtype=dtype, others=dtype, **{self._network_name: self.network})
-        for name in self.encoder.COMPONENTS:
+        for name in self.encoder.components:
             getattr(pipe, name).to(device)
         return pipe
 
     def save_adapter(self, path: str | Path) -> None:
         """Write the adapter into the folder ``path`` as ``pytorch_lora_weights.safetensors``.
 
-        ``pipe.load_lora_weights(path, weight_name="pytorch_lora_weights.safetensors")`` reads it, with its alpha.
+        ``pipe.load_lora_weights(path, weight_name="pytorch_lora_weights.safetensors")`` reads it, with its alpha; for pipelines
+        that have no such method, ``PeftModel.from_pretrained(pipe.transformer, path)``.
         Beside it goes ``diffalign.json`` with the base model's name. Other files in ``path`` stay.
 
         Raises:
@@ -227,11 +219,8 @@ class Family:
         """
         if not self.has_adapter:
             raise ValueError("there is no adapter to save")
-        weights, config = _lora.for_diffusers(self.network)
-        name = self._network_name
         with installed_into(Path(path)) as folder:
-            parts = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
-            type(self._pipeline).save_lora_weights(folder, **parts)
+            _lora.write(folder, type(self._pipeline), self._network_name, self.network)
             (folder / NOTE_FILE).write_text(json.dumps(self._note("lora"), indent=2) + "\n")
 
     def save_pipeline(self, path: str | Path) -> None:

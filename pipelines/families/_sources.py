@@ -9,6 +9,7 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     SINGLE_FILE     types of single files it serves, in the words of Diffusers' ``infer_diffusers_model_type``
     NETWORK         the pipeline's attribute that is trained
     LEFT_OUT        arguments to ``from_pretrained`` that leave out what neither training nor sampling needs
+    CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
 """
 
 from __future__ import annotations
@@ -19,26 +20,25 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.errors import UserError
+from pipelines.families._names import INDEX_FILE, LORA_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-NOTE_FILE = "diffalign.json"
-INDEX_FILE = "model_index.json"
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _NOT_FOR_TEXT = {
     "inpainting": "inpainting",
     "inpainting_v2": "inpainting",
     "xl_inpaint": "inpainting",
+    "xl_refiner": "refining what SDXL's base model sampled",
     "instruct-pix2pix": "picture editing",
 }
 
@@ -51,6 +51,7 @@ class Declared:
     SINGLE_FILE: tuple[str, ...]
     NETWORK: str
     LEFT_OUT: Mapping[str, Any]
+    CALL: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -283,13 +284,15 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
     """
     from safetensors import SafetensorError
 
+    from pipelines.families import _lora
+
     declared = registry()[origin.family]
     options = {**({} if whole else declared.LEFT_OUT), **components}
     try:
         with quietly() as notes:
             pipe = _load(origin, options, {declared.NETWORK: dtype, "default": others})
             if origin.adapter:
-                pipe.load_lora_weights(origin.adapter, weight_name=LORA_FILE)
+                _lora.put_on(pipe, declared.NETWORK, origin.adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_unreadable(origin, error)) from error
     _refuse_invented_weights(origin, notes)
