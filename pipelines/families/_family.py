@@ -25,7 +25,7 @@ from pipelines.families._sources import INDEX_FILE, NOTE_FILE, Origin, read
 
 
 class FamilyDenoiser(Denoiser, Protocol):
-    """A denoiser that can be put around a wrapped network."""
+    """A denoiser that can be put around a wrapped network: a dataclass, whose schedule may be replaced."""
 
     def with_network(self, network: nn.Module) -> FamilyDenoiser: ...
 
