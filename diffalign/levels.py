@@ -49,12 +49,21 @@ class LevelDistribution:
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape is one of {', '.join(get_args(Shape))}; got {self.shape!r}")
 
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The names of those that this shape has."""
+        return (*_CONSTANTS[self.shape], "shift")
+
+    def __str__(self) -> str:
+        return ", ".join([self.shape, *(f"{name} {getattr(self, name):g}" for name in self.constants)])
+
     def quantile(self, u: Tensor) -> Tensor:
         """sigma below which a share ``u`` of the draws lies; both in [0, 1], any shape, float64."""
         sigma = _QUANTILES[self.shape](self, u)
         return sigma if self.shift == 1.0 else shifted(sigma, self.shift)
 
 
+_CONSTANTS: dict[Shape, tuple[str, ...]] = {"uniform": (), "logit-normal": ("mean", "std"), "mode": ("scale",)}
 _QUANTILES = {
     "uniform": lambda d, u: u,
     "logit-normal": lambda d, u: torch.sigmoid(d.mean + d.std * torch.special.ndtri(u)),

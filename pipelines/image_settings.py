@@ -41,6 +41,13 @@ class DataSettings:
     latents: Literal["sample", "mode"] = option("sample", "draw from the autoencoder's posterior, or take its mean")
     validation_pairs: int = option(64, "pairs kept out of training for validation", ge=0)
     validation_draws: int = option(4, "fixed (t, noise) draws per validation pair", ge=1)
+    level_distribution: Literal["auto", "uniform", "logit-normal", "mode"] = option(
+        "auto", "noise levels of training: auto (as the model was trained), uniform, logit-normal or mode (both SD3's)"
+    )
+    level_mean: float | None = option(None, "of logit-normal: positive is noisier; by default the model's, or 0")
+    level_std: float | None = option(None, "of logit-normal; by default the model's, or 1", gt=0)
+    level_scale: float | None = option(None, "of mode: above 0 denser in the middle; by default the model's", ge=-1, le=1.75)
+    level_shift: float | None = option(None, "bends levels towards noise above 1; by default the model's, or 1", gt=0)
     curriculum: Literal["none", "margin"] = option("none", "margin: pairs that the judge tells apart most clearly come first")
     curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
@@ -125,7 +132,8 @@ class TrainSettings:
     start_lora: Path | None = None
     single_file_config: str | None = None
     adapter: Literal["lora", "full"] = "lora"
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "velocity"] = "auto"
+    error_as: Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"] = "prediction"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -142,6 +150,7 @@ TOP_LEVEL = {
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",
     "prediction_type": "what the network predicts; auto reads it from the model",
+    "error_as": "what denoising errors are errors of: prediction (the network's own), epsilon, v_prediction, sample, velocity",
     "seed": "seed of everything",
 }
 
@@ -194,21 +203,31 @@ _OF_ROUNDS = ("round_pairs", "round_epochs", "candidates", "same_start")
 """Settings of an objective that samples its own pairs, idle where it learns from stored ones."""
 
 
+def _changed(settings: Any) -> list[str]:
+    """The settings that are not at their defaults."""
+    return [f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != f.default]
+
+
 def _contradictions(whole: Mapping[str, Any]) -> list[str]:
-    """Choices, an adapter, rounds of the loop or a curriculum, where the objective has no use for them."""
+    """Choices, an adapter, noise levels, rounds of the loop or a curriculum, where the objective has no use for them."""
     objective, data, loop = whole["objective"], whole["data"], whole["loop"]
     samples, own = PROMPTS in objective.about.data, getattr(objective, "round_steps", 1)
     out = []
     if whole["feedback"] and not getattr(objective, "learns_from_people", False):
         out.append("feedback: this objective does not learn from choices among rollouts; d3po does")
     if whole["feedback"]:
-        idle = [f for f in dataclasses.fields(objective) if f.name in _OF_ROUNDS and getattr(objective, f.name) != f.default]
-        out += [f"objective.{f.name}: is about sampling rounds, and with feedback nothing is sampled" for f in idle]
+        idle = [name for name in _changed(objective) if name in _OF_ROUNDS]
+        out += [f"objective.{name}: is about sampling rounds, and with feedback nothing is sampled" for name in idle]
         out += ["reward.reward: with feedback it is people who choose"] if whole["reward"].reward else []
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
     if samples and data.curriculum != "none":
         out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
+    if samples:
+        idle = [name for name in _changed(data) if name.startswith("level_")]
+        out += [f"data.{name}: is about the noise levels of a data set, and this objective samples its own" for name in idle]
+    if samples and whole["error_as"] != "prediction":
+        out.append("error_as: is about denoising errors, and this objective learns from densities of its own steps")
     if loop.round_reference == "round" and objective.about.reference != FROZEN_START:
         found = objective.about.reference
         out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")

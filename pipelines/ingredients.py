@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,14 +27,16 @@ from diffalign.data.table import PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
 from diffalign.learner import Given, Processes
+from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.schedule import Schedule
 from diffalign.sources.stored import Stored
 from diffalign.weights import TrainedWeights
 from pipelines import families, feedback
 from pipelines.families._encoding import digest
-from pipelines.image_settings import TrainSettings
+from pipelines.image_settings import DataSettings, TrainSettings
 from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
@@ -143,7 +145,9 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     dtype = _weights_dtype(settings)
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
     family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config)
-    say(f"{settings.model}: {family.name}, {family.denoiser.schedule.prediction_type} prediction, {dtype}")
+    schedule = family.denoiser.schedule
+    say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}")
+    family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))
     return family
 
 
@@ -184,6 +188,7 @@ def prepare(
     if cache is not None:
         train_rows, validation_rows = split_rows(cache.prompts, settings.data.validation_pairs, settings.seed)
         kind = "pairs" if cache.kind == "pairs" else "pictures"
+        say(f"noise levels: {training_levels(settings.data, family.denoiser.schedule).distribution}")
         say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {len(cache.skipped)} skipped")
     elif stored is None:
         say(f"{len(prompts)} prompts to sample for")
@@ -281,12 +286,28 @@ def loader_settings(settings: TrainSettings, prepared: Prepared) -> LoaderSettin
         prompt_dropout=settings.data.prompt_dropout,
         flip=settings.data.flip,
         latent_mode=settings.data.latents == "mode",
-        levels=prepared.family.denoiser.schedule.levels(),
+        levels=training_levels(settings.data, prepared.family.denoiser.schedule),
         curriculum=settings.data.curriculum,
         curriculum_stages=settings.data.curriculum_stages,
         curriculum_cumulative=settings.data.curriculum_cumulative,
         steps=settings.loop.steps,
     )
+
+
+def training_levels(data: DataSettings, schedule: Schedule) -> Levels:
+    """The noise levels that pairs are visited at: the family's, another distribution, or either with other constants.
+
+    Raises:
+        UserError: a constant that the distribution does not have.
+    """
+    auto = data.level_distribution == "auto"
+    distribution = schedule.trained_levels if auto else LevelDistribution(data.level_distribution)
+    chosen = {name: getattr(data, f"level_{name}") for name in ("mean", "std", "scale", "shift")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if idle := [f"data.level_{name}" for name in chosen if name not in distribution.constants]:
+        kind = f"{distribution.shape}{', as the model was trained' if auto else ''}"
+        raise UserError(f"{' and '.join(idle)} would do nothing: noise levels are {kind}. Set --level-distribution as well.")
+    return schedule.levels(replace(distribution, **chosen))
 
 
 def given(settings: TrainSettings, prepared: Prepared, processes: Processes, device: torch.device) -> Given:

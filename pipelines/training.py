@@ -101,6 +101,7 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
     return {
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
+        "error_as": settings.error_as,
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
     }
