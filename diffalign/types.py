@@ -19,8 +19,8 @@ Conditioning = Mapping[str, Tensor]
 
 FRAMING = "framing"
 """Name in a conditioning of how the pictures came to be: [B, 6] float32, height and width of the original, top and left of the
-crop after resizing, height and width of what is left. Rows of NaN are of pictures that a model sampled. It belongs to the picture,
-not to the prompt; networks that were trained with such numbers (SDXL) read it, all others leave it alone."""
+crop after resizing, height and width of what is left. Rows of NaN are of pictures that a model sampled. It belongs to the
+picture, not to the prompt; networks that were trained with such numbers (SDXL) read it, all others leave it alone."""
 
 
 def framed(conditioning: Conditioning, framing: Tensor | None) -> Conditioning:

@@ -247,7 +247,9 @@ def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progre
 def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
     cut = family.truncated(sorted(set(prompts)))
     if cut:
-        say(f"{len({one.prompt for one in cut})} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
+        say(
+            f"{len({one.prompt for one in cut})} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}"
+        )
 
 
 def _attach(

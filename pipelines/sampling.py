@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
+from pipelines.families._sources import call_options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,7 +74,8 @@ def sample(
     if len(prompts) != len(seeds):
         raise ValueError(f"every picture needs a prompt and a seed; got {len(prompts)} prompts and {len(seeds)} seeds")
     guidance = guidance_of(pipe) if guidance_scale is None else guidance_scale
-    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    asked = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    asked |= call_options(type(pipe).__name__)
     images: list[Image.Image] = []
     with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe):
         for start in range(0, len(prompts), batch_size):
@@ -84,7 +86,7 @@ def sample(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="pil",
-                **size,
+                **asked,
             )
             images += _marked(out)
             if progress is not None:
@@ -134,11 +136,22 @@ def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
     if name is not None:
         import diffusers
 
-        pipe.scheduler = getattr(diffusers, name).from_config(saved.config)
+        told = _for_ddim(saved.config) if name == "DDIMScheduler" else {}
+        pipe.scheduler = getattr(diffusers, name).from_config(saved.config, **told)
     try:
         yield
     finally:
         pipe.scheduler = saved
+
+
+def _for_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Diffusers' DDIM must be told where the model was saved with another scheduler, whose file does not say it.
+
+    It clips x_0 to [-1, 1], but a latent is larger. And it always steps down by T // S, while the levels of a linspace grid (that
+    of a DPM-Solver by default) lie T / (S - 1) apart.
+    """
+    told = {} if "clip_sample" in config else {"clip_sample": False}
+    return told | ({"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {})
 
 
 @contextmanager

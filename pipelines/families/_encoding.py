@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,35 @@ def about_clip(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def truncated_prompts(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> list[TruncatedPrompt]:
-    """The prompts with more than ``limit`` tokens (``model_max_length`` if not given), in order."""
+def about_t5(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What the states of a T5 encoder depend on."""
+    names = ("feed_forward_proj", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance")
+    return {
+        "text_encoder": digest(text_encoder),
+        "text_settings": [getattr(text_encoder.config, name) for name in names],
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def default_length(pipeline: Any) -> int:
+    """Tokens of a prompt that a pipeline's ``encode_prompt`` reads if nothing else is said."""
+    return inspect.signature(type(pipeline).encode_prompt).parameters["max_sequence_length"].default
+
+
+def truncated_prompts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    limit: int | None = None,
+    plain: Callable[[Sequence[str]], list[str]] = list,
+) -> list[TruncatedPrompt]:
+    """The prompts with more than ``limit`` tokens (``model_max_length`` if not given), in order.
+
+    ``plain`` is what is done to prompts before the tokenizer sees them.
+    """
     if not prompts:
         return []
     limit = tokenizer.model_max_length if limit is None else limit
     with quietly():  # "longer than the maximum length" is what is asked here
-        ids = tokenizer(list(prompts)).input_ids
+        ids = tokenizer(plain(prompts)).input_ids
     cut = [(prompt, row) for prompt, row in zip(prompts, ids, strict=True) if len(row) > limit]
     return [TruncatedPrompt(prompt, tokenizer.decode(row[limit - 1 : -1]).strip(), len(row)) for prompt, row in cut]

@@ -78,6 +78,11 @@ def registry() -> dict[str, Declared]:
     return {path.stem: _declared(path) for path in files}
 
 
+def call_options(pipeline_class: str) -> dict[str, Any]:
+    """What a pipeline of this class must be told in its call, beside the prompt, to sample just what it is asked for."""
+    return next((dict(d.CALL) for d in registry().values() if pipeline_class in d.PIPELINES), {})
+
+
 def _declared(path: Path) -> Declared:
     wanted = Declared.__dataclass_fields__
     found = {}
