@@ -134,9 +134,10 @@ class FlowGrid:
 
     def warped(self, u: Tensor, steps: int, shape: tuple[int, ...]) -> Tensor:
         """``u`` bent, not stretched."""
-        return shifted(u, self._bend(shape))
+        return shifted(u, self.bend(shape))
 
-    def _bend(self, shape: tuple[int, ...]) -> float:
+    def bend(self, shape: tuple[int, ...]) -> float:
+        """The shift for latents of ``shape``."""
         if not self.use_dynamic_shifting:
             return self.shift
         mu = self.mu if self.mu is not None else self._mu(math.prod(shape[-2:]) / self.patch**2)

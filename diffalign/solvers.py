@@ -25,18 +25,24 @@ from torch import Tensor
 from diffalign.grids import steps_down
 from diffalign.protocols import Predictor
 from diffalign.schedule import Schedule
-from diffalign.types import Conditioning
+from diffalign.types import GUIDANCE, Conditioning
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A predictor with guidance: ``u + scale (c - u)``. At scale 1 the unconditional half is not computed at all."""
+    """A predictor with guidance: ``u + scale (c - u)``. At scale 1 the unconditional half is not computed at all.
+
+    A network that was distilled from such answers (its conditioning says ``GUIDANCE``) is told the scale instead, in one call.
+    """
 
     predictor: Predictor
     unconditional: Mapping[str, Tensor]  # one entry per name of the conditioning, each [1, ...] or [B, ...]
     scale: float
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if GUIDANCE in conditioning:
+            told = torch.full_like(conditioning[GUIDANCE], self.scale, dtype=torch.float32)
+            return self.predictor(x_t, t, {**conditioning, GUIDANCE: told})
         if self.scale == 1.0:
             return self.predictor(x_t, t, conditioning)
         if missing := conditioning.keys() - self.unconditional.keys():

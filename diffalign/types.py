@@ -22,6 +22,10 @@ FRAMING = "framing"
 crop after resizing, height and width of what is left. Rows of NaN are of pictures that a model sampled. It belongs to the
 picture, not to the prompt; networks that were trained with such numbers (SDXL) read it, all others leave it alone."""
 
+GUIDANCE = "guidance"
+"""Name in a conditioning of the scale [B] that a network is told which was distilled from guided answers (FLUX). It is of the
+network's training as long as nobody asks for another (``diffalign.solvers.Guided``); other networks' conditionings lack it."""
+
 
 def framed(conditioning: Conditioning, framing: Tensor | None) -> Conditioning:
     """The conditioning of prompts together with the framing [B, 6] of pictures, where that is known."""

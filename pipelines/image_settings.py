@@ -103,8 +103,8 @@ class EvaluationSettings:
     prompt_count: int = option(200, "how many of them", ge=1)
     judges: tuple[str, ...] = option((), "judges by name, or LABEL=NAME")
     judge_options: tuple[str, ...] = option((), "what judges are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
-    sampling_steps: int = option(25, "DDIM steps", ge=1)
-    guidance_scale: float = option(7.5, "classifier-free guidance", ge=0)
+    sampling_steps: int = option(25, "steps of DDIM, or of a flow model's own sampler", ge=1)
+    guidance_scale: float | None = option(None, "guidance, in the pipeline's own words; none for what the model wants", ge=0)
     sampling_batch: int = option(8, "pictures sampled at a time", ge=1)
 
     def __post_init__(self) -> None:

@@ -210,12 +210,14 @@ def prepare(
 
 def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: Say, progress: Callable) -> PairCache:
     data = settings.data
+    resolution = data.resolution or family.resolution
+    family.latent_shape(resolution)  # before anything is encoded that the network cannot take
     say(table.description)
     cache = build_cache(
         table,
         family.encoder,
         data.cache or settings.output / CACHE_FOLDER,
-        Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed),
+        Transform(resolution, data.crop, data.flip, settings.seed),
         batch_size=data.encode_batch,
         max_unreadable=data.max_unreadable,
         progress=progress,

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SAMPLING_FILE = "sampling.json"
+AUTO = "auto"
 SAMPLERS: dict[str, str | None] = {
+    AUTO: None,
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "as saved": None,
 }
-"""Name of each sampler -> its class in Diffusers; None leaves the scheduler that the pipeline was saved with."""
+"""Name of each sampler -> its class in Diffusers; None leaves the scheduler that the pipeline was saved with. ``auto`` stands for
+``ddim`` or, of a pipeline whose model follows a flow, ``as saved``: see ``sampler_of``."""
 FLAGGED = "flagged"
 """Key in a picture's ``info``: the pipeline's own safety checker blacked it out."""
 
@@ -53,7 +56,7 @@ def sample(
     seeds: Sequence[int],
     steps: int = 25,
     guidance_scale: float | None = None,
-    sampler: str = "ddim",
+    sampler: str = AUTO,
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
@@ -124,14 +127,24 @@ def sampler_name(text: str) -> str:
     return name
 
 
+def sampler_of(pipe: Any, sampler: str) -> str:
+    """The sampler that ``sampler`` stands for with this pipeline; only ``auto`` stands for another."""
+    name = sampler_name(sampler)
+    return name if name != AUTO else "as saved" if _follows_a_flow(pipe.scheduler) else "ddim"
+
+
+def _follows_a_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 @contextmanager
 def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
     """Within this context the pipeline samples by the named scheduler, with the noise schedule it was saved with."""
-    name, saved = SAMPLERS[sampler_name(sampler)], pipe.scheduler
-    if name is not None and type(saved).__name__.startswith("FlowMatch"):
+    name, saved = SAMPLERS[sampler_of(pipe, sampler)], pipe.scheduler
+    if name is not None and _follows_a_flow(saved):
         raise UserError(
             f"The sampler {sampler!r} is for models that predict noise or velocity of a diffusion; this pipeline "
-            f"({type(pipe).__name__}) samples by {type(saved).__name__}. Use the sampler 'as saved'."
+            f"({type(pipe).__name__}) samples by {type(saved).__name__}. Use the sampler 'auto' or 'as saved'."
         )
     if name is not None:
         import diffusers

@@ -38,14 +38,17 @@ class Saved:
     def pipeline(self) -> Any:
         """As plain Diffusers loads it."""
         name = json.loads((self.folder / "model_index.json").read_text())["_class_name"]
-        pipe = getattr(diffusers, name).from_pretrained(self.folder)
+        pipe = getattr(diffusers, name).from_pretrained(self.folder, **dict.fromkeys(self.miniature.lacks))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def latents(self, pipe: Any, steps: int = 2, **more: Any) -> Tensor:
-        """What a pipeline samples, before it is decoded."""
+        """What a pipeline samples, [B, C, h, w] before it is decoded."""
         options = {**self.miniature.call, "num_inference_steps": steps, "output_type": "latent", **more}
-        return pipe(PROMPTS, generator=torch.Generator().manual_seed(3), **options).images
+        if "latents" in options:
+            options["latents"] = self.miniature.pack(options["latents"])
+        made = pipe(list(PROMPTS), generator=torch.Generator().manual_seed(3), **options).images
+        return self.miniature.unpack(made) if options["output_type"] == "latent" else made
 
 
 def on_disk(name: str, folders: Path) -> Saved:

@@ -10,15 +10,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    AutoencoderDC,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+)
 from family_runs import PROMPTS, Saved, assert_equal, loaded_plainly, on_disk, run, weights, write_pairs
 from miniatures import MINIATURES, PIXELS
 
 from diffalign import objectives
 from diffalign.protocols import Denoiser, Encoder
+from diffalign.schedule import FlowSchedule, NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, chain
 from pipelines import families, training
@@ -72,11 +79,15 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(saved: Saved) -> None:
 def test_pictures_are_encoded_and_decoded_as_the_autoencoder_does_it(saved: Saved) -> None:
     encoder, pipe = families.load_family(saved.folder).encoder, saved.pipeline()
     pixels = torch.rand(2, 3, PIXELS, PIXELS) * 2 - 1
-    posterior, config = pipe.vae.encode(pixels).latent_dist, pipe.vae.config
+    encoded, config = pipe.vae.encode(pixels), pipe.vae.config
+    if isinstance(pipe.vae, AutoencoderDC):
+        mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+    else:
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
     found = encoder.encode_images(pixels)
-    expected = (posterior.mean - (config.shift_factor or 0.0)) * config.scaling_factor
+    expected = (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor
     torch.testing.assert_close(found["mean"], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found["std"], posterior.std * config.scaling_factor, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["std"], std * config.scaling_factor, rtol=0, atol=1e-5)
     latents = saved.latents(pipe)
     shown = saved.latents(pipe, output_type="pt")
     torch.testing.assert_close(encoder.decode(latents), torch.as_tensor(shown), rtol=0, atol=1e-5)
@@ -101,24 +112,46 @@ def test_what_decides_an_encoding_is_in_its_fingerprint(saved: Saved) -> None:
 def test_our_chain_follows_the_familys_own_pipeline(saved: Saved) -> None:
     """Deterministic sampling with guidance, from the same x_T, step for step on the scheduler's own grid."""
     family, pipe = families.load_family(saved.folder), saved.pipeline()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
-    x = torch.randn(2, *family.latent_shape(PIXELS))
-    expected = saved.latents(pipe, steps=5, guidance_scale=3.0, latents=x)
+    schedule, shape, solver = family.denoiser.schedule, family.latent_shape(PIXELS), "ddim"
+    if isinstance(schedule, NoiseSchedule):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
+    elif isinstance(pipe.scheduler, DPMSolverMultistepScheduler):
+        solver = "dpm-solver++"
+    x = torch.randn(2, *shape)
+    scale = 3.0 if saved.miniature.guided else 1.0
+    expected = saved.latents(pipe, steps=5, guidance_scale=saved.miniature.guidance(scale), latents=x)
     encode = family.encoder.encode_prompts
-    denoiser = Guided(family.denoiser, encode([""]), 3.0)
-    grid = torch.as_tensor(pipe.scheduler.timesteps).expand(2, -1)
-    made = chain(denoiser, family.denoiser.schedule, x, encode(PROMPTS), grid, Sampling(steps=5, eta=0.0, guidance=3.0))
+    denoiser = Guided(family.denoiser, encode([""]), scale)
+    grid = schedule.grid(5, shape, "leading", pipe.scheduler.config.get("steps_offset", 0))
+    made = chain(denoiser, schedule, x, encode(PROMPTS), grid.expand(2, -1), Sampling(5, solver, eta=0.0))
     torch.testing.assert_close(made.final, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_and_targets_are_the_schedulers_own(saved: Saved) -> None:
     schedule, pipe = families.load_family(saved.folder).denoiser.schedule, saved.pipeline()
+    if isinstance(schedule, FlowSchedule):
+        _assert_straight(schedule, pipe.scheduler)
+        return
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     x_0, noise, t = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([0, 10, 500, 999])
     torch.testing.assert_close(schedule.add_noise(x_0, noise, t), scheduler.add_noise(x_0, noise, t), rtol=0, atol=1e-6)
     velocity = scheduler.config.prediction_type == "v_prediction"
     expected = scheduler.get_velocity(x_0, noise, t) if velocity else noise
     torch.testing.assert_close(schedule.target(x_0, noise, t), expected, rtol=0, atol=1e-6)
+
+
+def _assert_straight(schedule: FlowSchedule, scheduler: Any) -> None:
+    """Noise as a flow's scheduler adds it; and its step from a perfect answer to the clean end gives the picture back."""
+    dynamic = {"mu": 0.6} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(4, **dynamic)
+    x_0, noise, t = torch.randn(4, 8, 8, 8), torch.randn(4, 8, 8, 8), 1000 * scheduler.sigmas[:-1]
+    x_t, target = schedule.add_noise(x_0, noise, t), schedule.target(x_0, noise, t)
+    add = getattr(scheduler, "scale_noise", None)
+    expected = add(x_0, scheduler.timesteps, noise) if add else scheduler.add_noise(x_0, noise, scheduler.timesteps)
+    scheduler.set_begin_index(3)
+    back = scheduler.step(target[-1], scheduler.timesteps[-1], x_t[-1]).prev_sample
+    torch.testing.assert_close(x_t, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(back, x_0[-1], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -87,7 +87,7 @@ def test_noise_schedule_of_the_checkpoint_is_kept(pipe):
 
 
 def test_unknown_sampler_lists_the_samplers(pipe):
-    with pytest.raises(UserError, match="'plms'; the samplers are 'ddim', 'dpm\\+\\+', 'euler', 'as saved'"):
+    with pytest.raises(UserError, match="'plms'; the samplers are 'auto', 'ddim', 'dpm\\+\\+', 'euler', 'as saved'"):
         sampling.sample(pipe, PROMPTS[:1], seeds=[1], sampler="plms")
 
 
@@ -96,7 +96,7 @@ def test_flow_models_are_sampled_as_saved(pipe):
 
     flow = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler())
     with (
-        pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler. Use the sampler 'as saved'"),
+        pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler. Use the sampler 'auto' or 'as saved'"),
         sampling._scheduler(flow, "ddim"),
     ):
         raise AssertionError("not refused")

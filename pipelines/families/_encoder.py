@@ -62,9 +62,14 @@ class FrozenEncoder(ABC):
         """``pixels`` [B, 3, H, W] in [-1, 1] -> the posterior's ``mean`` and ``std`` [B, C, h, w], both scaled as the network
         knows latents."""
         (vae,) = self._at_work(VAE)
-        posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+        mean, std = self.posterior(vae, pixels.to(device=vae.device, dtype=vae.dtype))
         shift, scale = _normalisation(vae)
-        return {"mean": ((posterior.mean - shift) * scale).float(), "std": (posterior.std * scale).float()}
+        return {"mean": ((mean - shift) * scale).float(), "std": (std * scale).float()}
+
+    def posterior(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents as the autoencoder knows them, not scaled."""
+        found = vae.encode(pixels).latent_dist
+        return found.mean, found.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -77,6 +77,17 @@ def about_t5(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def about_language_model(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What the states of a language model (Gemma, Qwen) depend on."""
+    about = {**text_encoder.config.to_dict(), "dtype": None, "transformers_version": None, "architectures": None}
+    settings = json.dumps({name: value for name, value in about.items() if not name.startswith("_")}, sort_keys=True, default=str)
+    return {
+        "text_encoder": digest(text_encoder),
+        "text_settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
 def default_length(pipeline: Any) -> int:
     """Tokens of a prompt that a pipeline's ``encode_prompt`` reads if nothing else is said."""
     return inspect.signature(type(pipeline).encode_prompt).parameters["max_sequence_length"].default
@@ -87,10 +98,11 @@ def truncated_prompts(
     prompts: Sequence[str],
     limit: int | None = None,
     plain: Callable[[Sequence[str]], list[str]] = list,
+    tail: str = "",
 ) -> list[TruncatedPrompt]:
     """The prompts with more than ``limit`` tokens (``model_max_length`` if not given), in order.
 
-    ``plain`` is what is done to prompts before the tokenizer sees them.
+    ``plain`` is what is done to prompts before the tokenizer sees them, and ``tail`` what it puts after them.
     """
     if not prompts:
         return []
@@ -98,4 +110,10 @@ def truncated_prompts(
     with quietly():  # "longer than the maximum length" is what is asked here
         ids = tokenizer(plain(prompts)).input_ids
     cut = [(prompt, row) for prompt, row in zip(prompts, ids, strict=True) if len(row) > limit]
-    return [TruncatedPrompt(prompt, tokenizer.decode(row[limit - 1 : -1]).strip(), len(row)) for prompt, row in cut]
+    return [TruncatedPrompt(prompt, _lost(tokenizer, row, limit).removesuffix(tail).strip(), len(row)) for prompt, row in cut]
+
+
+def _lost(tokenizer: Any, row: list[int], limit: int) -> str:
+    """What a tokenizer leaves out of these ids to keep ``limit``, an end mark always among those that it keeps."""
+    marks = int(row[-1] == tokenizer.eos_token_id)
+    return tokenizer.decode(row[limit - marks : len(row) - marks])

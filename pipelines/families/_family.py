@@ -42,12 +42,15 @@ class Family:
         lora_targets: Sequence[str],
         resolution: int,
         origin: Origin | None = None,
+        *,
+        patch: int = 1,
     ) -> None:
         self.name, self.denoiser, self.encoder, self.origin = name, denoiser, encoder, origin
         self.resolution = resolution  # pixels on a side that the network was made for
         self._network = denoiser.network  # kept apart: ``denoiser`` may later be put around a wrapper of it
         self._pipeline, self._network_name, self._lora_targets = pipeline, network_name, tuple(lora_targets)
         self._latents = pipeline.vae.config.latent_channels, pipeline.vae_scale_factor  # kept: the autoencoder may be let go
+        self._patch = patch  # latent pixels on a side of what the network takes for one
         self._released = False
 
     @property
@@ -146,9 +149,18 @@ class Family:
         self._released = True
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of square pictures of ``resolution`` pixels a side."""
+        """(C, h, w) of the latents of square pictures of ``resolution`` pixels a side.
+
+        Raises:
+            UserError: the network cannot take them, because it cuts latents into patches.
+        """
         channels, factor = self._latents
-        return channels, resolution // factor, resolution // factor
+        side = resolution // factor
+        if side % self._patch:
+            step = factor * self._patch
+            near = f"{resolution // step * step} or {(resolution // step + 1) * step}"
+            raise UserError(f"resolution is {resolution}; for {self.name} it must be a multiple of {step} pixels, as {near}.")
+        return channels, side, side
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -167,16 +179,20 @@ class Family:
         self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
 
     def set_attention(self, kind: str) -> None:
-        """``sdpa`` (PyTorch's own, the default) or ``xformers``.
+        """``sdpa`` (PyTorch's own, the default) or ``xformers``, which is for UNets.
 
         Raises:
             UserError: another word, or xformers where it cannot run.
         """
         if kind not in ("sdpa", "xformers"):
             raise UserError(f"attention is sdpa or xformers; got {kind!r}.")
+        is_unet = self._network_name == UNET
         if kind == "sdpa":
-            self.network.disable_xformers_memory_efficient_attention()
+            if is_unet:  # Diffusers would put plain attention in the place of a transformer's joint or linear one
+                self.network.disable_xformers_memory_efficient_attention()
             return
+        if not is_unet:
+            raise UserError(f"attention xformers is for UNets; {self.name} has a transformer with its own attention: use sdpa.")
         if importlib.util.find_spec("xformers") is None:
             raise UserError(
                 "attention xformers needs the package xformers, which is not installed: "

@@ -10,6 +10,7 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     NETWORK         the pipeline's attribute that is trained
     LEFT_OUT        arguments to ``from_pretrained`` that leave out what neither training nor sampling needs
     CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
+    OPTIONAL        parts that a person may leave out, by a word for them (may be missing)
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,6 +53,7 @@ class Declared:
     NETWORK: str
     LEFT_OUT: Mapping[str, Any]
     CALL: Mapping[str, Any] = field(default_factory=dict)
+    OPTIONAL: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,20 @@ class Origin:
     pipeline_class: str
     config: str | None = None  # a Diffusers folder with the configuration for a single file
     adapter: str | None = None  # a folder with a LoRA on top
+    lacks: tuple[str, ...] = ()  # parts of the pipeline that the checkpoint does not have
+    without: tuple[str, ...] = ()  # parts that it has and that are left out
+
+    def leaving_out(self, words: Sequence[str]) -> Origin:
+        """The same without the parts that the family knows by these ``words``.
+
+        Raises:
+            UserError: the family knows no such part, or cannot do without.
+        """
+        known = registry()[self.family].OPTIONAL
+        if odd := [word for word in words if word not in known]:
+            may = f"what may be left out is {', '.join(known)}" if known else "nothing may be left out of it"
+            raise UserError(f"{self.model} is of the family {self.family}, which cannot do without {odd[0]!r}: {may}.")
+        return replace(self, without=tuple(part for word in words for part in known[word]))
 
     @property
     def scheduler_file(self) -> str:
@@ -142,8 +158,7 @@ def _missing(name: str, path: Path) -> str:
 
 def _in_folder(path: Path, *, called: str, base: str | None) -> Origin:
     if (path / INDEX_FILE).is_file():
-        pipeline_class = _class_name(path / INDEX_FILE)
-        return Origin(called, str(path), "folder", _family_of(pipeline_class, path / INDEX_FILE), pipeline_class)
+        return _of_index(path / INDEX_FILE, called, str(path), "folder")
     if (path / LORA_FILE).is_file():
         return _adapter(path, base)
     if not path.is_dir():
@@ -155,14 +170,22 @@ def _in_folder(path: Path, *, called: str, base: str | None) -> Origin:
     )
 
 
-def _class_name(index: Path) -> str:
+def _of_index(index: Path, called: str, place: str, kind: Literal["folder", "hub"]) -> Origin:
+    content = _index(index)
+    name = content["_class_name"]
+    family = _family_of(name, index if kind == "folder" else f"{place}/{INDEX_FILE}")
+    lacks = tuple(part for part, what in content.items() if what == [None, None])
+    return Origin(called, place, kind, family, name, lacks=lacks)
+
+
+def _index(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text())
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON ({error}). It should be what save_pretrained of Diffusers writes.") from error
     if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
         raise UserError(f"{index} has no field _class_name, the name of the pipeline's class (StableDiffusionPipeline, say).")
-    return content["_class_name"]
+    return content
 
 
 def _family_of(pipeline_class: str, where: Path | str) -> str:
@@ -189,7 +212,7 @@ def _adapter(path: Path, base: str | None) -> Origin:
         raise UserError(f"{path} is a LoRA on the base model {name}, which cannot be used. {error}") from error
     if found.adapter:
         raise UserError(f"{path} is a LoRA on {name}, which is itself a LoRA; its base must be a whole model.")
-    return Origin(found.model, found.place, found.kind, found.family, found.pipeline_class, found.config, str(path))
+    return replace(found, adapter=str(path))
 
 
 def _in_file(path: Path, config: str | os.PathLike[str] | None) -> Origin:
@@ -269,8 +292,7 @@ def _on_hub(name: str) -> Origin:
         raise UserError(f"The model {name} on the hub has no {INDEX_FILE}: it is not a Diffusers pipeline.") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"The hub could not give the model {name}: {error}. {local}") from error
-    pipeline_class = _class_name(index)
-    return Origin(name, name, "hub", _family_of(pipeline_class, f"{name}/{INDEX_FILE}"), pipeline_class)
+    return _of_index(index, name, name, "hub")
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -281,7 +303,7 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
 
     Args:
         dtype: of the network; ``others`` is that of everything else.
-        whole: with the parts that neither training nor sampling needs (the safety checker, say).
+        whole: with the parts that neither training nor sampling needs (the safety checker, say), and those left out by choice.
         components: parts to use instead of those on disk, by name.
 
     Raises:
@@ -292,7 +314,8 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
     from pipelines.families import _lora
 
     declared = registry()[origin.family]
-    options = {**({} if whole else declared.LEFT_OUT), **components}
+    left_out = {} if whole else {**declared.LEFT_OUT, **dict.fromkeys(origin.without)}
+    options = {**dict.fromkeys(origin.lacks), **left_out, **components}
     try:
         with quietly() as notes:
             pipe = _load(origin, options, {declared.NETWORK: dtype, "default": others})
