@@ -242,9 +242,8 @@ def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progre
 def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
     cut = family.truncated(sorted(set(prompts)))
     if cut:
-        say(
-            f"{len({one.prompt for one in cut})} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}"
-        )
+        count, first = len({one.prompt for one in cut}), cut[0]  # one prompt may be cut by two tokenizers
+        say(f"{count} prompts are too long for the text encoder; of {first.prompt!r} it does not see {first.lost!r}")
 
 
 def _attach(

@@ -56,6 +56,11 @@ class Family:
         return self._network
 
     @property
+    def pipeline_class(self) -> str:
+        """The name of the pipeline's class in Diffusers."""
+        return type(self._pipeline).__name__
+
+    @property
     def base_model(self) -> str:
         """What the checkpoint is called: 'tiny', a hub id or a path; empty if it was built in memory."""
         return self.origin.model if self.origin else ""
