@@ -3,9 +3,9 @@
     python benchmarks/families.py                       print the table
     python benchmarks/families.py --write README.md     and put it between its marks there
 
-Runs ``tests/test_families_all.py`` and writes down which of its runs passed. A run trains a miniature of the genuine classes for two
-steps through the whole of ``diffalign train``, goes on after a checkpoint to the bit, and has the result loaded by plain Diffusers.
-A cell names the kinds of training whose run passed, so nothing is in the table that was not seen to work.
+Runs ``tests/test_families_all.py`` and writes down which of its runs passed. A run trains a miniature of the genuine classes for
+two steps through ``diffalign train``, goes on after a checkpoint to the bit, and has the result loaded by plain Diffusers. A cell
+names the kinds of training whose run passed, so nothing is in the table that was not seen to work.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TESTS = Path(__file__).parent.parent / "tests" / "test_families_all.py"
 MARKS = "<!-- families -->", "<!-- end of families -->"
 KINDS = {"lora": "LoRA", "full": "full"}
 REMARK = (
-    "Each entry is a run of `tests/test_families_all.py` that passed (`python benchmarks/families.py` writes this table): trained, "
-    "resumed to the bit, saved, and loaded by plain Diffusers."
+    "Each entry is a run of `tests/test_families_all.py` that passed (`python benchmarks/families.py` writes this table): "
+    "trained, resumed to the bit, saved, and loaded by plain Diffusers."
 )
 
 
@@ -66,7 +66,8 @@ def written(text: str, fresh: str) -> str:
         ValueError: the marks are not there.
     """
     first, last = MARKS
-    found, count = re.subn(f"{re.escape(first)}.*?{re.escape(last)}", lambda _: f"{first}\n{fresh}\n{last}", text, flags=re.DOTALL)
+    between = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+    found, count = between.subn(lambda _: f"{first}\n{fresh}\n{last}", text)
     if count != 1:
         raise ValueError(f"there should be one {first} and one {last} after it; found {count}")
     return found

@@ -210,7 +210,7 @@ def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: S
         table,
         family.encoder,
         data.cache or settings.output / CACHE_FOLDER,
-        Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed),
+        Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
         batch_size=data.encode_batch,
         max_unreadable=data.max_unreadable,
         progress=progress,
