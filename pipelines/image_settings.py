@@ -32,6 +32,8 @@ class DataSettings:
     resolution: int | None = option(None, "pixels per side; by default the model's own", ge=8)
     crop: Literal["center", "random"] = option("center", "one crop for both pictures of a pair")
     flip: bool = option(False, "mirror half of the visits, both pictures together")
+    buckets: bool = option(False, "cut pairs to the shape nearest to the winner's, of resolution squared pixels, not to squares")
+    bucket_step: int = option(64, "pixels of which the sides of a bucket are multiples", ge=1)
     ties: Literal["keep", "drop"] = option("drop", "keep ties with label 1/2, or drop them")
     split: str = option("train", "split of the data set")
     columns: dict[str, str] = option(None, "other column names, as ours=theirs")  # type: ignore[assignment]
@@ -221,6 +223,10 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out += ["reward.reward: with feedback it is people who choose"] if whole["reward"].reward else []
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
+    if data.buckets and hasattr(objective, "rollout_steps"):
+        out.append("data.buckets: this objective samples pictures of its own, all of one shape")
+    if data.buckets and data.curriculum != "none":
+        out.append("data.buckets: pairs are ordered by shape, and a curriculum orders them by scores; leave one of them out")
     if samples and data.curriculum != "none":
         out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
     if samples:

@@ -211,13 +211,14 @@ def prepare(
 def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: Say, progress: Callable) -> PairCache:
     data = settings.data
     resolution = data.resolution or family.resolution
-    family.latent_shape(resolution)  # before anything is encoded that the network cannot take
+    for side in (resolution, data.bucket_step) if data.buckets else (resolution,):
+        family.latent_shape(side)  # before anything is encoded that the network cannot take
     say(table.description)
     cache = build_cache(
         table,
         family.encoder,
         data.cache or settings.output / CACHE_FOLDER,
-        Transform(resolution, data.crop, data.flip, settings.seed),
+        Transform(resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
         batch_size=data.encode_batch,
         max_unreadable=data.max_unreadable,
         progress=progress,
@@ -249,9 +250,8 @@ def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progre
 def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
     cut = family.truncated(sorted(set(prompts)))
     if cut:
-        say(
-            f"{len({one.prompt for one in cut})} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}"
-        )
+        count, first = len({one.prompt for one in cut}), cut[0]  # one prompt may be cut by two tokenizers
+        say(f"{count} prompts are too long for the text encoder; of {first.prompt!r} it does not see {first.lost!r}")
 
 
 def _attach(

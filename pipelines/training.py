@@ -262,4 +262,5 @@ def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[s
         },
         scores=table or None,
         curves=curves,
+        pipeline_class=prepared.family.pipeline_class,
     )

@@ -80,15 +80,15 @@ def brightness(pictures: Tensor, prompts: list[str]) -> list[float]:
     return pictures.mean(dim=(1, 2, 3)).tolist()
 
 
-def run(saved: Saved, pairs: Path, name: str, output: Path, **more: Any) -> None:
-    """Two optimizer steps, a checkpoint after each."""
+def run(saved: Saved, pairs: Path, name: str, output: Path, *, steps: int = 2, **more: Any) -> None:
+    """Some optimizer steps, a checkpoint after each."""
     settings = {f.name for f in fields(objectives.load(name).Objective)}
     small = {option: value for option, value in SMALL.items() if option in settings}
     from_prompts = FROM_PROMPTS in objectives.load(name).ABOUT.data
     kind = {"judge": brightness} if from_prompts else {"validation_pairs": 1, "validation_draws": 1}
     cache = saved.folder.parent / f"{saved.folder.name}-{'prompts' if from_prompts else 'pairs'}"
     where = {"model": str(saved.folder), "pairs": str(pairs), "output": output, "cache": cache}
-    pace = {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 1, "tracker": "none", "progress": False}
+    pace = {"steps": steps, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 1, "tracker": "none", "progress": False}
     align(name, resolution=PIXELS, **where, **pace, **small, **kind, **more)
 
 

@@ -1,7 +1,7 @@
 """Miniature pipelines of every family: genuine Diffusers and Transformers classes, random weights, tokenizers made here.
 
-A new family adds one builder. A builder makes the pipeline; ``said`` gives what the pipeline's own ``encode_prompt`` says of prompts,
-and of the empty one for guidance, by the names of our conditioning.
+A new family adds one builder. A builder makes the pipeline; ``said`` gives what the pipeline's own ``encode_prompt`` says of
+prompts, and of the empty one for guidance, by the names of our conditioning.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What every family must do, on miniatures of each: encode, sample and noise as Diffusers does, train under every objective, resume,
-save, and be loaded by plain Diffusers.
+"""What every family must do, on miniatures of each: encode, sample and noise as Diffusers does, train under every objective,
+resume, save, and be loaded by plain Diffusers.
 
 A new family is tested here as soon as ``miniatures`` builds one of it. ``benchmarks/families.py`` makes the README's table of
 families and objectives from the runs below.
@@ -162,6 +162,16 @@ def pairs(folders: Path) -> Path:
     return write_pairs(folders / "data")
 
 
+BASES: dict[Path, torch.Tensor] = {}
+
+
+def base_of(saved: Saved) -> torch.Tensor:
+    """What the miniature samples before training, sampled once."""
+    if saved.folder not in BASES:
+        BASES[saved.folder] = saved.latents(saved.pipeline())
+    return BASES[saved.folder]
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 @pytest.mark.parametrize("objective", objectives.names(of_prompts=False))
 @pytest.mark.parametrize("family", families.names())
@@ -179,11 +189,12 @@ def test_a_run(
     run(saved, pairs, objective, cut, adapter=adapter, resume=True)
     assert_equal(weights(whole), weights(cut))
 
-    base = saved.latents(saved.pipeline())
+    base = base_of(saved)
     plain = loaded_plainly(saved, whole, adapter)
     tuned = saved.latents(plain)
     assert torch.isfinite(tuned).all() and not torch.allclose(tuned, base, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(saved.latents(families.load_pipeline(whole, device="cpu")), tuned, rtol=1e-5, atol=1e-5)
+    assert f"import {type(plain).__name__}" in (whole / "README.md").read_text()
     if adapter == "lora":
         again = families.load_family(saved.folder)
         found = families.read_adapter(whole)

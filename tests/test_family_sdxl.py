@@ -1,4 +1,4 @@
-"""What SDXL and PixArt-alpha are told of a picture's size and crop: true to each side of a pair, through the whole of training."""
+"""What SDXL and PixArt-alpha are told of a picture's size and crop: true to each side of a pair, through all of training."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_each_side_is_asked_about_with_its_own_size_and_crop_in_one_call(
 
 
 def test_a_training_run_tells_the_network_the_truth(sdxl: Saved, pairs: Path, tmp_path: Path) -> None:
-    """Through ``diffalign train``: in each of two steps one call of the policy and one of the reference, of a whole stacked pair."""
+    """Through ``diffalign train``: in each of two steps one call of the policy and one of the reference, of stacked pairs."""
     calls: list[dict[str, Any]] = []
     with listening(calls):
         run(sdxl, pairs, "diffusion-dpo", tmp_path / "run", adapter="lora", crop="random")

@@ -151,8 +151,19 @@ class PairCache:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one latent."""
+        """(C, h, w) of one latent; of the first pair's where they differ."""
+        return self.shape_of(0)
+
+    @property
+    def buckets(self) -> bool:
+        """Whether the pairs have shapes of their own."""
+        return self.fingerprint["transform"].get("buckets", False)
+
+    def shape_of(self, pair_index: int) -> tuple[int, int, int]:
+        """(C, h, w) of both latents of a pair."""
         _, _, *shape = self._shard(shard_name("images", 0, "moments")).shape
+        if self.buckets:
+            shape[1:] = self._of_picture("shape", pair_index, "winner", False).int().tolist()
         return tuple(shape)
 
     def rows(self) -> np.ndarray:
@@ -162,6 +173,9 @@ class PairCache:
     def moments(self, pair_index: int, side: str, flipped: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latent, each float32 [C, h, w]; ``side`` is "winner" or "loser"."""
         both = self._of_picture("moments", pair_index, side, flipped)
+        if self.buckets:
+            _, high, wide = self.shape_of(pair_index)
+            both = both[..., : high * wide].unflatten(-1, (high, wide))
         return both[0], both[1]
 
     def framing(self, pair_index: int, side: str, flipped: bool = False) -> Tensor:

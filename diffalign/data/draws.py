@@ -18,12 +18,12 @@ from torch import Tensor
 
 from diffalign.levels import Levels
 
-_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4}
+_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4, "buckets": 5}
 
 
-def generator(seed: int, stream: str, position: int) -> torch.Generator:
+def generator(seed: int, stream: str, *position: int) -> torch.Generator:
     """A CPU generator of its own for one purpose and position (SeedSequence keeps neighbours independent)."""
-    state = np.random.SeedSequence([seed, _STREAMS[stream], position]).generate_state(2, np.uint32)
+    state = np.random.SeedSequence([seed, _STREAMS[stream], *position]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 

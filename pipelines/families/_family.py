@@ -59,6 +59,11 @@ class Family:
         return self._network
 
     @property
+    def pipeline_class(self) -> str:
+        """The name of the pipeline's class in Diffusers."""
+        return type(self._pipeline).__name__
+
+    @property
     def base_model(self) -> str:
         """What the checkpoint is called: 'tiny', a hub id or a path; empty if it was built in memory."""
         return self.origin.model if self.origin else ""
@@ -159,7 +164,7 @@ class Family:
         if side % self._patch:
             step = factor * self._patch
             near = f"{resolution // step * step} or {(resolution // step + 1) * step}"
-            raise UserError(f"resolution is {resolution}; for {self.name} it must be a multiple of {step} pixels, as {near}.")
+            raise UserError(f"{self.name} takes pictures whose sides are multiples of {step} pixels, {near}; got {resolution}.")
         return channels, side, side
 
     def set_gradient_checkpointing(self, on: bool) -> None:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest_tensors
-from pipelines.families._names import LORA_FILE
+from pipelines.families._names import LORA_FILE, PEFT_FILE
 
 ADAPTER = "default"
-PEFT_FILE = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"
 """Where Diffusers keeps PEFT's configuration in the file."""
 _VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")

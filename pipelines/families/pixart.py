@@ -2,8 +2,8 @@
 autoencoder.
 
 The text is T5's last hidden states with their attention mask: the padding up to the fixed length (120 tokens of alpha, 300 of
-Sigma) is there and masked out. Prompts are put into lower case and stripped, as the pipelines' ``encode_prompt`` does; their further
-"cleaning", which is on only where two other packages happen to be installed, is off in training and in our sampling alike.
+Sigma) is there and masked out. Prompts are put into lower case and stripped, as the pipelines' ``encode_prompt`` does; their
+further "cleaning", which is on only where two other packages happen to be installed, is off in training and in our sampling.
 
 The transformer answers with 2 C channels where it also learned a variance; the second half is dropped, as the pipelines do, and
 has no part in any loss. The schedule is DDPM's with linear betas.
