@@ -354,11 +354,11 @@ class FlowSchedule(Schedule):
     t <= 0 is the clean end. Sigma is computed from it in float64. What a family calls time (t / T, 1 - t / T) is its own matter.
 
     beta of flow models. An error of the velocity is 1 / (1 - sigma)^2 times that of the noise (``error_weight``), so Diffusion-
-    DPO's beta means more at noisy levels than it does for an epsilon network; errors of a velocity are also larger, about those
-    of eps and x_0 together. Released code has beta = 100 (flow_grpo, where an issue advises 2000) and 2000 (Flow-Factory), both
-    for means over dimensions; SimpleTuner has sums and finds beta itself. 2000 is a sensible start and 100 a cautious one.
-    Flow-DPO (arXiv 2501.13918) reports that a constant beta does better than one that is weighted by (1 - sigma)^2 to agree
-    with the epsilon form: hence ``error_as="prediction"`` by default, and ``"epsilon"`` to compare.
+    DPO's beta means more at noisy levels than it does for an epsilon network, and nowhere less. Released code has beta = 100
+    (flow_grpo, where an issue advises 2000) and 2000 (Flow-Factory), both for means over dimensions; SimpleTuner has sums and
+    finds beta itself. 2000 is a sensible start and 100 a cautious one. Flow-DPO (arXiv 2501.13918) reports that a constant beta
+    does better than one that is weighted by (1 - sigma)^2 to agree with the epsilon form: hence ``error_as="prediction"`` by
+    default, and ``"epsilon"`` to compare.
     """
 
     train_steps: int = 1000  # T
