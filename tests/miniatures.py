@@ -412,7 +412,7 @@ def sana_euler() -> SanaPipeline:
 def gemma_tokenizer() -> GemmaTokenizer:
     """A token for each printable character."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", "\n", *map(chr, range(33, 127))]
-    return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=4096)
+    return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, add_bos_token=True)
 
 
 def gemma_text(width: int = 16) -> Gemma2Model:
