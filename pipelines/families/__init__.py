@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.families._family import Family
     from pipelines.families._lora import SavedAdapter
 
-__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter"]
+__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter", "sketch"]
 
 Model = str | os.PathLike[str]
 
@@ -94,6 +94,20 @@ def load_family(
     pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32)
     module = importlib.import_module(f"{__name__}.{origin.family}")
     return module.build(pipe, prediction_type=prediction_type, origin=origin)
+
+
+def sketch(model: Model, *, dtype: str = "float32", config: Model | None = None, without: Sequence[str] = ()) -> Family:
+    """A checkpoint without its weights, for counting what it would take (``pipelines.counting``). Only small files are read.
+
+    Raises:
+        UserError: there is no such model, it is a LoRA, or its configuration is not here.
+    """
+    from pipelines.families._sketch import sketch as drawn
+
+    origin = find(model, config=config).leaving_out(without)
+    if origin.adapter:
+        raise UserError(f"{origin.adapter} is a LoRA on {origin.model}: name the model.")
+    return drawn(origin, torch_dtype(dtype))
 
 
 def read_adapter(folder: Model) -> SavedAdapter:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class NetworkDenoiser(ABC):
 
     schedule: NoiseSchedule
     network: nn.Module
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """``x_t`` [B, C, H, W], ``t`` [B] -> prediction [B, C, H, W]; inputs are cast to the base weights' dtype, and the
@@ -33,6 +34,10 @@ class NetworkDenoiser(ABC):
     @abstractmethod
     def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the network: ``x_t`` is in its dtype, the conditioning is not yet."""
+
+    def can_do_without(self, name: str) -> bool:
+        """Whether ``ask`` takes a conditioning without this tensor, as if every token counted."""
+        return name in self.OPTIONAL
 
     def with_network(self, network: nn.Module) -> Self:
         """The same, around a wrapped version of the network."""

@@ -94,6 +94,10 @@ class FrozenEncoder(ABC):
         prompts, so a cache costs two moves and never the memory of all."""
         self._device = torch.device(device)
 
+    def networks(self) -> list[nn.Module]:
+        """Those that are still held, in the order of ``components``."""
+        return list(self._networks.values())
+
     def release(self, keep_decoder: bool = False) -> None:
         """Let go of all networks, or of all but the autoencoder; the fingerprint stays if it has been taken."""
         self._networks = {name: network for name, network in self._networks.items() if keep_decoder and name == VAE}

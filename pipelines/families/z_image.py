@@ -52,9 +52,13 @@ class ZImageDenoiser(NetworkDenoiser):
     """The transformer, asked with the rows of ``encoder_hidden_states`` [B, L, D] where ``encoder_attention_mask`` [B, L] is 1;
     its time is 1 - t / T, its answer minus the velocity."""
 
+    OPTIONAL = ("encoder_attention_mask",)
+
     def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        states, mask = conditioning["encoder_hidden_states"].to(x_t.dtype), conditioning["encoder_attention_mask"].bool()
-        texts = [row[kept] for row, kept in zip(states, mask, strict=True)]
+        texts = list(conditioning["encoder_hidden_states"].to(x_t.dtype).unbind())
+        if "encoder_attention_mask" in conditioning:
+            mask = conditioning["encoder_attention_mask"].bool()
+            texts = [row[kept] for row, kept in zip(texts, mask, strict=True)]
         pictures = list(x_t.unsqueeze(2).unbind())  # a picture is a film of one frame
         steps = len(self.schedule)
         said = self.network(pictures, (steps - t) / steps, texts).sample
