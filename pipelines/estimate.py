@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
+from pipelines.families._unet import LORA_TARGETS
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
@@ -131,9 +132,8 @@ def _meta_network(settings: TrainSettings, config: dict[str, Any]) -> torch.nn.M
         net = UNet2DConditionModel.from_config(config)
         if settings.adapter == "lora":
             net.requires_grad_(False)
-            net.add_adapter(
-                LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=list(settings.lora.targets))
-            )
+            targets = list(settings.lora.targets or LORA_TARGETS)
+            net.add_adapter(LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=targets))
     return net
 
 
