@@ -18,9 +18,7 @@ class LoraSettings:
 
     rank: int = option(16, "rank of the adapter", ge=1)
     alpha: float = option(16.0, "the adapter's scale is alpha / rank", gt=0)
-    targets: tuple[str, ...] = option(
-        (), "layers that get an adapter (ends of their names); none for those of the model's family"
-    )
+    targets: tuple[str, ...] = option((), "layers that get an adapter (ends of their names); none for the family's own")
     dropout: float = option(0.0, "dropout in the adapter", ge=0, lt=1)
 
     def __post_init__(self) -> None:
