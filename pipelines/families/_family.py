@@ -147,10 +147,10 @@ class Family:
     # ------------------------------------------------------------------------------------------------------- switches
 
     def to(self, device: torch.device | str) -> None:
-        """Move the network, and the encoders if they are still there."""
+        """Move the network; the encoders, if they are still there, will be there whenever they work."""
         self.network.to(device)
         if not self._released:
-            self.encoder.to(device)
+            self.encoder.work_on(device)
 
     def offload_encoders(self) -> None:
         """Move the encoders to the CPU."""
