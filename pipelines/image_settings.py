@@ -18,7 +18,7 @@ class LoraSettings:
 
     rank: int = option(16, "rank of the adapter", ge=1)
     alpha: float = option(16.0, "the adapter's scale is alpha / rank", gt=0)
-    targets: tuple[str, ...] = option(("to_q", "to_k", "to_v", "to_out.0"), "modules that get an adapter (ends of their names)")
+    targets: tuple[str, ...] = option((), "layers that get an adapter (ends of their names); none for the family's own")
     dropout: float = option(0.0, "dropout in the adapter", ge=0, lt=1)
 
     def __post_init__(self) -> None:
@@ -133,6 +133,7 @@ class TrainSettings:
     feedback: Path | None = None
     start_lora: Path | None = None
     single_file_config: str | None = None
+    without: tuple[str, ...] = ()
     adapter: Literal["lora", "full"] = "lora"
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "velocity"] = "auto"
     error_as: Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"] = "prediction"
@@ -145,6 +146,7 @@ class TrainSettings:
 TOP_LEVEL = {
     "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
     "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
+    "without": "parts of the model to leave out: t5, of SD3",
     "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
     "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
     "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",

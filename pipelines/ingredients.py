@@ -144,7 +144,9 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     """The checkpoint as something to train."""
     dtype = _weights_dtype(settings)
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
-    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config)
+    family = families.load_family(
+        settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config, without=settings.without
+    )
     schedule = family.denoiser.schedule
     say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}")
     family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))

@@ -77,8 +77,8 @@ def sample(
     if len(prompts) != len(seeds):
         raise ValueError(f"every picture needs a prompt and a seed; got {len(prompts)} prompts and {len(seeds)} seeds")
     guidance = guidance_of(pipe) if guidance_scale is None else guidance_scale
-    asked = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-    asked |= call_options(type(pipe).__name__)
+    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    asked = {**_own_size(pipe), **size, **call_options(type(pipe).__name__)}
     images: list[Image.Image] = []
     with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe):
         for start in range(0, len(prompts), batch_size):
@@ -95,6 +95,14 @@ def sample(
             if progress is not None:
                 progress(len(out.images))
     return images
+
+
+def _own_size(pipe: Any) -> dict[str, int]:
+    """Height and width that the model was made for, where its pipeline takes the same number of any model (Sana)."""
+    if inspect.signature(type(pipe).__call__).parameters["height"].default is None:
+        return {}
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return {"height": side, "width": side}
 
 
 def guidance_of(pipe: Any) -> float:

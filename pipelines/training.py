@@ -230,7 +230,7 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
             held_out_prompts(e.prompts, e.prompt_count),
             _judges(e),
             folder,
-            load=partial(families.load_pipeline, config=settings.single_file_config),
+            load=partial(families.load_pipeline, config=settings.single_file_config, without=settings.without),
             seed=settings.seed,
             steps=e.sampling_steps,
             guidance_scale=e.guidance_scale,

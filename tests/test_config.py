@@ -32,7 +32,7 @@ def from_command_line(*words: str) -> TrainSettings:
 def test_defaults_are_those_of_the_core() -> None:
     settings = resolved({})
     assert settings.objective == DiffusionDPO()
-    assert settings.optimiser.learning_rate == 2.048e-5 and settings.lora.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert settings.optimiser.learning_rate == 2.048e-5 and settings.lora.targets == ()
     assert isinstance(settings.output, Path)
 
 

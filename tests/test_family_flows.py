@@ -3,7 +3,9 @@ optional parts, and what is refused."""
 
 from __future__ import annotations
 
+import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, F
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from family_runs import PROMPTS, Saved, on_disk, run, write_pairs
 from miniatures import MINIATURES, PIXELS
+from PIL import Image
 from torch import Tensor
 
 from diffalign.errors import UserError
@@ -21,7 +24,10 @@ from diffalign.schedule import FlowSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, chain, rollout
 from pipelines import families, sampling
+from pipelines.evaluation import evaluate
 from pipelines.families import flux
+from pipelines.generation import generate
+from pipelines.image_settings import EvaluationSettings
 from pipelines.training import align
 
 FLOWS = ("sd3", "flux", "sana", "z_image")
@@ -118,6 +124,32 @@ def test_a_flow_is_sampled_as_saved_without_being_told(flow: Saved) -> None:
     assert first.size == (PIXELS, PIXELS) and first.tobytes() == second.tobytes()
     with pytest.raises(UserError, match="Use the sampler 'auto' or 'as saved'"):
         sampling.sample(pipe, PROMPTS, **how, sampler="ddim")
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("sd3", 7.0), ("flux", 3.5), ("sana", 4.5)])
+def test_the_comparison_takes_sampler_and_guidance_of_the_family(
+    name: str, guidance: float, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``diffalign train`` at its end and ``diffalign generate``, without an option; Sana's size is that of its network."""
+    folder, size = on_disk(name, folders).folder, {"height": PIXELS, "width": PIXELS}
+    load = partial(families.load_pipeline, device="cpu")
+    made = evaluate(str(folder), str(folder), PROMPTS, ["jpeg"], tmp_path / "evaluation", load=load, steps=1, **size).values
+    assert (made["sampler"], made["guidance_scale"]) == ("as saved", guidance)
+    own = {} if name == "sana" else size
+    record = generate(str(folder), PROMPTS[:1], tmp_path / "pictures", load=load, steps=1, **own)
+    assert (record["sampler"], record["guidance_scale"]) == ("as saved", guidance)
+    with Image.open(tmp_path / "pictures" / "00000.png") as picture:
+        assert picture.size == (PIXELS, PIXELS)
+    assert EvaluationSettings().guidance_scale is None
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sd3", "add_k_proj"), ("flux", "ff_context.net.2"), ("sana", "attn2.to_v")])
+def test_a_run_adapts_the_layers_of_its_family(name: str, layers: str, folders: Path, tmp_path: Path) -> None:
+    saved = on_disk(name, folders)
+    run(saved, write_pairs(tmp_path / "data"), "sft", tmp_path / "run", adapter="lora")
+    found = families.read_adapter(tmp_path / "run")
+    assert set(found.targets) == set(families.load_family(saved.folder)._lora_targets)
+    assert any(f".{layers}.lora_A" in part for part in found.weights)
 
 
 def test_rollouts_have_a_density_and_share_their_start(flow: Saved) -> None:
@@ -217,6 +249,14 @@ def test_flux_is_trained_with_the_guidance_of_its_objective(
 
 
 # ------------------------------------------------------------------------------------------------------------------ SD3
+
+
+def test_a_run_without_t5(folders: Path, tmp_path: Path) -> None:
+    where = {"model": str(on_disk("sd3", folders).folder), "pairs": str(write_pairs(tmp_path / "data"))}
+    small = {"resolution": PIXELS, "steps": 1, "batch_size": 2, "validation_pairs": 1, "tracker": "none", "progress": False}
+    align("sft", **where, **small, output=tmp_path / "run", without=("t5",))
+    about = json.loads(next((tmp_path / "run").rglob("fingerprint.json")).read_text())
+    assert about["encoder"]["text_3"] is None
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class NetworkDenoiser(ABC):
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """``x_t`` [B, C, H, W], ``t`` [B] -> prediction [B, C, H, W]; inputs are cast to the base weights' dtype, and the
         answer is given in the wider of that and ``x_t``'s."""
-        dtype = next(self.network.parameters()).dtype  # the first layer's, of the base even under LoRA
+        dtype = working_dtype(self.network)
         prediction = self.ask(x_t.to(dtype), t, conditioning)
         return prediction.to(torch.promote_types(prediction.dtype, x_t.dtype))
 
@@ -54,6 +54,11 @@ class NetworkDenoiser(ABC):
             ValueError: there is no adapter.
         """
         return _lora.switched_off(self.network)
+
+
+def working_dtype(network: nn.Module) -> torch.dtype:
+    """What a network computes in: its first layer's, of the base even under LoRA; quantised weights are of no such type."""
+    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
 
 
 def framing_of(conditioning: Conditioning, x_t: Tensor, factor: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.protocols import Predictor
 from pipelines.families import _lora
-from pipelines.families._denoiser import NetworkDenoiser
+from pipelines.families._denoiser import NetworkDenoiser, working_dtype
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
 from pipelines.families._files import installed_into
@@ -93,15 +93,25 @@ class Family:
         _lora.detach(self.network)
 
     def train_fully(self) -> None:
-        """Make every weight of the network trainable, in float32."""
+        """Make every weight of the network trainable, in float32.
+
+        Raises:
+            UserError: some are quantised.
+        """
         if self.has_adapter:
             raise ValueError("the network carries an adapter; detach it first")
+        self._refuse_quantised()
         self.network.float().requires_grad_(True)
+
+    def _refuse_quantised(self) -> None:
+        if not all(parameter.is_floating_point() for parameter in self.network.parameters()):
+            raise UserError(f"{self.base_model} has quantised weights, which cannot be trained: train a LoRA on them instead.")
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> Predictor:
         """A second, frozen network with the present weights: the reference of a full fine-tuning run."""
         if self.has_adapter:
             raise ValueError("with an adapter, denoiser.adapter_off() is the reference; no copy is needed")
+        self._refuse_quantised()
         frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
         return self.denoiser.with_network(frozen if dtype is None else frozen.to(dtype))
 
@@ -137,10 +147,10 @@ class Family:
     # ------------------------------------------------------------------------------------------------------- switches
 
     def to(self, device: torch.device | str) -> None:
-        """Move the network, and the encoders if they are still there."""
+        """Move the network; the encoders, if they are still there, will be there whenever they work."""
         self.network.to(device)
         if not self._released:
-            self.encoder.to(device)
+            self.encoder.work_on(device)
 
     def offload_encoders(self) -> None:
         """Move the encoders to the CPU."""
@@ -219,7 +229,7 @@ class Family:
 
         Shares the network's weights; the rest is read again where it was released or has another dtype.
         """
-        dtype, device = next(self.network.parameters()).dtype, next(self.network.parameters()).device
+        dtype, device = working_dtype(self.network), next(self.network.parameters()).device
         if not self._released and dtype == torch.float32:
             self.encoder.to(device)
             return self._pipeline

@@ -1,6 +1,7 @@
 """What a person may call a model, and how each kind is found and read.
 
 ``tiny``; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in the original layout;
+a file of a transformer alone (``.safetensors``, or quantised ``.gguf``), the rest coming from a Diffusers folder or the hub;
 or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base).
 
 The folder ``families`` is the registry. A family's file declares, as literals:
@@ -8,6 +9,7 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     PIPELINES       names of the Diffusers pipeline classes it serves; single files are read with the first
     SINGLE_FILE     types of single files it serves, in the words of Diffusers' ``infer_diffusers_model_type``
     NETWORK         the pipeline's attribute that is trained
+    NETWORK_CLASS   its class in Diffusers, if that reads single files of it alone (may be missing)
     LEFT_OUT        arguments to ``from_pretrained`` that leave out what neither training nor sampling needs
     CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
     OPTIONAL        parts that a person may leave out, by a word for them (may be missing)
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ENDINGS = (".safetensors", ".ckpt", ".gguf")
+_NOT_THE_NETWORK = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
+"""How names of the other parts begin in single files."""
 _NOT_FOR_TEXT = {
     "inpainting": "inpainting",
     "inpainting_v2": "inpainting",
@@ -54,6 +60,7 @@ class Declared:
     LEFT_OUT: Mapping[str, Any]
     CALL: Mapping[str, Any] = field(default_factory=dict)
     OPTIONAL: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    NETWORK_CLASS: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,11 @@ class Origin:
 
     model: str  # what to call it later, from any folder: "tiny", a hub id, or an absolute path
     place: str  # the folder, file or hub id that is read
-    kind: Literal["folder", "file", "hub"]
+    kind: Literal["folder", "file", "hub", "network"]  # the last: a file with the network alone
     family: str
     pipeline_class: str
-    config: str | None = None  # a Diffusers folder with the configuration for a single file
+    config: str | None = None  # a Diffusers folder with the configuration for a single file, and with what it does not hold
+    rest: str | None = None  # of a network alone: the folder or hub id that has all else
     adapter: str | None = None  # a folder with a LoRA on top
     lacks: tuple[str, ...] = ()  # parts of the pipeline that the checkpoint does not have
     without: tuple[str, ...] = ()  # parts that it has and that are left out
@@ -216,25 +224,40 @@ def _adapter(path: Path, base: str | None) -> Origin:
 
 
 def _in_file(path: Path, config: str | os.PathLike[str] | None) -> Origin:
-    if path.suffix not in (".safetensors", ".ckpt"):
+    if path.suffix not in _ENDINGS:
         ending = path.suffix or "nothing"
-        raise UserError(f"{path} is a file that ends in {ending}; a model in one file ends in .safetensors or .ckpt.")
+        raise UserError(f"{path} is a file that ends in {ending}; a model in one file ends in {', '.join(_ENDINGS)}.")
     if config is not None and not (Path(config) / INDEX_FILE).is_file():
         raise UserError(f"The configuration for {path} should be a Diffusers folder, but {config} has no {INDEX_FILE}.")
-    kind = _single_file_type(path)
+    shapes = _shapes(path)
+    kind = _single_file_type(path, shapes)
     for name, declared in registry().items():
         if kind in declared.SINGLE_FILE:
             folder = None if config is None else str(Path(config).absolute())
-            return Origin(str(path.absolute()), str(path), "file", name, declared.PIPELINES[0], folder)
+            whole = Origin(str(path.absolute()), str(path), "file", name, declared.PIPELINES[0], folder)
+            is_alone = declared.NETWORK_CLASS and not any(key.startswith(_NOT_THE_NETWORK) for key in shapes)
+            return _completed(whole, kind) if is_alone else whole
     purpose = f"is a model for {_NOT_FOR_TEXT[kind]}" if kind in _NOT_FOR_TEXT else f"looks like a model of the type {kind}"
     known = ", ".join(t for declared in registry().values() for t in declared.SINGLE_FILE)
     raise UserError(f"{path} {purpose}, which diffalign does not know. Known types of single files are: {known}.")
 
 
-def _single_file_type(path: Path) -> str:
+def _completed(network: Origin, kind: str) -> Origin:
+    """A file with the network alone, and where the rest of the pipeline is."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+
+    if network.config is None:
+        rest = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+        return replace(network, kind="network", rest=rest)
+    found = _of_index(Path(network.config) / INDEX_FILE, network.config, network.config, "folder")
+    if found.family != network.family:
+        raise UserError(f"{network.place} is of the family {network.family}, but {network.config} is of {found.family}.")
+    return replace(network, kind="network", rest=network.config, lacks=found.lacks)
+
+
+def _single_file_type(path: Path, shapes: Mapping[str, torch.Tensor]) -> str:
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    shapes = _shapes(path)
     kind = infer_diffusers_model_type(shapes)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if kind == "v1" and first not in shapes:  # v1 is also what Diffusers says when at a loss
@@ -251,6 +274,8 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
     import torch
     from safetensors import SafetensorError, safe_open
 
+    if path.suffix == ".gguf":
+        return _gguf_shapes(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -267,6 +292,20 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     content = content.get("state_dict", content)
     return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _gguf_shapes(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path} is a GGUF file, which needs the package gguf: pip install 'diffalign[gguf]'.")
+    from gguf import GGUFReader
+
+    try:
+        found = GGUFReader(path).tensors
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF file: {error}. It may be incomplete.") from error
+    return {one.name: torch.empty([int(n) for n in reversed(one.shape)], device="meta") for one in found}
 
 
 def _on_hub(name: str) -> Origin:
@@ -332,6 +371,10 @@ def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype
     import diffusers
 
     cls = getattr(diffusers, origin.pipeline_class)
+    if origin.kind == "network":
+        network, dtype = next(iter(dtypes.items()))
+        alone = {network: options[network] if network in options else _load_network(origin, network, dtype)}
+        return cls.from_pretrained(origin.rest, dtype=dtypes, **{**options, **alone})
     if origin.kind != "file":
         variant = "fp16" if origin.kind == "folder" and _has_only_halves(Path(origin.place), next(iter(dtypes))) else None
         return cls.from_pretrained(origin.place, dtype=dtypes, variant=variant, **options)
@@ -343,6 +386,16 @@ def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype
     return pipe
 
 
+def _load_network(origin: Origin, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The network of a file that holds nothing else; what is quantised in it stays so, and works in ``dtype``."""
+    import diffusers
+
+    place = {} if origin.config is None else {"config": origin.config, "subfolder": name, "local_files_only": True}
+    if origin.place.endswith(".gguf"):
+        place["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    return getattr(diffusers, registry()[origin.family].NETWORK_CLASS).from_single_file(origin.place, dtype=dtype, **place).eval()
+
+
 def _has_only_halves(folder: Path, network: str) -> bool:
     """Whether the folder has only files named ``*.fp16.*``, as some downloads do."""
     names = [p.name for ending in ("safetensors", "bin") for p in (folder / network).glob(f"*.{ending}")]
@@ -351,7 +404,7 @@ def _has_only_halves(folder: Path, network: str) -> bool:
 
 def _unreadable(origin: Origin, error: Exception) -> str:
     reason = " ".join(str(error).split())[:400]
-    if origin.kind == "file" and origin.config is None:
+    if origin.kind in ("file", "network") and origin.config is None:
         return (
             f"{origin.place} could not be loaded: {reason}. A single file carries no configuration and no tokenizer; "
             "they come from the hub, or, without it, from a Diffusers folder of the same architecture given as config."

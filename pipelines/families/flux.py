@@ -38,6 +38,7 @@ from pipelines.families._sources import Origin
 PIPELINES = ("FluxPipeline",)
 SINGLE_FILE = ("flux-dev", "flux-schnell")
 NETWORK = "transformer"
+NETWORK_CLASS = "FluxTransformer2DModel"
 LEFT_OUT = {"image_encoder": None, "feature_extractor": None}
 LORA_TARGETS = (
     "attn.to_q",

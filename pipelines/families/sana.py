@@ -41,6 +41,7 @@ from pipelines.families._sources import Origin
 PIPELINES = ("SanaPipeline",)
 SINGLE_FILE = ("sana",)
 NETWORK = "transformer"
+NETWORK_CLASS = "SanaTransformer2DModel"
 LEFT_OUT = {}
 CALL = {"clean_caption": False, "use_resolution_binning": False}
 LORA_TARGETS = ("to_q", "to_k", "to_v")

@@ -33,6 +33,7 @@ from pipelines.families._sources import Origin
 PIPELINES = ("StableDiffusion3Pipeline",)
 SINGLE_FILE = ("sd3", "sd35_medium", "sd35_large")
 NETWORK = "transformer"
+NETWORK_CLASS = "SD3Transformer2DModel"
 LEFT_OUT = {"image_encoder": None, "feature_extractor": None}
 OPTIONAL = {"t5": ("text_encoder_3", "tokenizer_3")}
 LORA_TARGETS = (
