@@ -161,8 +161,9 @@ class Bench:
     def _cached_batch(self) -> Any:
         from diffalign.data.draws import draw
         from diffalign.data.loader import collate
+        from diffalign.levels import Levels
 
-        draws = [draw(0, p, self.cache.latent_shape, 1000, 0.0, False) for p in range(self.pairs)]
+        draws = [draw(0, p, self.cache.latent_shape, Levels(), 0.0, False) for p in range(self.pairs)]
         return collate(self.cache, range(self.pairs), draws, latent_mode=True)
 
     def step(self, make_batch: Callable[[], Any]) -> float:

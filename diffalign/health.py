@@ -79,12 +79,12 @@ def token_health(
 
 
 def by_timestep(t: Tensor, metrics: Mapping[str, Tensor], train_steps: int, bins: int = BINS) -> list[dict[str, float]]:
-    """Means of the metrics [N] within each timestep bin; bins that no sample fell into are left out.
+    """Means of the metrics [N] within each timestep bin; bins that no sample fell into are left out. ``t`` [N] in [0, T].
 
-    Each entry has ``t_from`` and ``t_to`` (exclusive), ``count``, and one mean per metric.
+    Each entry has ``t_from`` and ``t_to`` (exclusive but for T itself), ``count``, and one mean per metric.
     """
     edges = torch.linspace(0, train_steps, bins + 1).round().long()
-    which = torch.bucketize(t.cpu(), edges, right=True) - 1
+    which = (torch.bucketize(t.cpu(), edges.to(t.dtype), right=True) - 1).clamp(max=bins - 1)
     out = []
     for b in range(bins):
         inside = which == b

@@ -4,6 +4,10 @@ A denoising error stands in for a negative log-likelihood (Diffusion-DPO, arXiv 
 error of the predicted noise, the likelier the sample. The error is a *mean* over the latent's dimensions, the convention
 of the released code, under which beta = 2000...5000; divide beta by C*H*W for the paper's sum.
 
+The error is that of what the network predicts, whatever that is: of eps, of v, of a flow's velocity. A schedule's ``error_as``
+has it converted to another parametrisation by a factor of the level (``Schedule.error_weight``), for all objectives alike: with
+``epsilon`` a velocity's error is multiplied by (1 - sigma)^2.
+
 A transition of a sampled trajectory has a likelihood proper, the Gaussian density of the step (D3PO, arXiv 2311.13231, eq. 13;
 DDPO, arXiv 2305.13301). Here too the default is the released code's mean over dimensions; ``over="sum"`` is the papers'.
 
@@ -18,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.protocols import LanguageModel, Predictor
-from diffalign.schedule import NoiseSchedule, Over
-from diffalign.types import LogLikelihood, LogRatio, NoisyPair, Texts, TransitionPair
+from diffalign.schedule import Over, Schedule
+from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair, on_both_sides
 
 
-def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample: [B, ...] and [B, ...] -> [B], in float64 (float32 on MPS, which has no other).
+def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error per sample: [B, ...] and [B, ...] -> [B], in float64 (float32 on MPS, which has no other), times
+    ``weight`` [B] where there is one.
 
     The margin is beta/2 times a difference of four such errors. With beta = 5000, errors in half precision would move it by
     up to 0.3, and the last bit of float32 errors still by 3e-4. Latents are small: the cost is not measurable.
@@ -31,15 +36,22 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     dtype = widest(prediction)
-    return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
+    error = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
+    return error if weight is None else weight.to(error) * error
 
 
 def pair_errors(predictor: Predictor, pair: NoisyPair) -> tuple[Tensor, Tensor]:
     """Denoising errors of winner and loser, [B] each, from one call of the network on the stacked pair."""
-    conditioning = {name: torch.cat([value, value]) for name, value in pair.conditioning.items()}
+    conditioning = on_both_sides(pair.conditioning, pair.framing)
     prediction = predictor(torch.cat([pair.winner, pair.loser]), torch.cat([pair.t, pair.t]), conditioning)
-    winner, loser = denoising_error(prediction, torch.cat([pair.winner_target, pair.loser_target])).chunk(2)
+    weight = None if pair.error_weight is None else torch.cat([pair.error_weight, pair.error_weight])
+    winner, loser = denoising_error(prediction, torch.cat([pair.winner_target, pair.loser_target]), weight).chunk(2)
     return winner, loser
+
+
+def errors(predictor: Predictor, noisy: Noisy) -> Tensor:
+    """Denoising errors [B] of single samples, from one call of the network."""
+    return denoising_error(predictor(noisy.x_t, noisy.t, noisy.conditioning), noisy.target, noisy.error_weight)
 
 
 def denoising(winner_error: Tensor, loser_error: Tensor) -> LogLikelihood:
@@ -48,14 +60,14 @@ def denoising(winner_error: Tensor, loser_error: Tensor) -> LogLikelihood:
 
 
 def transition(
-    predictor: Predictor, schedule: NoiseSchedule, pair: TransitionPair, eta: float = 1.0, over: Over = "mean"
+    predictor: Predictor, schedule: Schedule, pair: TransitionPair, eta: float = 1.0, over: Over = "mean"
 ) -> LogLikelihood:
     """Log-densities of both steps, from one call of the network. nan where a step has no noise (``schedule.has_noise``).
 
     ``predictor`` must predict as the sampler's did: wrap it in ``solvers.Guided`` if the trajectories were guided. Then one
     call of the network holds both sides with and without the prompt, 4 B rows.
     """
-    conditioning = {name: torch.cat([value, value]) for name, value in pair.conditioning.items()}
+    conditioning = on_both_sides(pair.conditioning)
     x_t, x_next = torch.cat([pair.winner, pair.loser]), torch.cat([pair.winner_next, pair.loser_next])
     t, t_previous = torch.cat([pair.t, pair.t]), torch.cat([pair.t_previous, pair.t_previous])
     prediction = predictor(x_t, t, conditioning)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import Schedule
 from diffalign.types import Conditioning
 
 
@@ -17,7 +17,10 @@ class Predictor(Protocol):
     """Anything that predicts from a noisy latent: the policy, or a reference."""
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """``x_t`` [B, C, H, W], ``t`` [B] int64 -> the network's prediction [B, C, H, W], in its own parametrisation."""
+        """``x_t`` [B, C, H, W], ``t`` [B] -> the network's prediction [B, C, H, W], in its own parametrisation.
+
+        ``t`` is int64 where the schedule is a table of steps, float32 in [0, T] where it is a flow.
+        """
         ...
 
 
@@ -43,7 +46,7 @@ class Policy(Protocol):
 class Denoiser(Predictor, Policy, Protocol):
     """A trainable network of one family of diffusion models."""
 
-    schedule: NoiseSchedule
+    schedule: Schedule
 
 
 @runtime_checkable

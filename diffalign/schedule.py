@@ -1,81 +1,172 @@
-"""The chain, forwards and backwards: the only file that indexes alpha_bar.
+"""The chain, forwards and backwards: the only file that indexes alpha_bar or sigma.
 
-``x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`` (DDPM, Ho et al. 2020, arXiv 2006.11239, eq. 4), with
-T discrete steps. Networks answer in one of three parametrisations of the same thing:
+A schedule says how much of the signal and how much noise there is at every level t,
+
+    x_t = a x_0 + s eps
+
+and everything else follows from a and s:
+
+    ``NoiseSchedule``   a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t)    diffusion that preserves variance, a table of T steps
+                        (DDPM, Ho et al. 2020, arXiv 2006.11239, eq. 4)
+    ``FlowSchedule``    a = 1 - sigma, s = sigma = t / T                    rectified flow (Liu et al. 2022, arXiv 2209.03003),
+                        conditional flow matching (Lipman et al. 2022, arXiv 2210.02747), SD3 (Esser et al. 2024, 2403.03206)
+
+Networks answer in one of four parametrisations of the same thing:
 
     epsilon       eps
-    v_prediction  sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0     (Salimans & Ho 2022, arXiv 2202.00512, section 2.4)
+    v_prediction  a eps - s x_0, where a^2 + s^2 = 1            (Salimans & Ho 2022, arXiv 2202.00512, section 2.4)
     sample        x_0
+    velocity      eps - x_0 = dx_t / dsigma, where a + s = 1    (flow matching)
 
 Backwards, one step of DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16) from t to an earlier t' is the Gaussian
 
-    mean       sqrt(alpha_bar_t') x_0 + sqrt(1 - alpha_bar_t' - sigma^2) eps          x_0, eps as predicted at (x_t, t)
-    deviation  sigma = eta sqrt( (1 - alpha_bar_t') / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_t') )
+    deviation  d = eta s' sqrt(1 - (a s' / (a' s))^2)
+    mean       a' x_0 + sqrt(s'^2 - d^2) eps                     x_0, eps as predicted at (x_t, t)
 
-eta = 1 is the ancestral step of DDPM with its smaller variance; eta = 0 has no noise and no density.
+It needs nothing but a and s, and keeps the marginals of any of them: x_t' is a' x_0 plus noise of deviation s' whatever eta is.
 
-Shapes: B = batch; a latent is [B, ...] with any trailing dimensions; ``t`` is [B] int64 in [-1, T), where -1 (like anything
-below 0) is the clean end. What alpha_bar is there is a convention, see ``NoiseSchedule.clean_end``.
+eta = 0 has no noise and no density; for a flow it is the Euler step x + (sigma' - sigma) v of the probability flow. eta = 1 is
+what x_t' is under the forward process, given x_t and x_0 (for a table: the ancestral step of DDPM with its smaller variance; a
+flow's is the same process on another clock). For a flow model it is the SDE to roll out with where log-densities are asked for
+(D3PO, DDPO). Flow-GRPO's (arXiv 2505.05470) is not offered: its Euler-Maruyama steps keep the marginals to first order only, and
+its noise sqrt(t / (1 - t)) is infinite where every trajectory begins.
+
+Where a = 0 (sigma = 1, or a table with zero terminal SNR), a step with eta = 1 keeps nothing of x_t but what the network saw in
+it: trajectories that start from the same x_T share little more than their prompt. A smaller eta keeps sqrt(1 - eta^2) of it.
+
+Shapes: B = batch; a latent is [B, ...] with any trailing dimensions; ``t`` is [B]: int64 in [-1, T) on a table, float32 in
+[-1, T] for a flow. Below 0 is the clean end (0 is so too, for a flow). What alpha_bar is there is a convention of tables, see
+``NoiseSchedule.clean_end``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+from diffalign.grids import FlowGrid, Sigmas, Spacing, perturbed_grid, timestep_grid
+from diffalign.levels import LevelDistribution, Levels
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "velocity"]
+ErrorAs = Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"]
+"""In which parametrisation a denoising error is measured; ``prediction`` is the network's own."""
 CleanEnd = Literal["one", "first"]
-Spacing = Literal["leading", "trailing", "linspace"]
 Over = Literal["mean", "sum"]
 """How the log-densities of the dimensions of a latent become one number."""
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """alpha_bar at every step, and what the network predicts.
+class _Parametrisation(NamedTuple):
+    """A combination of eps and x_0 that a network may predict, and the way back. ``said`` is the network's answer."""
 
-    The table is kept as given (float32 in Diffusers) and never cast below float32: in float16 ``1 - alpha_bar_0`` would be
-    9.8e-4 instead of 8.5e-4.
-    """
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of a, s, x_0, eps
+    epsilon: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of a, s, x_t, said
+    x_0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of a, s, x_t, said
+    reach: Callable[[Tensor, Tensor], Tensor]  # of a, s: see ``Schedule.error_weight``
 
-    alpha_bar: Tensor  # [T], decreasing, in [0, 1]
-    prediction_type: PredictionType = "epsilon"
-    clean_end: CleanEnd = "one"
-    """alpha_bar at t = -1. ``one``: what a clean latent has. ``first``: alpha_bar[0], as Diffusers samples where a
-    configuration says ``set_alpha_to_one: false`` (SD1.5, SDXL); clamping t' to 0, as D3PO and DDPO do, is the same."""
 
-    def __post_init__(self) -> None:
-        if self.alpha_bar.ndim != 1 or not self.alpha_bar.is_floating_point():
-            raise ValueError(f"alpha_bar is a table [T] of floats; got shape {tuple(self.alpha_bar.shape)}")
-        if not bool((self.alpha_bar[1:] <= self.alpha_bar[:-1]).all()):
-            raise ValueError("alpha_bar must not increase with t")
-        if self.prediction_type not in get_args(PredictionType):
-            raise ValueError(f"prediction_type is one of {get_args(PredictionType)}; got {self.prediction_type!r}")
-        if self.clean_end not in get_args(CleanEnd):
-            raise ValueError(f"clean_end is one of {get_args(CleanEnd)}; got {self.clean_end!r}")
+_PARAMETRISATIONS: dict[str, _Parametrisation] = {
+    "epsilon": _Parametrisation(
+        target=lambda a, s, x_0, epsilon: epsilon.to(a.dtype),
+        epsilon=lambda a, s, x_t, said: said.to(a.dtype),
+        x_0=lambda a, s, x_t, said: (x_t - s * said) / a,
+        reach=lambda a, s: a,
+    ),
+    "v_prediction": _Parametrisation(
+        target=lambda a, s, x_0, epsilon: a * epsilon - s * x_0,
+        epsilon=lambda a, s, x_t, said: a * said + s * x_t,
+        x_0=lambda a, s, x_t, said: a * x_t - s * said,
+        reach=lambda a, s: a.square() + s.square(),
+    ),
+    "sample": _Parametrisation(
+        target=lambda a, s, x_0, epsilon: x_0.to(a.dtype),
+        epsilon=lambda a, s, x_t, said: (x_t - a * said) / s,
+        x_0=lambda a, s, x_t, said: said.to(a.dtype),
+        reach=lambda a, s: s,
+    ),
+    "velocity": _Parametrisation(
+        target=lambda a, s, x_0, epsilon: epsilon.to(a.dtype) - x_0,
+        epsilon=lambda a, s, x_t, said: x_t + a * said,
+        x_0=lambda a, s, x_t, said: x_t - s * said,
+        reach=lambda a, s: a + s,
+    ),
+}
 
+
+class Schedule(ABC):
+    """What is common to all chains. A concrete one is a frozen dataclass that says what a and s are and how time runs."""
+
+    prediction_type: PredictionType
+    error_as: ErrorAs
+    """what ``error_weight`` converts denoising errors to; a setting of the run, not of the model"""
+    trained_levels: LevelDistribution
+    """which levels the model was trained on, as its family recommends: what ``auto`` means"""
+    predictions: ClassVar[tuple[PredictionType, ...]]
+    """prediction types that there are under this schedule"""
+    continuous: ClassVar[bool]
+    """whether t is any number (float32) or the index of a step (int64)"""
+
+    # ------------------------------------------------------------------------------------- what a concrete schedule says
+
+    @abstractmethod
     def __len__(self) -> int:
-        """T, the number of training steps."""
-        return len(self.alpha_bar)
+        """T, the length of the time axis."""
 
+    @abstractmethod
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``sqrt(alpha_bar_t)`` and ``sqrt(1 - alpha_bar_t)`` as [B, 1, ...] to scale ``like`` [B, ...], float32 at least."""
-        if t.shape != like.shape[:1]:
-            raise ValueError(f"t must hold one step per sample: got {tuple(t.shape)} for a batch of {like.shape[0]}")
-        dtype = torch.promote_types(self.alpha_bar.dtype, like.dtype)
-        alpha_bar = self._at(t, like, dtype)
-        return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+        """Signal ``a`` and noise ``s`` at ``t`` [B], as [B, 1, ...] to scale ``like`` [B, ...], float32 at least."""
 
-    def _at(self, t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """alpha_bar_t as [B, 1, ...] on the device of ``like``."""
-        clean = self.alpha_bar[:1] if self.clean_end == "first" else torch.ones_like(self.alpha_bar[:1])
-        table = torch.cat([clean, self.alpha_bar]).to(device=like.device, dtype=dtype)
-        return table[t.to(like.device).clamp(min=-1) + 1].view(-1, *([1] * (like.ndim - 1)))
+    @abstractmethod
+    def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a step from ``t`` to ``t_previous``: the deviation d of its new noise and the factor sqrt(s'^2 - d^2) on the old
+        one, each [B, 1, ...] to scale ``like`` [B, ...], float32 at least. d is 0 where t' is truly clean."""
+
+    @abstractmethod
+    def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What a deterministic step holds fixed, float32 at least: the noise on a table, the velocity of a flow."""
+
+    @abstractmethod
+    def move(self, x: Tensor, direction: Tensor, t_from: Tensor, t_to: Tensor) -> Tensor:
+        """``x`` [B, ...] carried from level ``t_from`` to ``t_to`` (each [B], either way) along a given ``direction``."""
+
+    @abstractmethod
+    def climb(self, end: float, steps: int) -> list[float]:
+        """The levels of an inversion from the clean end to exactly ``end``, in equal strides of at most T / steps."""
+
+    @abstractmethod
+    def grid(self, steps: int, shape: tuple[int, ...], spacing: Spacing, offset: int) -> Tensor:
+        """The levels [S] that a sampler visits for latents of ``shape`` [C, H, W]. A flow has a spacing of its own."""
+
+    @abstractmethod
+    def perturbed(self, steps: int, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        """A grid per generator [B, S], shifted by a draw from it, such that all levels are visited (Diffusion-DRO)."""
+
+    @abstractmethod
+    def ending(self, clean_end: CleanEnd) -> Self:
+        """The same with another convention for the clean end. Raises ValueError where there is no such thing."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What a chain depends on beside the network, as plain values."""
+
+    def _check(self) -> None:
+        """For ``__post_init__``."""
+        if self.prediction_type not in self.predictions:
+            raise ValueError(f"prediction_type is one of {self.predictions}; got {self.prediction_type!r}")
+        if self.error_as not in get_args(ErrorAs):
+            raise ValueError(f"error_as is one of {get_args(ErrorAs)}; got {self.error_as!r}")
+
+    # ---------------------------------------------------------------------------------------------------------- forwards
+
+    def levels(self, distribution: LevelDistribution | None = None) -> Levels:
+        """Training levels on this schedule's axis, by default as the model was trained."""
+        return Levels(len(self), self.continuous, distribution or self.trained_levels)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for clean latents and noise, in the dtype of ``x_0``."""
@@ -84,35 +175,39 @@ class NoiseSchedule:
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should predict for this draw, float32 at least."""
-        a, s = self.coefficients(t, x_0)
-        if self.prediction_type == "epsilon":
-            return noise.to(a.dtype)
-        if self.prediction_type == "v_prediction":
-            return a * noise - s * x_0
-        return x_0.to(a.dtype)
+        return _PARAMETRISATIONS[self.prediction_type].target(*self.coefficients(t, x_0), x_0, noise)
 
     def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction implies, float32 at least."""
-        a, s = self.coefficients(t, x_t)
-        if self.prediction_type == "epsilon":
-            return prediction.to(a.dtype)
-        if self.prediction_type == "v_prediction":
-            return a * prediction + s * x_t
-        return (x_t - a * prediction) / s
+        """The noise that a prediction implies, float32 at least. Undefined where s = 0 with ``sample``."""
+        return _PARAMETRISATIONS[self.prediction_type].epsilon(*self.coefficients(t, x_t), x_t, prediction)
 
     def to_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that a prediction implies, float32 at least. Undefined where alpha_bar_t = 0 with epsilon."""
-        a, s = self.coefficients(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (x_t - s * prediction) / a
-        if self.prediction_type == "v_prediction":
-            return a * x_t - s * prediction
-        return prediction.to(a.dtype)
+        """The clean latent that a prediction implies, float32 at least. Undefined where a = 0 with ``epsilon``."""
+        return _PARAMETRISATIONS[self.prediction_type].x_0(*self.coefficients(t, x_t), x_t, prediction)
+
+    def error_weight(self, t: Tensor) -> Tensor | None:
+        """The factor [B] from a squared error of the prediction to one of ``error_as``, float64 (float32 on MPS); None for 1.
+
+        x_t is given, so an error d_eps of the noise is one of -s/a d_eps of x_0, and all errors are multiples of each other: with
+        ``reach`` = a (epsilon), a^2 + s^2 (v_prediction), s (sample), a + s (velocity), errors are proportional to their reach.
+
+            v_prediction as epsilon   a^2 = alpha_bar                      velocity as epsilon   (1 - sigma)^2
+            sample as epsilon         a^2 / s^2, the signal-to-noise ratio: unbounded towards the clean end
+            epsilon as sample         s^2 / a^2: unbounded towards noise, infinite where a = 0
+        """
+        if self.error_as in ("prediction", self.prediction_type):
+            return None
+        like = torch.zeros(len(t), dtype=torch.float32 if t.device.type == "mps" else torch.float64, device=t.device)
+        a, s = self.coefficients(t, like)
+        asked, own = (_PARAMETRISATIONS[name].reach(a, s) for name in (self.error_as, self.prediction_type))
+        return (asked / own).square()
+
+    # --------------------------------------------------------------------------------------------------------- backwards
 
     def ddim_move(self, x: Tensor, epsilon: Tensor, t_from: Tensor, t_to: Tensor) -> Tensor:
         """``x`` [B, ...] carried from level ``t_from`` to ``t_to`` (each [B], either way) along a given noise; float32 at least.
 
-        Downwards this is a DDIM step with eta = 0, upwards an inversion: ``a' / a (x - s eps) + s' eps``.
+        Downwards this is a DDIM step with eta = 0, upwards an inversion: ``a' / a (x - s eps) + s' eps``. Undefined from a = 0.
         """
         a_from, s_from = self.coefficients(t_from, x)
         a_to, s_to = self.coefficients(t_to, x)
@@ -120,10 +215,7 @@ class NoiseSchedule:
 
     def ddim_deviation(self, t: Tensor, t_previous: Tensor, like: Tensor) -> Tensor:
         """Standard deviation of the step at eta = 1, [B, 1, ...] to scale ``like`` [B, ...]. Zero where t' is truly clean."""
-        wide = _widest(like)  # at small t, 1 - alpha_bar_t / alpha_bar_t' is a small difference of numbers near 1
-        now, previous = self._at(t, like, wide), self._at(t_previous, like, wide)
-        variance = (1.0 - previous) / (1.0 - now) * (1.0 - now / previous)
-        return variance.clamp(min=0.0).sqrt().to(torch.promote_types(self.alpha_bar.dtype, like.dtype))
+        return self.ddim_noise(t, t_previous, 1.0, like)[0]
 
     def ddim_mean_and_deviation(
         self, x_t: Tensor, prediction: Tensor, t: Tensor, t_previous: Tensor, eta: float
@@ -131,11 +223,10 @@ class NoiseSchedule:
         """The Gaussian of x at ``t_previous``: its mean [B, ...] and deviation [B, 1, ...], float32 at least."""
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta lies between 0 (deterministic) and 1 (ancestral); got {eta}")
-        a_previous, s_previous = self.coefficients(t_previous, x_t)
-        deviation = eta * self.ddim_deviation(t, t_previous, x_t)
-        direction = (s_previous.square() - deviation.square()).clamp(min=0.0).sqrt()
+        a_previous, _ = self.coefficients(t_previous, x_t)
+        deviation, kept = self.ddim_noise(t, t_previous, eta, x_t)
         x_0, epsilon = self.to_x_0(prediction, x_t, t), self.to_epsilon(prediction, x_t, t)
-        return a_previous * x_0 + direction * epsilon, deviation
+        return a_previous * x_0 + kept * epsilon, deviation
 
     def ddim_step(
         self, x_t: Tensor, prediction: Tensor, t: Tensor, t_previous: Tensor, eta: float, noise: Tensor | None = None
@@ -162,8 +253,211 @@ class NoiseSchedule:
 
     def has_noise(self, t: Tensor, t_previous: Tensor, eta: float) -> Tensor:
         """Which steps are stochastic, bool, in the shape of ``t``; the others have no density."""
-        like = self.alpha_bar.new_zeros(t.numel(), dtype=torch.float64)
-        return (eta * self.ddim_deviation(t.reshape(-1), t_previous.reshape(-1), like) > 0).reshape(t.shape).to(t.device)
+        like = torch.zeros(t.numel(), dtype=torch.float64)
+        deviation = self.ddim_deviation(t.reshape(-1).cpu(), t_previous.reshape(-1).cpu(), like)
+        return (eta * deviation > 0).reshape(t.shape).to(t.device)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule(Schedule):
+    """alpha_bar at every step, and what the network predicts.
+
+    The table is kept as given (float32 in Diffusers) and never cast below float32: in float16 ``1 - alpha_bar_0`` would be
+    9.8e-4 instead of 8.5e-4.
+    """
+
+    alpha_bar: Tensor  # [T], decreasing, in [0, 1]
+    prediction_type: PredictionType = "epsilon"
+    clean_end: CleanEnd = "one"
+    """alpha_bar at t = -1. ``one``: what a clean latent has. ``first``: alpha_bar[0], as Diffusers samples where a
+    configuration says ``set_alpha_to_one: false`` (SD1.5, SDXL); clamping t' to 0, as D3PO and DDPO do, is the same."""
+    error_as: ErrorAs = "prediction"
+    trained_levels: LevelDistribution = LevelDistribution()
+    predictions: ClassVar[tuple[PredictionType, ...]] = ("epsilon", "v_prediction", "sample")
+    continuous: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.alpha_bar.ndim != 1 or not self.alpha_bar.is_floating_point():
+            raise ValueError(f"alpha_bar is a table [T] of floats; got shape {tuple(self.alpha_bar.shape)}")
+        if not bool((self.alpha_bar[1:] <= self.alpha_bar[:-1]).all()):
+            raise ValueError("alpha_bar must not increase with t")
+        if self.clean_end not in get_args(CleanEnd):
+            raise ValueError(f"clean_end is one of {get_args(CleanEnd)}; got {self.clean_end!r}")
+        self._check()
+
+    def __len__(self) -> int:
+        """T, the number of training steps."""
+        return len(self.alpha_bar)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``sqrt(alpha_bar_t)`` and ``sqrt(1 - alpha_bar_t)`` as [B, 1, ...] to scale ``like`` [B, ...], float32 at least."""
+        _refuse_another_batch(t, like)
+        dtype = torch.promote_types(self.alpha_bar.dtype, like.dtype)
+        alpha_bar = self._at(t, like, dtype)
+        return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+
+    def _at(self, t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """alpha_bar_t as [B, 1, ...] on the device of ``like``."""
+        clean = self.alpha_bar[:1] if self.clean_end == "first" else torch.ones_like(self.alpha_bar[:1])
+        table = torch.cat([clean, self.alpha_bar]).to(device=like.device, dtype=dtype)
+        return _beside(table[t.to(like.device).clamp(min=-1) + 1], like)
+
+    def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``eta sqrt( (1 - alpha_bar_t') / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_t') )``, and what it leaves."""
+        wide = _widest(like)  # at small t, 1 - alpha_bar_t / alpha_bar_t' is a small difference of numbers near 1
+        now, previous = self._at(t, like, wide), self._at(t_previous, like, wide)
+        variance = (1.0 - previous) / (1.0 - now) * (1.0 - now / previous)
+        deviation = eta * variance.clamp(min=0.0).sqrt().to(torch.promote_types(self.alpha_bar.dtype, like.dtype))
+        _, s_previous = self.coefficients(t_previous, like)
+        return deviation, (s_previous.square() - deviation.square()).clamp(min=0.0).sqrt()
+
+    def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise."""
+        return self.to_epsilon(prediction, x_t, t)
+
+    def move(self, x: Tensor, direction: Tensor, t_from: Tensor, t_to: Tensor) -> Tensor:
+        """``ddim_move``."""
+        return self.ddim_move(x, direction, t_from, t_to)
+
+    def climb(self, end: float, steps: int) -> list[int]:
+        """From -1 to ``end``."""
+        strides = -((-(end + 1) * steps) // len(self))
+        return [-1 + ((end + 1) * j + strides // 2) // strides for j in range(strides + 1)]
+
+    def grid(self, steps: int, shape: tuple[int, ...], spacing: Spacing, offset: int) -> Tensor:
+        """``timestep_grid``, int64, whatever the shape."""
+        return timestep_grid(len(self), steps, spacing, offset)
+
+    def perturbed(self, steps: int, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        """``perturbed_grid``, int64, by draws from [0, T // S)."""
+        shift = torch.tensor([int(torch.randint(len(self) // steps, (), generator=g)) for g in generators])
+        return perturbed_grid(len(self), steps, shift)
+
+    def ending(self, clean_end: CleanEnd) -> NoiseSchedule:
+        return replace(self, clean_end=clean_end)
+
+    def fingerprint(self) -> dict[str, Any]:
+        table = hashlib.sha256(self.alpha_bar.double().cpu().numpy().tobytes()).hexdigest()
+        return {
+            "steps": len(self),
+            "alpha_bar": table[:16],
+            "prediction_type": self.prediction_type,
+            "clean_end": self.clean_end,
+        }
+
+
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """Straight paths from data to noise, ``x_t = (1 - sigma) x_0 + sigma eps`` at sigma = t / T.
+
+    t is the ``timesteps`` of Diffusers' FlowMatchEulerDiscreteScheduler, any number in (0, T], float32: sigma = 1 is pure noise,
+    t <= 0 is the clean end. Sigma is computed from it in float64. What a family calls time (t / T, 1 - t / T) is its own matter.
+
+    beta of flow models. An error of the velocity is 1 / (1 - sigma)^2 times that of the noise (``error_weight``), so Diffusion-
+    DPO's beta means more at noisy levels than it does for an epsilon network, and nowhere less. Released code has beta = 100
+    (flow_grpo, where an issue advises 2000) and 2000 (Flow-Factory), both for means over dimensions; SimpleTuner has sums and
+    finds beta itself. 2000 is a sensible start and 100 a cautious one. Flow-DPO (arXiv 2501.13918) reports that a constant beta
+    does better than one that is weighted by (1 - sigma)^2 to agree with the epsilon form: hence ``error_as="prediction"`` by
+    default, and ``"epsilon"`` to compare.
+    """
+
+    train_steps: int = 1000  # T
+    prediction_type: PredictionType = "velocity"
+    sigmas: Sigmas = FlowGrid()
+    """how its sampler lays noise levels"""
+    error_as: ErrorAs = "prediction"
+    trained_levels: LevelDistribution = LevelDistribution("logit-normal")
+    predictions: ClassVar[tuple[PredictionType, ...]] = ("velocity", "epsilon", "sample")
+    continuous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.train_steps < 1:
+            raise ValueError(f"train_steps should be at least 1; got {self.train_steps}")
+        self._check()
+
+    def __len__(self) -> int:
+        """T."""
+        return self.train_steps
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``1 - sigma`` and ``sigma`` as [B, 1, ...] to scale ``like`` [B, ...], float32 at least."""
+        sigma = self._sigma(t, like)
+        dtype = torch.promote_types(torch.float32, like.dtype)
+        return (1.0 - sigma).to(dtype), sigma.to(dtype)
+
+    def _sigma(self, t: Tensor, like: Tensor) -> Tensor:
+        """[B, 1, ...] on the device of ``like``, in float64 (float32 on MPS).
+
+        Raises:
+            ValueError: beyond T, or not a number (looked at on the CPU only: elsewhere a look would be a stop).
+        """
+        _refuse_another_batch(t, like)
+        if t.device.type == "cpu" and not bool((t <= self.train_steps).all()):
+            raise ValueError(f"t lies between 0 and {self.train_steps}; got {t.tolist()}")
+        return _beside((t.to(like.device, _widest(like)) / self.train_steps).clamp(min=0.0), like)
+
+    def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``eta s' sqrt(1 - r^2)`` and ``s' sqrt(1 - eta^2 (1 - r^2))`` with r = a s' / (a' s), of which 1 - r^2 is written as a
+        product that begins with sigma - sigma': short steps keep their digits, and nothing is left over where a = 0."""
+        now, previous = self._sigma(t, like), self._sigma(t_previous, like)
+        below = ((1.0 - previous) * now).clamp(min=1e-12)  # 0 only where there is nothing to go
+        ratio = ((1.0 - now) * previous / below).clamp(max=1.0)
+        rest = ((now - previous) * (now + previous - 2.0 * now * previous) / below.square()).clamp(min=0.0, max=1.0)
+        dtype = torch.promote_types(torch.float32, like.dtype)
+        kept = previous * (1.0 - eta**2 + (eta * ratio).square()).sqrt()
+        return (previous * eta * rest.sqrt()).to(dtype), kept.to(dtype)
+
+    def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity, which needs no level if it is what the network predicts."""
+        if self.prediction_type == "velocity":
+            return prediction.to(torch.promote_types(torch.float32, x_t.dtype))
+        return self.to_epsilon(prediction, x_t, t) - self.to_x_0(prediction, x_t, t)
+
+    def move(self, x: Tensor, direction: Tensor, t_from: Tensor, t_to: Tensor) -> Tensor:
+        """``x + (sigma' - sigma) v``: a straight line, from anywhere to anywhere."""
+        stride = self._sigma(t_to, x) - self._sigma(t_from, x)
+        return x + stride.to(torch.promote_types(torch.float32, x.dtype)) * direction
+
+    def climb(self, end: float, steps: int) -> list[float]:
+        """From 0 to ``end``."""
+        strides = max(1, math.ceil(end * steps / self.train_steps))
+        return [end * j / strides for j in range(strides)] + [end]
+
+    def grid(self, steps: int, shape: tuple[int, ...], spacing: Spacing = "leading", offset: int = 0) -> Tensor:
+        """The sampler's own (``sigmas``), float32; ``spacing`` and ``offset`` are of tables and do nothing."""
+        return self._as_t(self.sigmas.sigmas(steps, shape))
+
+    def perturbed(self, steps: int, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+        """1 - r/S, 1 - (1 + r)/S, ... (1 - r)/S with r drawn from [0, 1), bent as the sampler bends its line; float32.
+
+        The counterpart of a table's perturbed grid: with r = 0 it is the line that FLUX's pipeline lays, and over r every level
+        is visited. As there, a trajectory starts from pure noise at a level a little below it, up to 1/S before bending.
+        """
+        r = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        line = (torch.arange(steps, 0, -1, dtype=torch.float64) - r[:, None]) / steps
+        return self._as_t(self.sigmas.warped(line, steps, shape))
+
+    def _as_t(self, sigma: Tensor) -> Tensor:
+        """Rounded where Diffusers rounds, so that the network is told the same."""
+        return sigma.to(torch.float32) * self.train_steps
+
+    def ending(self, clean_end: CleanEnd) -> FlowSchedule:
+        if clean_end != "one":
+            raise ValueError(f"a flow ends at x_0 itself; clean_end {clean_end!r} is a convention of tables of alpha_bar")
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"steps": len(self), "flow": asdict(self.sigmas), "prediction_type": self.prediction_type}
+
+
+def _refuse_another_batch(t: Tensor, like: Tensor) -> None:
+    if t.shape != like.shape[:1]:
+        raise ValueError(f"t must hold one step per sample: got {tuple(t.shape)} for a batch of {like.shape[0]}")
+
+
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...]."""
+    return values.view(-1, *([1] * (like.ndim - 1)))
 
 
 def _widest(like: Tensor) -> torch.dtype:
@@ -178,50 +472,3 @@ def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor, over: Over 
     each = -0.5 * ((x - mean) / deviation).square() - deviation.log() - 0.5 * math.log(2.0 * math.pi)
     each = torch.where(deviation > 0, each, math.nan).flatten(1)
     return each.mean(dim=1) if over == "mean" else each.sum(dim=1)
-
-
-# -------------------------------------------------------------------------------------------------------- Grids of time
-
-
-def timestep_grid(
-    train_steps: int, steps: int, spacing: Spacing = "leading", offset: int = 0, *, leave_out_last: bool = False
-) -> Tensor:
-    """The levels [S] that a sampler visits, int64, from noise to image; spacings as in arXiv 2305.08891, table 2.
-
-    ``leading``   multiples of T // S, shifted up by ``offset`` (1 for SD1.5);
-    ``trailing``  T - 1 first, then down by T / S;
-    ``linspace``  S points from T - 1 to 0.
-
-    ``leave_out_last`` lays S + 1 points and leaves out the lowest (leading, linspace): Diffusers' DPM-Solver does so.
-    """
-    if not 1 <= steps <= train_steps:
-        raise ValueError(f"steps lie between 1 and the {train_steps} of training; got {steps}")
-    points = steps + leave_out_last
-    if spacing == "leading":
-        grid = np.arange(points)[::-1] * (train_steps // points) + offset
-    elif spacing == "trailing":
-        grid = np.round(np.arange(train_steps, 0, -train_steps / steps)) - 1
-    elif spacing == "linspace":
-        grid = np.linspace(0 if points > 1 else train_steps - 1, train_steps - 1, points).round()[::-1]
-    else:
-        raise ValueError(f"spacing is one of {get_args(Spacing)}; got {spacing!r}")
-    if grid[0] >= train_steps:
-        first = f"{steps} steps shifted by {offset} begins at {int(grid[0])}"
-        raise ValueError(f"a grid of {first}; training ended at {train_steps - 1}")
-    return torch.from_numpy(grid[:steps].astype(np.int64))
-
-
-def perturbed_grid(train_steps: int, steps: int, shift: Tensor) -> Tensor:
-    """A grid per sample [B, S]: multiples of T // S, shifted up by ``shift`` [B] in [0, T // S).
-
-    Diffusion-DRO (arXiv 2510.18353) draws the shift uniformly, so that its trajectories visit every t.
-    """
-    stride = train_steps // steps
-    if bool(((shift < 0) | (shift >= stride)).any()):
-        raise ValueError(f"the shift of a grid of {steps} steps lies in [0, {stride}); got {shift.tolist()}")
-    return timestep_grid(train_steps, steps).to(shift.device) + shift[:, None]
-
-
-def steps_down(grid: Tensor) -> Tensor:
-    """The level after each of ``grid`` [..., S]: the next one, and -1, the clean end, after the last."""
-    return torch.cat([grid[..., 1:], torch.full_like(grid[..., :1], -1)], dim=-1)

@@ -1,8 +1,10 @@
 """Ways down the chain, a step at a time: what is asked of the network, and where its answer leads.
 
 ``Guided``      classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), both predictions from one call of the network
-``DDIM``        one stochastic or deterministic step (``NoiseSchedule.ddim_step``); eta = 1 is DDPM with its smaller variance
+``DDIM``        one stochastic or deterministic step (``Schedule.ddim_step``); eta = 1 is DDPM with its smaller variance
 ``DPMSolver``   DPM-Solver++ (2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, deterministic
+
+Both take tables and flows alike: DDIM with eta = 0 is a flow's Euler step.
 
 Every sample walks on a grid of its own, [B, S], so a batch may hold any mixture of levels. A solver serves one batch and one
 walk; it is asked for step 0, 1, ... S - 1 in turn.
@@ -20,20 +22,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffalign.grids import steps_down
 from diffalign.protocols import Predictor
-from diffalign.schedule import NoiseSchedule, steps_down
-from diffalign.types import Conditioning
+from diffalign.schedule import Schedule
+from diffalign.types import GUIDANCE, Conditioning
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A predictor with guidance: ``u + scale (c - u)``. At scale 1 the unconditional half is not computed at all."""
+    """A predictor with guidance: ``u + scale (c - u)``. At scale 1 the unconditional half is not computed at all.
+
+    A network that was distilled from such answers (its conditioning says ``GUIDANCE``) is told the scale instead, in one call.
+    """
 
     predictor: Predictor
     unconditional: Mapping[str, Tensor]  # one entry per name of the conditioning, each [1, ...] or [B, ...]
     scale: float
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if GUIDANCE in conditioning:
+            told = torch.full_like(conditioning[GUIDANCE], self.scale, dtype=torch.float32)
+            return self.predictor(x_t, t, {**conditioning, GUIDANCE: told})
         if self.scale == 1.0:
             return self.predictor(x_t, t, conditioning)
         if missing := conditioning.keys() - self.unconditional.keys():
@@ -58,8 +67,8 @@ class Solver(Protocol):
 class DDIM:
     """``ddim_step`` along a grid."""
 
-    schedule: NoiseSchedule
-    grid: Tensor  # [B, S] int64, falling
+    schedule: Schedule
+    grid: Tensor  # [B, S], falling
     eta: float = 0.0
 
     def step(self, i: int, x_t: Tensor, prediction: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -70,10 +79,11 @@ class DPMSolver:
     """DPM-Solver++ (2M). Remembers each sample's last prediction of x_0; the first and the last step are of first order.
 
     Written with x_0: the first-order step is DDIM's, ``s'/s x + (a' - s' a/s) x_0``, and the second order puts in place of
-    x_0 its extrapolation ``x_0 + h/(2 h_before) (x_0 - x_0_before)``, h being the step in log(a/s).
+    x_0 its extrapolation ``x_0 + h/(2 h_before) (x_0 - x_0_before)``, h being the step in log(a/s). From a = 0, where a flow
+    begins, h_before is infinite: the second step is of first order, too.
     """
 
-    def __init__(self, schedule: NoiseSchedule, grid: Tensor, *, released: bool = False) -> None:
+    def __init__(self, schedule: Schedule, grid: Tensor, *, released: bool = False) -> None:
         self._schedule = schedule
         self._grid = grid[:1].expand_as(grid) if released else grid
         self._down = steps_down(self._grid)

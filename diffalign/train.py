@@ -386,7 +386,7 @@ class Trainer:
         names = [] if not outcomes else ["loss", *outcomes[0].metrics]
         rows = {n: [float(v) for o in outcomes for v in (o.loss if n == "loss" else o.metrics[n]).tolist()] for n in names}
         if outcomes and outcomes[0].t is not None:
-            rows["t"] = [int(v) for o in outcomes for v in o.t.tolist()]
+            rows["t"] = [v for o in outcomes for v in o.t.tolist()]
         gathered = _gather(rows, self._accelerator)
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}

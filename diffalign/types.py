@@ -17,6 +17,31 @@ from torch.nn import functional as F
 Conditioning = Mapping[str, Tensor]
 """What a network is conditioned on, by argument name; every tensor is [B, ...]. SD: ``encoder_hidden_states`` [B, L, D]."""
 
+FRAMING = "framing"
+"""Name in a conditioning of how the pictures came to be: [B, 6] float32, height and width of the original, top and left of the
+crop after resizing, height and width of what is left. Rows of NaN are of pictures that a model sampled. It belongs to the
+picture, not to the prompt; networks that were trained with such numbers (SDXL) read it, all others leave it alone."""
+
+GUIDANCE = "guidance"
+"""Name in a conditioning of the scale [B] that a network is told which was distilled from guided answers (FLUX). It is of the
+network's training as long as nobody asks for another (``diffalign.solvers.Guided``); other networks' conditionings lack it."""
+
+
+def framed(conditioning: Conditioning, framing: Tensor | None) -> Conditioning:
+    """The conditioning of prompts together with the framing [B, 6] of pictures, where that is known."""
+    return conditioning if framing is None else {**conditioning, FRAMING: framing}
+
+
+def on_both_sides(conditioning: Conditioning, framing: Tensor | None = None) -> Conditioning:
+    """Of a stacked pair, winners first, [2 B, ...]: the prompt's twice, and of ``framing`` [B, 2, 6] each picture's own."""
+    twice = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+    return framed(twice, None if framing is None else torch.cat([framing[:, 0], framing[:, 1]]))
+
+
+def against_sampled(framing: Tensor | None) -> Tensor | None:
+    """The framing [B, 6] of winners as that of pairs [B, 2, 6] whose losers a model sampled."""
+    return None if framing is None else torch.stack([framing, torch.full_like(framing, torch.nan)], dim=1)
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -28,18 +53,24 @@ class PairBatch:
     winner: Tensor  # [B, C, H, W] clean latents x_0, scaled
     loser: Tensor  # [B, C, H, W] clean latents x_0, scaled
     conditioning: Conditioning
-    t: Tensor  # [B] int64, in [0, T)
+    t: Tensor  # [B] int64 in [0, T); of a flow float32 in (0, T]
     noise: Tensor  # [B, C, H, W]
     label: Tensor  # [B] probability that the winner is preferred; 1/2 is a tie
     weight: Tensor  # [B] factor on the pair's loss
     index: Tensor  # [B] int64, row of the data set
     scores: Tensor | None = None  # [B, 2] float32, a judge's score of winner and loser; NaN where a pair has none
+    framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
 
     def __len__(self) -> int:
         return len(self.t)
 
+    @property
+    def winner_conditioning(self) -> Conditioning:
+        """Of the winners alone [B, ...]: prompt and framing."""
+        return framed(self.conditioning, None if self.framing is None else self.framing[:, 0])
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
-        """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels, weights or scores."""
+        """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels, weights, scores or framing."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype if dtype and x.is_floating_point() else None, non_blocking=True)
@@ -54,6 +85,7 @@ class PairBatch:
             weight=self.weight.to(device),
             index=self.index,
             scores=None if self.scores is None else self.scores.to(device),
+            framing=None if self.framing is None else self.framing.to(device),
         )
 
     def slice(self, start: int, stop: int) -> PairBatch:
@@ -71,8 +103,21 @@ class NoisyPair:
     loser: Tensor  # [B, C, H, W] x_t of the other one
     winner_target: Tensor  # [B, C, H, W] in the network's own parametrisation
     loser_target: Tensor  # [B, C, H, W]
-    t: Tensor  # [B] int64
+    t: Tensor  # [B]
     conditioning: Conditioning
+    framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
+    error_weight: Tensor | None = None  # [B] factor on both sides' errors (``Schedule.error_weight``); None is 1
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Single samples at one noise level, as ``NoisyPair`` has two."""
+
+    x_t: Tensor  # [B, C, H, W]
+    target: Tensor  # [B, C, H, W] in the network's own parametrisation
+    t: Tensor  # [B]
+    conditioning: Conditioning
+    error_weight: Tensor | None = None  # [B]
 
 
 @dataclass(frozen=True)
@@ -83,8 +128,8 @@ class TransitionPair:
     loser: Tensor  # [B, C, H, W] x_t on the other one
     winner_next: Tensor  # [B, C, H, W] stored x at t_previous
     loser_next: Tensor  # [B, C, H, W]
-    t: Tensor  # [B] int64
-    t_previous: Tensor  # [B] int64; -1 is the clean end
+    t: Tensor  # [B]
+    t_previous: Tensor  # [B]; -1 is the clean end
     conditioning: Conditioning
 
 

@@ -1,53 +1,81 @@
-"""What a run will take, before it takes it: memory by counting on the meta device, time by counting operations.
+"""What a run will take, before it takes it: memory by counting in shapes, time by counting operations.
 
-Nothing is loaded: the network is built from its configuration without storage. Activations are counted by watching what
-autograd keeps during one forward pass of one micro-batch; operations with PyTorch's FLOP counter; the machine's speed with a
+Nothing is loaded: networks are built from their configurations without numbers (``families.sketch``), and go through one forward
+pass of one pair. Activations are what autograd keeps of it; operations are counted by PyTorch; the machine's speed is that of a
 short matrix product.
+
+A run has two phases. First encoders fill the cache, one network at a time on the device; then they are let go, and the network is
+trained. The larger phase is what the device must hold. The host holds all networks at once while the cache is filled.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.errors import UserError
+from pipelines import families
+from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, weights_bytes
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
 from pipelines.run import PRECISIONS
 
-_BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
-_LIBRARIES = 2**30
+_LIBRARIES = int(0.9 * 2**30)
+"""Torch, Transformers, Diffusers and PEFT, loaded, with what an interpreter needs."""
 _BUFFERS = 0.4
-"""Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; from the peaks of
-SD1.5's LoRA runs at 256 pixels (6.4 GiB with 4 pairs, 9.9 with 8)."""
+"""What a step holds for a moment beside the activations, as a share of them."""
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes by part, and seconds of training and of the comparison at its end; ``unknown`` says why there is no estimate."""
 
-    bytes: dict[str, int]
+    bytes: dict[str, int]  # while training, on the device
     trainable: int
     seconds_per_step: float
     seconds_comparing: float
     steps: int
+    encoding: dict[str, int] = field(default_factory=dict)  # of the networks that encode, by name
+    cached: dict[str, int] = field(default_factory=dict)  # on disk: of a picture, of a prompt
     unknown: str | None = None
+
+    @property
+    def training(self) -> int:
+        """Bytes on the device while training."""
+        return sum(self.bytes.values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the device must hold: training, or the largest network that encodes."""
+        return max(self.training, _LIBRARIES + max(self.encoding.values(), default=0))
+
+    @property
+    def host(self) -> int:
+        """Bytes of a host without another device: all networks are there at once while the cache is filled."""
+        weights = self.bytes.get("weights", 0) + self.bytes.get("average of weights", 0)
+        return max(self.training, _LIBRARIES + weights + sum(self.encoding.values()))
 
     def to_text(self) -> str:
         if self.unknown:
             return f"No estimate of memory and time: {self.unknown}"
         lines = [f"{self.steps} steps, {self.trainable / 1e6:.1f} M trainable parameters. Memory of training, roughly:"]
-        lines += [f"  {name:28s} {size / 2**30:8.2f} GiB" for name, size in self.bytes.items()]
-        lines.append(f"  {'together':28s} {sum(self.bytes.values()) / 2**30:8.2f} GiB")
+        lines += _listed(self.bytes)
+        lines.append(_line("together", self.training))
+        lines.append("While the cache is filled, one after the other:")
+        lines += _listed(self.encoding)
+        if self.host > self.training:
+            lines.append(f"On a host without a GPU all of these lie beside the network: {self.host / GIB:.2f} GiB.")
+        if self.cached:
+            kinds = ", ".join(f"{size / 2**20:.2f} MiB a {name}" for name, size in self.cached.items())
+            lines.append(f"The cache takes on disk: {kinds}.")
         minutes = self.seconds_per_step * self.steps / 60
         lines.append(f"Time of training, roughly: {self.seconds_per_step:.2f} s a step, {minutes:.1f} min in all.")
         if self.seconds_comparing:
@@ -55,108 +83,103 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(settings: TrainSettings) -> Estimate:
+def _line(name: str, size: int) -> str:
+    return f"  {name:28s} {size / GIB:8.2f} GiB"
+
+
+def _listed(sizes: Mapping[str, int]) -> list[str]:
+    return [_line(name, size) for name, size in sizes.items() if size]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and checkpointing."""
+
+    total: int  # bytes of the network's weights
+    trainable: int  # numbers
+    one: Pass  # of one pair
+    encoding: dict[str, int]
+    cached: dict[str, int]
+    sampling_flops: float  # of one picture and step at the model's own size, guided
+
+
+def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     """The estimate for a run; ``unknown`` is set where the model's configuration cannot be read without loading it."""
     steps = settings.loop.steps
     try:
-        config, text_width, tokens = _read_configs(settings.model)
-    except (UserError, OSError, KeyError) as error:
-        return Estimate({}, 0, 0.0, 0.0, steps, str(error))
-    size = (settings.data.resolution // _vae_factor(settings.model)) if settings.data.resolution else config["sample_size"]
-    net = _meta_network(settings, config)
-    batch, precision = settings.batch.batch_size, _BYTES[settings.compute.mixed_precision]
+        sized = sized or size_of(settings)
+    except UserError as error:
+        return Estimate({}, 0, 0.0, 0.0, steps, unknown=str(error))
     cost = settings.objective.cost_of_stored if settings.feedback else settings.objective.cost
-    rows = int(cost.at_once * batch)  # with a gradient, at one time
-    kept, flops = _forward_costs(net, (rows, config["in_channels"], size, size), tokens, text_width)
-    total = sum(p.numel() for p in net.parameters())
-    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    full = settings.adapter == "full"
-    if settings.compute.gradient_checkpointing:
-        kept //= 4
-    parts = {
-        "weights": total * (4 if full else precision),
-        "reference": total * precision if full else 0,
-        "gradients": trainable * 4,
-        "optimizer": trainable * (2 if settings.optimiser.eight_bit else 8),
-        "average of weights": trainable * 4 if settings.loop.ema_decay else 0,
-        "activations": kept * precision // 4,
-        "libraries and buffers": _LIBRARIES + int(_BUFFERS * kept * precision / 4),
-    }
-    backward = 2 if full else 1.1  # LoRA: activation gradients, little else
-    pairs = settings.batch.accumulation * (1 if samples_itself(settings) else batch)
+    batch, accumulation = settings.batch.batch_size, settings.batch.accumulation
+    backward = 2 if settings.adapter == "full" else 1.1  # LoRA: activation gradients, little else
+    backward += 1 if settings.compute.gradient_checkpointing else 0
+    pairs = accumulation * (1 if samples_itself(settings) else batch)
     passes = pairs * (cost.learning * (1 + backward) + cost.looking)
-    seconds = flops / rows * passes / _speed(settings.compute.mixed_precision)
-    return Estimate(parts, trainable, seconds, _seconds_comparing(settings, net, config, tokens, text_width), steps)
+    seconds = sized.one.flops / sized.one.rows * passes / _speed(settings.compute.mixed_precision)
+    parts = _parts(settings, sized, cost.at_once * batch / sized.one.rows)
+    comparing = _seconds_comparing(settings, sized)
+    return Estimate(parts, sized.trainable, seconds, comparing, steps, sized.encoding, sized.cached)
 
 
-def _seconds_comparing(
-    settings: TrainSettings, net: torch.nn.Module, config: dict[str, Any], tokens: int, text_width: int
-) -> float:
+def size_of(settings: TrainSettings) -> Sized:
+    """Count the model of a run. Raises UserError where its configuration is not here."""
+    full, precision = settings.adapter == "full", PRECISIONS[settings.compute.mixed_precision]
+    dtype = "float32" if full else precision
+    family = families.sketch(settings.model, dtype=dtype, config=settings.single_file_config, without=settings.without)
+    if full:
+        family.train_fully()
+    else:
+        family.attach_lora(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
+    size = family.latent_shape(settings.data.resolution or family.resolution)
+    rows = max(1, round(settings.objective.cost.at_once))
+    autocast = getattr(torch, precision) if full and precision != "float32" else None
+    one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
+    own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
+    return Sized(
+        total=weights_bytes(family.network),
+        trainable=sum(p.numel() for p in family.denoiser.trainable_parameters()),
+        one=one,
+        encoding=encoding_bytes(family),
+        cached=_cached(settings, family, size),
+        sampling_flops=2 * own / rows,  # guidance asks twice
+    )
+
+
+def _own_flops(family: Any) -> int:
+    return forward_pass(family, family.latent_shape(family.resolution), 1, False, None).flops
+
+
+def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int]:
+    """Bytes while training, with ``times`` what was counted at one time."""
+    full = settings.adapter == "full"
+    kept, inner = int(times * sized.one.kept), int(times * sized.one.inner)
+    half = PRECISIONS[settings.compute.mixed_precision] != "float32"
+    return {
+        "weights": sized.total,
+        "reference": sized.total // (2 if half else 1) if full else 0,
+        "gradients": sized.trainable * 4,
+        "optimizer": sized.trainable * (2 if settings.optimiser.eight_bit else 8),
+        "average of weights": sized.trainable * 4 if settings.loop.ema_decay else 0,
+        "activations": kept,
+        "a block gone through again": inner,
+        "libraries and buffers": _LIBRARIES + int(_BUFFERS * (inner or kept)),
+    }
+
+
+def _cached(settings: TrainSettings, family: Any, size: tuple[int, int, int]) -> dict[str, int]:
+    """Bytes on disk of one picture and one prompt."""
+    each = {"float16": 2, "float32": 4}["float16"]
+    channels, height, width = size
+    return {"picture": 2 * channels * height * width * each, "prompt": conditioning_bytes(family, each)}
+
+
+def _seconds_comparing(settings: TrainSettings, sized: Sized) -> float:
     """Sampling by base and tuned model, in float32 and at the model's own size; judging is not counted."""
     e = settings.evaluation
     if not e.prompts:
         return 0.0
-    side = config["sample_size"]
-    _, flops = _forward_costs(net, (2, config["in_channels"], side, side), tokens, text_width)  # 2: guidance asks twice
-    return 2 * len(held_out_prompts(e.prompts, e.prompt_count)) * e.sampling_steps * flops / _speed("no")
-
-
-def _read_configs(model: str) -> tuple[dict[str, Any], int, int]:
-    """UNet configuration, text width and tokens of a Diffusers folder."""
-    folder = _folder(model)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    text = json.loads((folder / "text_encoder" / "config.json").read_text())
-    return config, config["cross_attention_dim"], text.get("max_position_embeddings", 77)
-
-
-def _folder(model: str) -> Path:
-    from pipelines.tiny.model import checkpoint_path
-
-    folder = checkpoint_path() if model == "tiny" else Path(model)
-    if not (folder / "unet" / "config.json").is_file():
-        raise UserError(f"{model} is not a local Diffusers folder with a UNet, so its size is not known without loading it.")
-    return folder
-
-
-def _vae_factor(model: str) -> int:
-    vae = json.loads((_folder(model) / "vae" / "config.json").read_text())
-    return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def _meta_network(settings: TrainSettings, config: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
-
-    with torch.device("meta"):
-        net = UNet2DConditionModel.from_config(config)
-        if settings.adapter == "lora":
-            net.requires_grad_(False)
-            net.add_adapter(
-                LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=list(settings.lora.targets))
-            )
-    return net
-
-
-def _forward_costs(net: torch.nn.Module, shape: tuple[int, ...], tokens: int, width: int) -> tuple[int, int]:
-    """Bytes that autograd keeps (as float32) and operations, of one forward pass."""
-    weights = {_storage(p) for p in net.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if _storage(tensor) not in weights:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    x = torch.zeros(shape, device="meta")
-    text = torch.zeros(shape[0], tokens, width, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), FlopCounterMode(display=False) as counter:
-        net(x, torch.zeros(shape[0], dtype=torch.long, device="meta"), encoder_hidden_states=text)
-    return sum(kept.values()), counter.get_total_flops()
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Which memory a tensor or view lies in; on the meta device storages have no address, but are still told apart."""
-    return tensor.untyped_storage()._cdata
+    return 2 * len(held_out_prompts(e.prompts, e.prompt_count)) * e.sampling_steps * sized.sampling_flops / _speed("no")
 
 
 def _speed(precision: str, side: int = 1024, seconds: float = 0.2) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Sampling:
 
     steps: int = 25
     guidance_scale: float | None = None
-    sampler: str = "ddim"
+    sampler: str = sampling.AUTO
     batch_size: int = 16
     height: int | None = None
     width: int | None = None
@@ -94,7 +94,7 @@ def evaluate(
     images_per_prompt: int = 1,
     steps: int = 25,
     guidance_scale: float | None = None,
-    sampler: str = "ddim",
+    sampler: str = sampling.AUTO,
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
@@ -175,14 +175,14 @@ def _run_both(
     folder: Path,
     progress: Progress | None,
 ) -> tuple[Sampling, dict[str, dict[str, _Scores]]]:
-    """Each model's scores by system and judge, and the sampling with the guidance scale filled in."""
+    """Each model's scores by system and judge, and the sampling with guidance scale and sampler filled in."""
     scores: dict[str, dict[str, _Scores]] = {}
     for system, name in zip(SYSTEMS, names, strict=True):
         _release_memory()
         pipe = load(name)
         if system == "base":
             guidance = sampling.guidance_of(pipe) if how.guidance_scale is None else how.guidance_scale
-            how = Sampling(**{**asdict(how), "guidance_scale": guidance})
+            how = replace(how, guidance_scale=guidance, sampler=sampling.sampler_of(pipe, how.sampler))
             outputs.clear(folder, OWNED)
         scores[system] = _run(pipe, system, how, jobs, panel, folder, progress)
         del pipe

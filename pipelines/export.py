@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from diffalign.errors import UserError
-from pipelines.families._sources import LORA_FILE
+from pipelines.families._names import LORA_FILE, PEFT_FILE
 
 CARD = "README.md"
 SAMPLES = "samples.png"
@@ -56,7 +56,7 @@ def write_model_card(
         parts = [
             _front_matter(objective, base, licence, is_lora, folder),
             _introduction(objective, base, is_lora, paper),
-            _loading(folder.absolute().name, base, is_lora, pipeline_class),
+            _loading(folder, base, is_lora, pipeline_class),
             _pictures(folder, curves),
             "" if not scores else _scores(scores),
             "## Data\n\n" + table(("field", "value"), flat(data)),
@@ -98,17 +98,20 @@ def _introduction(objective: str, base: str, is_lora: bool, paper: str | None) -
     return "\n".join([*lines, f"The method is `{objective}`{f': {paper}' if paper else ''}.", ""])
 
 
-def _loading(name: str, base: str, is_lora: bool, pipeline_class: str) -> str:
+def _loading(folder: Path, base: str, is_lora: bool, pipeline_class: str) -> str:
+    name, imports = folder.absolute().name, [f"from diffusers import {pipeline_class}"]
     if is_lora:
-        lines = [
-            f'pipe = {pipeline_class}.from_pretrained("{public(base)}")',
-            f'pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")',
-        ]
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}")']
+        if (folder / PEFT_FILE).is_file():  # a pipeline without a loader of its own
+            imports.append("from peft import PeftModel")
+            lines.append(f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{name}")')
+        else:
+            lines.append(f'pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")')
         note = f"`{public(base)}` stands for the base model, `{name}` for this folder."
     else:
         lines = [f'pipe = {pipeline_class}.from_pretrained("{name}")']
         note = f"`{name}` stands for this folder."
-    code = "\n".join([f"from diffusers import {pipeline_class}", "", *lines, 'picture = pipe("a prompt").images[0]'])
+    code = "\n".join([*imports, "", *lines, 'picture = pipe("a prompt").images[0]'])
     return f"## Use\n\n```python\n{code}\n```\n\n{note}\n"
 
 

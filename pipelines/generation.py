@@ -48,6 +48,7 @@ def generate(
     start, folder = time.perf_counter(), outputs.check_folder(output, overwrite)
     pipe = load(model)
     guidance = sampling.guidance_of(pipe) if guidance_scale is None else guidance_scale
+    options["sampler"] = sampling.sampler_of(pipe, options.get("sampler", sampling.AUTO))
     asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
     seeds = sampling.picture_seeds(len(asked), images_per_prompt, seed)
     rows = [(asked[i // images_per_prompt], s) for i, s in enumerate(seeds)]

@@ -18,7 +18,7 @@ class LoraSettings:
 
     rank: int = option(16, "rank of the adapter", ge=1)
     alpha: float = option(16.0, "the adapter's scale is alpha / rank", gt=0)
-    targets: tuple[str, ...] = option(("to_q", "to_k", "to_v", "to_out.0"), "modules that get an adapter (ends of their names)")
+    targets: tuple[str, ...] = option((), "layers that get an adapter (ends of their names); none for the family's own")
     dropout: float = option(0.0, "dropout in the adapter", ge=0, lt=1)
 
     def __post_init__(self) -> None:
@@ -32,6 +32,8 @@ class DataSettings:
     resolution: int | None = option(None, "pixels per side; by default the model's own", ge=8)
     crop: Literal["center", "random"] = option("center", "one crop for both pictures of a pair")
     flip: bool = option(False, "mirror half of the visits, both pictures together")
+    buckets: bool = option(False, "cut pairs to the shape nearest to the winner's, of resolution squared pixels, not to squares")
+    bucket_step: int = option(64, "pixels of which the sides of a bucket are multiples", ge=1)
     ties: Literal["keep", "drop"] = option("drop", "keep ties with label 1/2, or drop them")
     split: str = option("train", "split of the data set")
     columns: dict[str, str] = option(None, "other column names, as ours=theirs")  # type: ignore[assignment]
@@ -41,6 +43,13 @@ class DataSettings:
     latents: Literal["sample", "mode"] = option("sample", "draw from the autoencoder's posterior, or take its mean")
     validation_pairs: int = option(64, "pairs kept out of training for validation", ge=0)
     validation_draws: int = option(4, "fixed (t, noise) draws per validation pair", ge=1)
+    level_distribution: Literal["auto", "uniform", "logit-normal", "mode"] = option(
+        "auto", "noise levels of training: auto (as the model was trained), uniform, logit-normal or mode (both SD3's)"
+    )
+    level_mean: float | None = option(None, "of logit-normal: positive is noisier; by default the model's, or 0")
+    level_std: float | None = option(None, "of logit-normal; by default the model's, or 1", gt=0)
+    level_scale: float | None = option(None, "of mode: above 0 denser in the middle; by default the model's", ge=-1, le=1.75)
+    level_shift: float | None = option(None, "bends levels towards noise above 1; by default the model's, or 1", gt=0)
     curriculum: Literal["none", "margin"] = option("none", "margin: pairs that the judge tells apart most clearly come first")
     curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
@@ -96,8 +105,8 @@ class EvaluationSettings:
     prompt_count: int = option(200, "how many of them", ge=1)
     judges: tuple[str, ...] = option((), "judges by name, or LABEL=NAME")
     judge_options: tuple[str, ...] = option((), "what judges are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
-    sampling_steps: int = option(25, "DDIM steps", ge=1)
-    guidance_scale: float = option(7.5, "classifier-free guidance", ge=0)
+    sampling_steps: int = option(25, "steps of DDIM, or of a flow model's own sampler", ge=1)
+    guidance_scale: float | None = option(None, "guidance, in the pipeline's own words; none for what the model wants", ge=0)
     sampling_batch: int = option(8, "pictures sampled at a time", ge=1)
 
     def __post_init__(self) -> None:
@@ -124,8 +133,10 @@ class TrainSettings:
     feedback: Path | None = None
     start_lora: Path | None = None
     single_file_config: str | None = None
+    without: tuple[str, ...] = ()
     adapter: Literal["lora", "full"] = "lora"
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "velocity"] = "auto"
+    error_as: Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"] = "prediction"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -135,6 +146,7 @@ class TrainSettings:
 TOP_LEVEL = {
     "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
     "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
+    "without": "parts of the model to leave out: t5, of SD3",
     "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
     "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
     "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
@@ -142,6 +154,7 @@ TOP_LEVEL = {
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",
     "prediction_type": "what the network predicts; auto reads it from the model",
+    "error_as": "what denoising errors are errors of: prediction (the network's own), epsilon, v_prediction, sample, velocity",
     "seed": "seed of everything",
 }
 
@@ -194,21 +207,35 @@ _OF_ROUNDS = ("round_pairs", "round_epochs", "candidates", "same_start")
 """Settings of an objective that samples its own pairs, idle where it learns from stored ones."""
 
 
+def _changed(settings: Any) -> list[str]:
+    """The settings that are not at their defaults."""
+    return [f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != f.default]
+
+
 def _contradictions(whole: Mapping[str, Any]) -> list[str]:
-    """Choices, an adapter, rounds of the loop or a curriculum, where the objective has no use for them."""
+    """Choices, an adapter, noise levels, rounds of the loop or a curriculum, where the objective has no use for them."""
     objective, data, loop = whole["objective"], whole["data"], whole["loop"]
     samples, own = PROMPTS in objective.about.data, getattr(objective, "round_steps", 1)
     out = []
     if whole["feedback"] and not getattr(objective, "learns_from_people", False):
         out.append("feedback: this objective does not learn from choices among rollouts; d3po does")
     if whole["feedback"]:
-        idle = [f for f in dataclasses.fields(objective) if f.name in _OF_ROUNDS and getattr(objective, f.name) != f.default]
-        out += [f"objective.{f.name}: is about sampling rounds, and with feedback nothing is sampled" for f in idle]
+        idle = [name for name in _changed(objective) if name in _OF_ROUNDS]
+        out += [f"objective.{name}: is about sampling rounds, and with feedback nothing is sampled" for name in idle]
         out += ["reward.reward: with feedback it is people who choose"] if whole["reward"].reward else []
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
+    if data.buckets and hasattr(objective, "rollout_steps"):
+        out.append("data.buckets: this objective samples pictures of its own, all of one shape")
+    if data.buckets and data.curriculum != "none":
+        out.append("data.buckets: pairs are ordered by shape, and a curriculum orders them by scores; leave one of them out")
     if samples and data.curriculum != "none":
         out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
+    if samples:
+        idle = [name for name in _changed(data) if name.startswith("level_")]
+        out += [f"data.{name}: is about the noise levels of a data set, and this objective samples its own" for name in idle]
+    if samples and whole["error_as"] != "prediction":
+        out.append("error_as: is about denoising errors, and this objective learns from densities of its own steps")
     if loop.round_reference == "round" and objective.about.reference != FROZEN_START:
         found = objective.about.reference
         out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")

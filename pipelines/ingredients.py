@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,14 +27,16 @@ from diffalign.data.table import PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
 from diffalign.learner import Given, Processes
+from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.schedule import Schedule
 from diffalign.sources.stored import Stored
 from diffalign.weights import TrainedWeights
 from pipelines import families, feedback
 from pipelines.families._encoding import digest
-from pipelines.image_settings import TrainSettings
+from pipelines.image_settings import DataSettings, TrainSettings
 from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
@@ -142,8 +144,12 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     """The checkpoint as something to train."""
     dtype = _weights_dtype(settings)
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
-    family = families.load_family(settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config)
-    say(f"{settings.model}: {family.name}, {family.denoiser.schedule.prediction_type} prediction, {dtype}")
+    family = families.load_family(
+        settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config, without=settings.without
+    )
+    schedule = family.denoiser.schedule
+    say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}")
+    family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))
     return family
 
 
@@ -173,7 +179,7 @@ def prepare(
         feedback.refuse_another_model(stored, here, settings.model, str(settings.start_lora) if saved else None)
         say(feedback.describe(stored))
     with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
-        family.encoder.to(accelerator.device)
+        family.encoder.work_on(accelerator.device)
         cache = _encode_pairs(settings, table, family, say, bar.advance) if table is not None and not sampling else None
         prompts = _encode_prompts(settings, table, family, bar.advance, stored) if sampling else None
         if cache is not None and judges:
@@ -184,6 +190,7 @@ def prepare(
     if cache is not None:
         train_rows, validation_rows = split_rows(cache.prompts, settings.data.validation_pairs, settings.seed)
         kind = "pairs" if cache.kind == "pairs" else "pictures"
+        say(f"noise levels: {training_levels(settings.data, family.denoiser.schedule).distribution}")
         say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {len(cache.skipped)} skipped")
     elif stored is None:
         say(f"{len(prompts)} prompts to sample for")
@@ -205,12 +212,15 @@ def prepare(
 
 def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: Say, progress: Callable) -> PairCache:
     data = settings.data
+    resolution = data.resolution or family.resolution
+    for side in (resolution, data.bucket_step) if data.buckets else (resolution,):
+        family.latent_shape(side)  # before anything is encoded that the network cannot take
     say(table.description)
     cache = build_cache(
         table,
         family.encoder,
         data.cache or settings.output / CACHE_FOLDER,
-        Transform(data.resolution or family.resolution, data.crop, data.flip, settings.seed),
+        Transform(resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
         batch_size=data.encode_batch,
         max_unreadable=data.max_unreadable,
         progress=progress,
@@ -242,7 +252,8 @@ def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progre
 def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
     cut = family.truncated(sorted(set(prompts)))
     if cut:
-        say(f"{len(cut)} prompts are too long for the text encoder; of {cut[0].prompt!r} it does not see {cut[0].lost!r}")
+        count, first = len({one.prompt for one in cut}), cut[0]  # one prompt may be cut by two tokenizers
+        say(f"{count} prompts are too long for the text encoder; of {first.prompt!r} it does not see {first.lost!r}")
 
 
 def _attach(
@@ -281,12 +292,28 @@ def loader_settings(settings: TrainSettings, prepared: Prepared) -> LoaderSettin
         prompt_dropout=settings.data.prompt_dropout,
         flip=settings.data.flip,
         latent_mode=settings.data.latents == "mode",
-        train_steps=len(prepared.family.denoiser.schedule),
+        levels=training_levels(settings.data, prepared.family.denoiser.schedule),
         curriculum=settings.data.curriculum,
         curriculum_stages=settings.data.curriculum_stages,
         curriculum_cumulative=settings.data.curriculum_cumulative,
         steps=settings.loop.steps,
     )
+
+
+def training_levels(data: DataSettings, schedule: Schedule) -> Levels:
+    """The noise levels that pairs are visited at: the family's, another distribution, or either with other constants.
+
+    Raises:
+        UserError: a constant that the distribution does not have.
+    """
+    auto = data.level_distribution == "auto"
+    distribution = schedule.trained_levels if auto else LevelDistribution(data.level_distribution)
+    chosen = {name: getattr(data, f"level_{name}") for name in ("mean", "std", "scale", "shift")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if idle := [f"data.level_{name}" for name in chosen if name not in distribution.constants]:
+        kind = f"{distribution.shape}{', as the model was trained' if auto else ''}"
+        raise UserError(f"{' and '.join(idle)} would do nothing: noise levels are {kind}. Set --level-distribution as well.")
+    return schedule.levels(replace(distribution, **chosen))
 
 
 def given(settings: TrainSettings, prepared: Prepared, processes: Processes, device: torch.device) -> Given:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
+from pipelines.families._sources import call_options
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SAMPLING_FILE = "sampling.json"
+AUTO = "auto"
 SAMPLERS: dict[str, str | None] = {
+    AUTO: None,
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "as saved": None,
 }
-"""Name of each sampler -> its class in Diffusers; None leaves the scheduler that the pipeline was saved with."""
+"""Name of each sampler -> its class in Diffusers; None leaves the scheduler that the pipeline was saved with. ``auto`` stands for
+``ddim`` or, of a pipeline whose model follows a flow, ``as saved``: see ``sampler_of``."""
 FLAGGED = "flagged"
 """Key in a picture's ``info``: the pipeline's own safety checker blacked it out."""
 
@@ -52,7 +56,7 @@ def sample(
     seeds: Sequence[int],
     steps: int = 25,
     guidance_scale: float | None = None,
-    sampler: str = "ddim",
+    sampler: str = AUTO,
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
@@ -74,6 +78,7 @@ def sample(
         raise ValueError(f"every picture needs a prompt and a seed; got {len(prompts)} prompts and {len(seeds)} seeds")
     guidance = guidance_of(pipe) if guidance_scale is None else guidance_scale
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    asked = {**_own_size(pipe), **size, **call_options(type(pipe).__name__)}
     images: list[Image.Image] = []
     with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe):
         for start in range(0, len(prompts), batch_size):
@@ -84,12 +89,20 @@ def sample(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="pil",
-                **size,
+                **asked,
             )
             images += _marked(out)
             if progress is not None:
                 progress(len(out.images))
     return images
+
+
+def _own_size(pipe: Any) -> dict[str, int]:
+    """Height and width that the model was made for, where its pipeline takes the same number of any model (Sana)."""
+    if inspect.signature(type(pipe).__call__).parameters["height"].default is None:
+        return {}
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return {"height": side, "width": side}
 
 
 def guidance_of(pipe: Any) -> float:
@@ -122,23 +135,44 @@ def sampler_name(text: str) -> str:
     return name
 
 
+def sampler_of(pipe: Any, sampler: str) -> str:
+    """The sampler that ``sampler`` stands for with this pipeline; only ``auto`` stands for another."""
+    name = sampler_name(sampler)
+    return name if name != AUTO else "as saved" if _follows_a_flow(pipe.scheduler) else "ddim"
+
+
+def _follows_a_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 @contextmanager
 def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
     """Within this context the pipeline samples by the named scheduler, with the noise schedule it was saved with."""
-    name, saved = SAMPLERS[sampler_name(sampler)], pipe.scheduler
-    if name is not None and type(saved).__name__.startswith("FlowMatch"):
+    name, saved = SAMPLERS[sampler_of(pipe, sampler)], pipe.scheduler
+    if name is not None and _follows_a_flow(saved):
         raise UserError(
             f"The sampler {sampler!r} is for models that predict noise or velocity of a diffusion; this pipeline "
-            f"({type(pipe).__name__}) samples by {type(saved).__name__}. Use the sampler 'as saved'."
+            f"({type(pipe).__name__}) samples by {type(saved).__name__}. Use the sampler 'auto' or 'as saved'."
         )
     if name is not None:
         import diffusers
 
-        pipe.scheduler = getattr(diffusers, name).from_config(saved.config)
+        told = _for_ddim(saved.config) if name == "DDIMScheduler" else {}
+        pipe.scheduler = getattr(diffusers, name).from_config(saved.config, **told)
     try:
         yield
     finally:
         pipe.scheduler = saved
+
+
+def _for_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Diffusers' DDIM must be told where the model was saved with another scheduler, whose file does not say it.
+
+    It clips x_0 to [-1, 1], but a latent is larger. And it always steps down by T // S, while the levels of a linspace grid (that
+    of a DPM-Solver by default) lie T / (S - 1) apart.
+    """
+    told = {} if "clip_sample" in config else {"clip_sample": False}
+    return told | ({"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {})
 
 
 @contextmanager

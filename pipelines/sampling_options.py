@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffalign.errors import UserError
-from pipelines.sampling import SAMPLERS, sampler_name
+from pipelines.sampling import AUTO, SAMPLERS, sampler_name
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -20,7 +20,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole(0), default=0, help="every picture's seed follows from this one (default 0)")
     parser.add_argument("--steps", type=whole(1), default=25, help="steps of the sampler (default 25)")
     parser.add_argument("--guidance-scale", type=_guidance, help="classifier-free guidance (default: what the model wants)")
-    parser.add_argument("--sampler", type=_sampler, default="ddim", help=f"one of {', '.join(SAMPLERS)} (default ddim)")
+    one_of = f"one of {', '.join(SAMPLERS)} (default auto: ddim, but as saved for models that follow a flow)"
+    parser.add_argument("--sampler", type=_sampler, default=AUTO, help=one_of)
     parser.add_argument("--batch-size", type=whole(1), default=16, help="pictures sampled together; alters none (default 16)")
     parser.add_argument("--height", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")

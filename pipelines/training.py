@@ -101,6 +101,7 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
     return {
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
+        "error_as": settings.error_as,
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
     }
@@ -229,7 +230,7 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
             held_out_prompts(e.prompts, e.prompt_count),
             _judges(e),
             folder,
-            load=partial(families.load_pipeline, config=settings.single_file_config),
+            load=partial(families.load_pipeline, config=settings.single_file_config, without=settings.without),
             seed=settings.seed,
             steps=e.sampling_steps,
             guidance_scale=e.guidance_scale,
@@ -261,4 +262,5 @@ def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[s
         },
         scores=table or None,
         curves=curves,
+        pipeline_class=prepared.family.pipeline_class,
     )

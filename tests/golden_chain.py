@@ -19,9 +19,10 @@ from golden_dpo import schedule as one_schedule
 from safetensors.torch import load_file
 
 from diffalign import losses
+from diffalign.grids import perturbed_grid, timestep_grid
 from diffalign.likelihood import denoising, denoising_error, log_ratio, pair_errors, transition
 from diffalign.objectives import _pieces
-from diffalign.schedule import NoiseSchedule, perturbed_grid, timestep_grid
+from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.inversion import Inversion, inverted
 from diffalign.sources.replay import ReplayBuffer

@@ -129,7 +129,7 @@ def things_given(
     """All that a run can give, in memory."""
     pairs, prompts = PAIRS_OF[case.kind](12, dtype=dtype), PromptsInMemory(dtype=dtype)
     processes = more.get("processes")
-    settings = LoaderSettings(batch_size=case.batch, accumulation=case.accumulation, seed=SEED)
+    settings = LoaderSettings(case.batch, case.accumulation, seed=SEED, levels=policy.schedule.levels())
     where = (processes.rank, processes.world) if processes else (0, 1)
     scored = isinstance(pairs, ScoredPairs)
     defaults = {
@@ -154,10 +154,11 @@ def at_work(
     batch: int = 4,
     accumulation: int = 1,
     kind: Kind = "pairs",
+    make: Callable[[torch.dtype], UNetDenoiser] = small_denoiser,
     **more: Any,
 ) -> tuple[Learner, Given]:
     """An objective at work on a policy that is ``by`` away from its start, fully trained."""
-    policy, start = small_denoiser(dtype), Frozen(small_denoiser(dtype))
+    policy, start = make(dtype), Frozen(make(dtype))
     moved(policy.network, by)
     all_given = things_given(policy, start, Case(objective, batch, accumulation, kind), dtype, **more)
     return objective.learner(all_given), all_given
@@ -199,21 +200,23 @@ def make_trainer(
     learning_rate: float = 1e-3,
     accelerator: Accelerator | None = None,
     dropout: float = 0.0,
+    make: Callable[[torch.dtype], UNetDenoiser] = small_denoiser,
     report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
 ) -> Trainer:
-    """A run on the small UNet; everything about it is a function of the arguments."""
+    """A run on a small UNet; everything about it is a function of the arguments."""
     accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(3)
-    denoiser = small_denoiser(dtype)
+    denoiser = make(dtype)
     if lora:
         _lora.attach(denoiser.network, rank=4, alpha=8, targets=("to_q", "to_v"), dropout=dropout, seed=1)
         denoiser.network.to(dtype)
     denoiser.network.train()
     denoiser = denoiser.with_network(accelerator.prepare_model(denoiser.network))
-    start = AdapterOff(denoiser) if lora else Frozen(small_denoiser(dtype))
+    start = AdapterOff(denoiser) if lora else Frozen(make(dtype))
     all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator))
     output.mkdir(parents=True, exist_ok=True)
-    held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], LoaderSettings(case.batch, seed=SEED), 2)
+    visits = LoaderSettings(case.batch, seed=SEED, levels=denoiser.schedule.levels())
+    held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], visits, 2)
     return Trainer(
         learner=case.objective.learner(all_given),
         policy=denoiser,

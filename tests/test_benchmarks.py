@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffalign import objectives
-from pipelines import config, recipes
+from pipelines import config, families, recipes
 from pipelines.prompts import held_out_prompts
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -96,3 +96,27 @@ def test_the_sweep_is_named_by_what_it_runs(bench: Any) -> None:
     told = bench.noisy("rdpo", 0.2)
     assert told.name == "noise20-rdpo" and told.recipe == {"loss": "rdpo", "loss_options": {"noise": 0.2}}
     assert bench.noisy("adpo", 0.0).name == "noise00-adpo"
+
+
+def test_the_table_of_families_says_what_passed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("families")
+    try:
+        found = module.table({("smpo", "sdxl"): {"lora": True, "full": False}, ("sft", "sdxl"): {"lora": True, "full": True}})
+        cells = {row[0]: dict(zip(found.headings, row, strict=True)) for row in found.rows}
+        assert cells["smpo"]["sdxl"] == "LoRA" and cells["sft"]["sdxl"] == "LoRA, full" and cells["sft"]["pixart"] == "-"
+        first, last = module.MARKS
+        assert module.written(f"a {first} old {last} b", "new") == f"a {first}\nnew\n{last} b"
+        with pytest.raises(ValueError, match="found 0"):
+            module.written("a b", "new")
+    finally:
+        sys.modules.pop("families", None)
+
+
+def test_the_readmes_table_has_every_family_and_objective() -> None:
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("<!-- families -->")[1].split("<!-- end of families -->")[0].strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[0] == ["objective", *families.names()]
+    assert [row[0] for row in rows[2:]] == objectives.names(of_prompts=False)
+    assert {cell for row in rows[2:] for cell in row[1:]} <= {"LoRA, full", "LoRA", "full", "-"}

@@ -32,7 +32,7 @@ def from_command_line(*words: str) -> TrainSettings:
 def test_defaults_are_those_of_the_core() -> None:
     settings = resolved({})
     assert settings.objective == DiffusionDPO()
-    assert settings.optimiser.learning_rate == 2.048e-5 and settings.lora.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert settings.optimiser.learning_rate == 2.048e-5 and settings.lora.targets == ()
     assert isinstance(settings.output, Path)
 
 
@@ -115,6 +115,8 @@ ROUNDS = {"round_every": 20, "round_reference": "round"}
         ("ddpo", {**SAMPLING, "loop": ROUNDS}, "loop.round_reference: only a frozen start .* is 'the policy that sampled'"),
         ("d3po", {**SAMPLING, "loop": {"round_every": 20, "extrapolation": 0.3}}, "loop.extrapolation: .* its policy sampled"),
         ("d3po", {**SAMPLING, "data": {"curriculum": "margin"}}, "data.curriculum: orders the pairs of a data set"),
+        ("d3po", {**SAMPLING, "data": {"level_shift": 3.0}}, "data.level_shift: is about the noise levels of a data set"),
+        ("ddpo", {**SAMPLING, "error_as": "epsilon"}, "error_as: is about denoising errors"),
         (
             "seppo",
             {"objective": {"round_steps": 30}, "loop": {"round_every": 40, "extrapolation": 0.3}},

@@ -106,6 +106,35 @@ def test_pixels_have_the_promised_shape_range_and_mirror(size, crop):
     assert torch.equal(mirrored, transform.apply(image, transform.position(3), flipped=True))
 
 
+@pytest.mark.parametrize(
+    ("size", "position", "expected"),
+    [
+        # 20 high, 40 wide: 16 x 32 after resizing, and 16 columns of 32 are left
+        ((40, 20), (0.5, 0.25), [(20, 40, 0, 4, 16, 16), (20, 40, 0, 12, 16, 16)]),
+        ((40, 20), CENTER, [(20, 40, 0, 8, 16, 16), (20, 40, 0, 8, 16, 16)]),
+        # 48 high, 8 wide: 96 x 16; a crop at the lower end begins at row 80, mirrored or not
+        ((8, 48), (1.0, 0.7), [(48, 8, 80, 0, 16, 16), (48, 8, 80, 0, 16, 16)]),
+        ((16, 16), CENTER, [(16, 16, 0, 0, 16, 16)] * 2),
+    ],
+)
+def test_the_framing_by_hand(size, position, expected):
+    assert Transform(SIDE, flip=True).framings(size, position) == expected
+    assert Transform(SIDE).framings(size, position) == expected[:1]
+
+
+def test_the_framing_says_which_pixels_were_taken():
+    """A picture of its own coordinates, at scale one: the upper left pixel of a view is the one that the framing names."""
+    rows, columns = np.meshgrid(np.arange(SIDE), np.arange(40), indexing="ij")
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8))
+    transform = Transform(SIDE, "random", flip=True)
+    (upright, mirrored), position = transform.views(image, transform.position(5)), transform.position(5)
+    (*_, top, left, _, _), (*_, left_of_mirrored, _, _) = transform.framings(image.size, position)
+    first = ((upright[:2, 0, 0] + 1) * 127.5).round().tolist()
+    assert first == [top, left] and 0 < left < 40 - SIDE
+    of_mirrored = ((mirrored[1, 0, 0] + 1) * 127.5).round()  # a column of the picture, which its mirror image has elsewhere
+    assert 39 - of_mirrored == left_of_mirrored != left
+
+
 def test_a_picture_of_the_right_size_is_only_rescaled_to_plus_minus_one():
     pixels = np.arange(SIDE * SIDE * 3, dtype=np.uint8).reshape(SIDE, SIDE, 3)
     found = CENTRAL.apply(Image.fromarray(pixels), CENTER, flipped=False)
@@ -188,10 +217,26 @@ def test_pictures_and_prompts_are_encoded_once(tmp_path):
     assert by_crop.images == 2 * (2 + 2 + 2 + 1 + 2), "each pair has its own crop; a pair of equal pictures shares it"
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_cache_knows_how_each_picture_of_a_pair_was_cut(tmp_path, flip):
+    first, second = [png(0, (24, 20)), png(1, (20, 40))], [png(2, (64, 16)), png(3, (16, 16))]
+    table = pa.table({"jpg_0": first, "jpg_1": second, "label_0": [1.0, 1.0], "caption": ["one", "two"]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    transform = Transform(SIDE, "random", flip, seed=4)
+    cache = build_cache(open_pairs(tmp_path / "p.parquet"), SmallEncoder(), tmp_path / "c", transform)
+    for row, sizes in enumerate([((24, 20), (64, 16)), ((20, 40), (16, 16))]):
+        for side, size in zip(("winner", "loser"), sizes, strict=True):
+            expected = transform.framings(size, transform.position(row))
+            for flipped, numbers in enumerate(expected):
+                assert cache.framing(row, side, bool(flipped)).tolist() == list(numbers)
+    assert cache.framing(0, "winner")[:2].tolist() == [20, 24] and cache.framing(0, "loser")[:2].tolist() == [16, 64]
+
+
 def test_arrays_are_memory_mapped_and_half_precision_by_default(tmp_path):
     table, encoder = open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder()
     cache = build_cache(table, encoder, tmp_path / "c", CENTRAL, shard_items=8)
-    assert [f.name for f in sorted((tmp_path / "c/images").iterdir())] == [f"{k:05d}.moments.npy" for k in range(3)]
+    names = [f"{k:05d}.{tensor}.npy" for k in range(3) for tensor in ("framing", "moments")]
+    assert [f.name for f in sorted((tmp_path / "c/images").iterdir())] == names
     shard = cache._shard(shard_name("images", 0, "moments"))
     assert isinstance(shard, np.memmap) and shard.dtype == np.float16 and shard.shape == (8, 2, 4, 4, 4)
     assert cache.moments(0, "loser")[0].dtype == torch.float32
@@ -216,7 +261,7 @@ def test_a_complete_cache_is_not_encoded_again(tmp_path):
 
 
 def test_large_items_make_smaller_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(ShardWriter, "MAX_BYTES", 5 * 2 * 4 * 4 * 4 * 2)  # five pictures in float16
+    monkeypatch.setattr(ShardWriter, "MAX_BYTES", 5 * (2 * 4 * 4 * 4 * 2 + 6 * 4))  # five pictures in float16, with their framing
     cache = build_cache(open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "c", CENTRAL, batch_size=2)
     assert cache._shard(shard_name("images", 0, "moments")).shape[0] == 5
 
@@ -237,7 +282,7 @@ def test_a_killed_build_goes_on_where_it_was_and_ends_in_the_same_bytes(tmp_path
         build_cache(table, killed, tmp_path / "cut", transform, **settings)
     with pytest.raises(UserError, match="not complete"):
         PairCache.open(tmp_path / "cut")
-    committed = sum(len(np.load(f)) for f in (tmp_path / "cut/images").glob("*.npy")) if (tmp_path / "cut/images").exists() else 0
+    committed = sum(len(np.load(f)) for f in (tmp_path / "cut").glob("images/*.moments.npy"))
     cache = build_cache(table, rest, tmp_path / "cut", transform, **settings)
     assert rest.images == whole.images - committed, "committed pictures are not encoded again"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -260,7 +305,7 @@ def test_a_full_disk_keeps_what_was_committed_and_says_what_is_needed(tmp_path, 
 
     def full(stream, content):
         written.append(content)
-        if len(written) > 5:
+        if len(written) > 7:  # the third shard is being written
             stream.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         original(stream, content)

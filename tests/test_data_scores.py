@@ -21,6 +21,7 @@ from diffalign.data.open import open_pairs
 from diffalign.data.pairs import RowProblem
 from diffalign.data.validate import check
 from diffalign.errors import StaleCacheError, UserError
+from diffalign.levels import Levels
 
 NAN = float("nan")
 
@@ -173,7 +174,7 @@ def test_batches_carry_the_scores_of_their_rows(cache: PairCache) -> None:
     for batch in batches:
         assert batch.scores.dtype == torch.float32
         torch.testing.assert_close(batch.scores, cache.scores[batch.index], rtol=0, atol=0, equal_nan=True)
-    only = collate(cache, [1], [draw(0, 0, cache.latent_shape, 1000, 0.0, False)], True)
+    only = collate(cache, [1], [draw(0, 0, cache.latent_shape, Levels(), 0.0, False)], True)
     assert only.scores.isnan().all(), "where others have scores, a batch without any has the field, too"
 
 
@@ -190,7 +191,7 @@ def test_data_without_scores_make_batches_without(tmp_path: Path) -> None:
 
 
 def test_scores_are_cut_and_moved_with_their_batch(cache: PairCache) -> None:
-    draws = [draw(0, p, cache.latent_shape, 1000, 0.0, False) for p in range(3)]
+    draws = [draw(0, p, cache.latent_shape, Levels(), 0.0, False) for p in range(3)]
     batch = collate(cache, [0, 2, 1], draws, True)
     half = batch.to("cpu", torch.bfloat16)
     assert half.winner.dtype == torch.bfloat16 and half.scores.dtype == torch.float32

@@ -13,7 +13,7 @@ from test_solvers import VARIANCE, Gaussian
 from worlds import sd_alpha_bar, small_denoiser
 
 from diffalign.schedule import NoiseSchedule
-from diffalign.sources.inversion import DDIM, DDIM_INPO, Inversion, averaging_weights, invert, inverted, path
+from diffalign.sources.inversion import DDIM, DDIM_INPO, Inversion, averaging_weights, invert, inverted
 from diffalign.sources.rollout import Sampling, chain
 from diffalign.types import PairBatch
 from pipelines.families import load_family
@@ -26,7 +26,7 @@ def schedule(kind: str = "epsilon", end: str = "one") -> NoiseSchedule:
 
 def levels_down(t: int, steps: int, n: int) -> torch.Tensor:
     """The levels of a climb to t, from the top, as a grid for the way back."""
-    return torch.tensor(path(torch.tensor([t]), steps, 1000)[0][:0:-1]).expand(n, -1)
+    return torch.tensor(schedule().climb(t, steps)[:0:-1]).expand(n, -1)
 
 
 def back(predictor, schedule: NoiseSchedule, x_t: torch.Tensor, conditioning: dict, t: int, steps: int) -> torch.Tensor:
@@ -66,7 +66,8 @@ def batch_of(n: int, t: list[int], seed: int = 0) -> PairBatch:
 
 @pytest.mark.parametrize("steps", [1, 5, 9, 10, 1000])
 def test_every_climb_ends_exactly_at_t_in_equal_strides_of_at_most_their_share(steps: int) -> None:
-    for t, climb in zip(range(1000), path(torch.arange(1000), steps, 1000), strict=True):
+    for t in range(1000):
+        climb = schedule().climb(t, steps)
         strides = np.diff(climb)
         assert (climb[0], climb[-1]) == (-1, t)
         assert strides.min() >= 1
@@ -182,7 +183,7 @@ def test_inpo_noise_has_eta_deviations_of_the_stochastic_step() -> None:
     x = torch.zeros(1, 40000, dtype=torch.float64)
     settings = Inversion(steps=10, renoise=0, eta=eta)
     x_t, _ = invert(x, t, {}, lambda x_t, t, c: torch.zeros_like(x_t), world, settings, [torch.Generator().manual_seed(1)])
-    climb, variance = path(t, 10, 1000)[0], 0.0
+    climb, variance = world.climb(399, 10), 0.0
     a = [1.0, *(world.alpha_bar[level].item() for level in climb[1:])]
     for j in range(1, len(a)):
         variance *= a[j] / a[j - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from judged import CASES, Case, make_trainer
-from worlds import assert_same
+from worlds import assert_same, flow_denoiser, small_denoiser
 
 from diffalign import objectives
 from diffalign.errors import UserError
@@ -59,9 +60,9 @@ def kill(step: int, _: Any) -> None:
         raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_four_steps_are_bitwise_two_and_a_kill_and_two(name: str, tmp_path: Path) -> None:
-    options = {"case": ALL[name], "lora": name not in FULL, "dropout": 0.0 if name in FULL else 0.1}
+@pytest.mark.parametrize("make, name", [(small_denoiser, name) for name in ALL] + [(flow_denoiser, name) for name in CASES])
+def test_four_steps_are_bitwise_two_and_a_kill_and_two(make: Callable, name: str, tmp_path: Path) -> None:
+    options = {"case": ALL[name], "lora": name not in FULL, "dropout": 0.0 if name in FULL else 0.1, "make": make}
     whole = make_trainer(tmp_path / "whole", **options)
     began = {key: value.clone() for key, value in whole._things["weights"].state_dict().items()}
     whole.run()

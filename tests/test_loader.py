@@ -12,6 +12,7 @@ from worlds import SHAPE, PairsInMemory
 from diffalign.data.draws import Curriculum, Order, draw, fixed_draws
 from diffalign.data.loader import LoaderSettings, PairLoader, easiest_first, validation_batches
 from diffalign.errors import UserError
+from diffalign.levels import Levels
 from diffalign.types import PairBatch
 
 FIELDS = ("winner", "loser", "t", "noise", "label", "weight", "index")
@@ -53,12 +54,12 @@ def test_starting_in_the_middle_gives_the_same_batches() -> None:
 
 
 def test_another_seed_gives_other_draws() -> None:
-    a, b = (draw(seed, 0, SHAPE, 1000, 0.5, True) for seed in (0, 1))
+    a, b = (draw(seed, 0, SHAPE, Levels(), 0.5, True) for seed in (0, 1))
     assert not torch.equal(a.noise, b.noise)
 
 
 def test_draws_have_the_right_distribution() -> None:
-    draws = [draw(0, p, (1, 4, 4), 1000, 0.2, True) for p in range(3000)]
+    draws = [draw(0, p, (1, 4, 4), Levels(), 0.2, True) for p in range(3000)]
     t = torch.tensor([d.t for d in draws], dtype=torch.float64)
     assert t.min() >= 0 and t.max() <= 999
     assert abs(t.mean().item() - 499.5) < 20  # standard error 5.3
@@ -117,7 +118,7 @@ def test_validation_draws_are_fixed_and_spread_over_time() -> None:
 
 
 def test_fixed_draws_of_two_pairs_differ() -> None:
-    a, b = (fixed_draws(0, row, SHAPE, 1000, 2) for row in (0, 1))
+    a, b = (fixed_draws(0, row, SHAPE, Levels(), 2) for row in (0, 1))
     assert not torch.equal(a[0].noise, b[0].noise)
 
 

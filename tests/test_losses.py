@@ -11,6 +11,7 @@ from worlds import PairsInMemory, small_denoiser
 from diffalign import losses
 from diffalign.data.draws import draw
 from diffalign.data.loader import collate
+from diffalign.levels import Levels
 from diffalign.likelihood import denoising, denoising_error, log_ratio, pair_errors
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.references import AdapterOff, Frozen
@@ -20,7 +21,7 @@ from diffalign.types import LogRatio, PairBatch
 
 def a_batch(n: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> PairBatch:
     pairs = PairsInMemory(n, seed=seed)
-    draws = [draw(seed, p, pairs.latent_shape, 1000, 0.0, False) for p in range(n)]
+    draws = [draw(seed, p, pairs.latent_shape, Levels(), 0.0, False) for p in range(n)]
     return collate(pairs, range(n), draws, latent_mode=False).to("cpu", dtype)
 
 

@@ -17,6 +17,7 @@ from worlds import PairsInMemory, small_denoiser
 from diffalign import losses
 from diffalign.data.draws import draw
 from diffalign.data.loader import collate
+from diffalign.levels import Levels
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.losses import Evidence, Extras, absolute, batchwise, pairwise, rewarded, sides, unpaired
 from diffalign.losses.absolute import log_odds
@@ -253,7 +254,7 @@ def test_a_small_step_of_a_real_network_lowers_the_loss(name: str) -> None:
     for p in policy.network.parameters():
         p.data.add_(1e-3 * torch.randn_like(p))
     pairs = PairsInMemory(3, seed=1)
-    drawn = [draw(1, i, pairs.latent_shape, 1000, 0.0, False) for i in range(3)]
+    drawn = [draw(1, i, pairs.latent_shape, Levels(), 0.0, False) for i in range(3)]
     pair = noised(collate(pairs, range(3), drawn, latent_mode=False).to("cpu", torch.float64), policy.schedule)
     with torch.no_grad():
         at_reference = denoising(*pair_errors(reference, pair))

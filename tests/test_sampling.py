@@ -87,7 +87,7 @@ def test_noise_schedule_of_the_checkpoint_is_kept(pipe):
 
 
 def test_unknown_sampler_lists_the_samplers(pipe):
-    with pytest.raises(UserError, match="'plms'; the samplers are 'ddim', 'dpm\\+\\+', 'euler', 'as saved'"):
+    with pytest.raises(UserError, match="'plms'; the samplers are 'auto', 'ddim', 'dpm\\+\\+', 'euler', 'as saved'"):
         sampling.sample(pipe, PROMPTS[:1], seeds=[1], sampler="plms")
 
 
@@ -96,7 +96,7 @@ def test_flow_models_are_sampled_as_saved(pipe):
 
     flow = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler())
     with (
-        pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler. Use the sampler 'as saved'"),
+        pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler. Use the sampler 'auto' or 'as saved'"),
         sampling._scheduler(flow, "ddim"),
     ):
         raise AssertionError("not refused")
@@ -199,3 +199,19 @@ def test_grids_refuse_lengths_that_differ():
         grids.side_by_side([colour((0, 0, 0))], [colour((0, 0, 0))] * 2, ["one"])
     with pytest.raises(ValueError, match="0 pictures"):
         grids.grid([], 2)
+
+
+def test_a_model_saved_with_another_scheduler_is_sampled_by_ddim_without_clipping_on_ddims_own_grid() -> None:
+    """PixArt's files are of a DPM-Solver: they say nothing of clipping, and space their levels otherwise."""
+    from diffusers import DPMSolverMultistepScheduler
+    from miniatures import pixart_sigma
+
+    pipe = pixart_sigma()
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler) and "clip_sample" not in pipe.scheduler.config
+    with sampling._scheduler(pipe, "ddim"):
+        found = pipe.scheduler
+        found.set_timesteps(4)
+    assert found.config.clip_sample is False
+    assert found.timesteps.diff().tolist() == [-250] * 3  # by as much as each of its steps goes down
+    (picture,) = sampling.sample(pipe, ["a red circle"], seeds=[1], steps=2)
+    assert picture.size == (32, 32)

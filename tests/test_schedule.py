@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from worlds import sd_alpha_bar
 
-from diffalign.schedule import NoiseSchedule, gaussian_log_density, perturbed_grid, steps_down, timestep_grid
+from diffalign.grids import perturbed_grid, steps_down, timestep_grid
+from diffalign.schedule import NoiseSchedule, gaussian_log_density
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

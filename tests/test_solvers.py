@@ -7,7 +7,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from worlds import sd_alpha_bar, small_denoiser
 
-from diffalign.schedule import NoiseSchedule, perturbed_grid, timestep_grid
+from diffalign.grids import perturbed_grid, timestep_grid
+from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import DDIM, DPMSolver, Guided
 
 VARIANCE = 0.3

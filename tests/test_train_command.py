@@ -104,6 +104,22 @@ def test_a_v_prediction_model_is_recognised_and_trains(inputs: Inputs, tmp_path:
     assert first["reference_winner_error"] > 0
 
 
+def test_noise_levels_and_what_errors_are_measured_in_can_be_set(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Levels near noise only; an epsilon network whose errors count as those of x_0, 1 / alpha_bar - 1 times as much: more."""
+    found = {}
+    for name, words in {"eps": [], "x_0": ["--error-as", "sample"]}.items():
+        noisy = ["--level-distribution", "logit-normal", "--level-mean", "4", "--level-std", "0.1"]
+        assert run(inputs, tmp_path / name, *noisy, *words) == 0
+        assert "noise levels: logit-normal, mean 4, std 0.1, shift 1" in capsys.readouterr().out
+        found[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert [b["t_from"] for b in found[name]["bins"]] == [900]
+    assert found["x_0"]["reference_winner_error"] > 10 * found["eps"]["reference_winner_error"]
+    assert run(inputs, tmp_path / "eps", *noisy, "--error-as", "sample", "--resume") != 0
+    assert "error_as: 'prediction' then, 'sample' now" in capsys.readouterr().err
+
+
 def test_in_python_it_is_one_call(inputs: Inputs, tmp_path: Path) -> None:
     options = dict(model=str(inputs.model), pairs=str(inputs.pairs), output=tmp_path / "run", steps=1, batch_size=1, rank=2)
     summary = align("diffusion-dpo", progress=False, validation_pairs=0, **options)

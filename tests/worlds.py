@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.learner import Given
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import FlowSchedule, NoiseSchedule
 from diffalign.weights import TrainedWeights
 from pipelines.families.stable_diffusion import UNetDenoiser
 
@@ -31,6 +32,11 @@ def small_denoiser(dtype: torch.dtype = torch.float32, prediction_type: str = "e
     net = UNet2DConditionModel.from_config(json.loads((UNET / "config.json").read_text()))
     net.load_state_dict(load_file(UNET / "reference.safetensors"))
     return UNetDenoiser(NoiseSchedule(sd_alpha_bar(), prediction_type), net.to(dtype))
+
+
+def flow_denoiser(dtype: torch.dtype = torch.float32) -> UNetDenoiser:
+    """The same UNet, asked for velocities at levels that are no whole numbers."""
+    return replace(small_denoiser(dtype), schedule=FlowSchedule())
 
 
 def given(policy: UNetDenoiser, start, source=None, **more) -> Given:

@@ -2,7 +2,7 @@
 
 ``build_cache`` fills it (and goes on where it was killed), ``PairCache`` reads it. Pictures are deduplicated by content,
 crop and orientation, prompts by text. Per picture it keeps mean and standard deviation of the latent, so that training
-can still draw from the encoder's distribution. Layout of the folder: ``cache_files``.
+can still draw from the encoder's distribution, and how it was cut from the original. Layout of the folder: ``cache_files``.
 
 Memory while filling: one shard and a few decoded pictures; besides, about a hundred bytes per picture and pair for the
 index. Shapes: N pairs, [C, h, w] latents.
@@ -31,7 +31,7 @@ from diffalign.data.transform import Transform
 from diffalign.errors import UserError
 from diffalign.protocols import Encoder
 
-VERSION = 2
+VERSION = 3
 """Raise it when the files change their meaning."""
 
 
@@ -151,8 +151,19 @@ class PairCache:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one latent."""
+        """(C, h, w) of one latent; of the first pair's where they differ."""
+        return self.shape_of(0)
+
+    @property
+    def buckets(self) -> bool:
+        """Whether the pairs have shapes of their own."""
+        return self.fingerprint["transform"].get("buckets", False)
+
+    def shape_of(self, pair_index: int) -> tuple[int, int, int]:
+        """(C, h, w) of both latents of a pair."""
         _, _, *shape = self._shard(shard_name("images", 0, "moments")).shape
+        if self.buckets:
+            shape[1:] = self._of_picture("shape", pair_index, "winner", False).int().tolist()
         return tuple(shape)
 
     def rows(self) -> np.ndarray:
@@ -161,13 +172,23 @@ class PairCache:
 
     def moments(self, pair_index: int, side: str, flipped: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latent, each float32 [C, h, w]; ``side`` is "winner" or "loser"."""
+        both = self._of_picture("moments", pair_index, side, flipped)
+        if self.buckets:
+            _, high, wide = self.shape_of(pair_index)
+            both = both[..., : high * wide].unflatten(-1, (high, wide))
+        return both[0], both[1]
+
+    def framing(self, pair_index: int, side: str, flipped: bool = False) -> Tensor:
+        """How the picture was cut from the original, float32 [6], see ``types.FRAMING``."""
+        return self._of_picture("framing", pair_index, side, flipped)
+
+    def _of_picture(self, tensor: str, pair_index: int, side: str, flipped: bool) -> Tensor:
         if flipped and not self.flip:
             raise ValueError("this cache was built with flip=False; it has no mirrored pictures")
         if side not in ("winner", "loser"):
             raise ValueError(f"side is {side!r}; it must be 'winner' or 'loser'")
         shard, place = divmod(int(self._pairs[side][pair_index]) + int(flipped), self._about["images_per_shard"])
-        both = torch.from_numpy(self._shard(shard_name("images", shard, "moments"))[place].astype(np.float32))
-        return both[0], both[1]
+        return torch.from_numpy(self._shard(shard_name("images", shard, tensor))[place].astype(np.float32))
 
     def conditioning(self, pair_index: int | None) -> dict[str, Tensor]:
         """The conditioning tensors of one pair's prompt, without batch dimension; of the empty prompt for None."""

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffalign.data.ahead import map_ahead
+from diffalign.data.buckets import Shape
 from diffalign.data.cache_files import CacheFolder, ShardWriter, journal_name
 from diffalign.data.cache_values import cast
 from diffalign.data.pairs import ImageSource, PreferencePair, Progress, RowProblem, UnreadableImage
 from diffalign.data.table import Kind, PairTable
-from diffalign.data.transform import Position, Transform
+from diffalign.data.transform import Framing, Position, Transform
 from diffalign.errors import UserError
 from diffalign.protocols import Encoder
 
@@ -46,7 +48,11 @@ class _Prepared:
 
     pair: PreferencePair
     keys: tuple[str, ...]
-    views: tuple[list[Tensor] | None, ...]
+    views: tuple[list[View] | None, ...]
+
+
+View = tuple[Tensor, Framing]
+"""Pixels [3, H, W] in [-1, 1], and how they were cut from the picture."""
 
 
 def refuse_unreadable(skipped: Sequence[tuple[str, str]], total: int, limit: float, kind: Kind) -> None:
@@ -81,7 +87,7 @@ def fill_images(
     journal = folder.journal("images")
     state, shards = _restored(journal)
     phase = _ImagePhase(folder, state, len(journal))
-    encode = partial(_encode_images, encoder, dtype)
+    encode = partial(_encode_images, encoder, dtype, transform)
     stride = 2 if transform.flip else 1
     phase.writer = ShardWriter(
         folder, "images", encode, batch_size=batch_size, shard_items=shard_items, stride=stride, committed=phase.commit
@@ -129,7 +135,7 @@ class _ImagePhase:
         record = {"row": row, "winner": items[0], "loser": items[-1], "prompt": pair.prompt}
         self._waiting.append(record | {"label": pair.label, "weight": pair.weight, **scores, "origin": pair.origin})
 
-    def _item(self, key: str, views: list[Tensor] | None, origin: str) -> int:
+    def _item(self, key: str, views: list[View] | None, origin: str) -> int:
         if key not in self.keys:
             assert views is not None, "a picture that is not known comes with its pixels"
             self.keys[key] = self._new_keys[key] = self._added
@@ -201,12 +207,14 @@ def _prepared(
         row, pair = read_row
         if isinstance(pair, RowProblem):
             return pair
-        position, keys, views = transform.position(row), [], []
+        position, target, keys, views = transform.position(row), transform.square, [], []
         for side in pair.sides:
             try:
                 source = pair.side(side).held()
-                keys.append(_key(source, transform, position))
-                views.append(None if keys[-1] in known else transform.views(source.open(), position))
+                if transform.buckets and side == pair.sides[0]:
+                    target = transform.target(source.size())
+                keys.append(_key(source, transform, position, target))
+                views.append(None if keys[-1] in known else _views(source, transform, position, target))
             except UnreadableImage as error:
                 return RowProblem(pair.origin, side, str(error))
         return _Prepared(pair, tuple(keys), tuple(views))
@@ -214,14 +222,41 @@ def _prepared(
     return map_ahead(prepare, read(), workers)
 
 
-def _key(source: ImageSource, transform: Transform, position: Position) -> str:
-    """What makes two encodings equal: the file's content, and the crop where it is drawn. 32 hexadecimal digits."""
-    place = "" if transform.crop == "center" else repr(position)
+def _views(source: ImageSource, transform: Transform, position: Position, target: Shape) -> list[View]:
+    image = source.open()
+    framings = transform.framings(image.size, position, target)
+    return list(zip(transform.views(image, position, target), framings, strict=True))
+
+
+def _key(source: ImageSource, transform: Transform, position: Position, target: Shape) -> str:
+    """What makes two encodings equal: the file's content, and the crop where it is drawn, and the shape where there are several.
+    32 hexadecimal digits."""
+    place = ("" if transform.crop == "center" else repr(position)) + (repr(target) if transform.buckets else "")
     return hashlib.sha256((source.digest() + place).encode()).hexdigest()[:32]
 
 
-def _encode_images(encoder: Encoder, dtype: str, pixels: list[Tensor], origins: list[str]) -> dict[str, np.ndarray]:
-    with torch.no_grad():
-        encoded = encoder.encode_images(torch.stack(pixels))
-    moments = torch.stack([encoded["mean"], encoded["std"]], dim=1)  # [B, 2, C, h, w]
-    return {"moments": cast(moments, dtype, [f"a picture of {origin}" for origin in origins])}
+def _encode_images(
+    encoder: Encoder, dtype: str, transform: Transform, views: list[View], origins: list[str]
+) -> dict[str, np.ndarray]:
+    pixels, framings = zip(*views, strict=True)
+    moments = _moments(encoder, pixels)  # each [2, C, h, w]
+    found = {"framing": np.array(framings, dtype=np.int32)}
+    if transform.buckets:
+        found["shape"] = np.array([each.shape[-2:] for each in moments], dtype=np.int32)
+        most = max(high * wide for high, wide in transform.shapes) * moments[0][0, 0].numel() // pixels[0][0].numel()
+        moments = [F.pad(each.flatten(2), (0, most - each[0, 0].numel())) for each in moments]
+    labels = [f"a picture of {origin}" for origin in origins]
+    return {"moments": cast(torch.stack(moments), dtype, labels), **found}
+
+
+@torch.no_grad()
+def _moments(encoder: Encoder, pixels: Sequence[Tensor]) -> list[Tensor]:
+    """Mean and deviation of each picture, [2, C, h, w]; pictures of one shape go through the encoder together."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, one in enumerate(pixels):
+        places.setdefault(tuple(one.shape), []).append(place)
+    found: dict[int, Tensor] = {}
+    for alike in places.values():
+        encoded = encoder.encode_images(torch.stack([pixels[place] for place in alike]))
+        found |= zip(alike, torch.stack([encoded["mean"], encoded["std"]], dim=1), strict=True)
+    return [found[place] for place in range(len(pixels))]

@@ -2,6 +2,8 @@
 
 fingerprint.json               what everything depends on, readable
 images/00000.moments.npy       [n, 2, C, h, w] mean and standard deviation of the scaled latents
+images/00000.framing.npy       [n, 6] how each was cut from its picture, see transform.Framing
+images/00000.shape.npy         [n, 2] only with buckets: h and w of each; moments are [n, 2, C, P] then, of h w entries and zeros
 prompts/00000.NAME.npy         [n, ...] one file per conditioning tensor
 journal/images-00000.json      a shard is committed when its journal entry exists; it names the pairs it completes
 journal/prompts-00000.json

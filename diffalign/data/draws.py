@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4}
+from diffalign.levels import Levels
+
+_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4, "buckets": 5}
 
 
-def generator(seed: int, stream: str, position: int) -> torch.Generator:
+def generator(seed: int, stream: str, *position: int) -> torch.Generator:
     """A CPU generator of its own for one purpose and position (SeedSequence keeps neighbours independent)."""
-    state = np.random.SeedSequence([seed, _STREAMS[stream], position]).generate_state(2, np.uint32)
+    state = np.random.SeedSequence([seed, _STREAMS[stream], *position]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
@@ -76,26 +78,26 @@ def _permutation(n: int, seed: int, stream: str, number: int) -> Tensor:
 class Draw:
     """The random numbers of one visit to one pair."""
 
-    t: int  # in [0, T)
+    t: int | float  # a level, as ``Levels`` has them
     noise: Tensor  # [C, H, W], shared by winner and loser
     posterior: Tensor  # [2, C, H, W], samples the VAE's posterior of winner and loser
     flip: bool  # both pictures mirrored
     drop_prompt: bool  # the prompt replaced by ""
 
 
-def draw(seed: int, position: int, shape: tuple[int, ...], train_steps: int, prompt_dropout: float, flip: bool) -> Draw:
+def draw(seed: int, position: int, shape: tuple[int, ...], levels: Levels, prompt_dropout: float, flip: bool) -> Draw:
     """The draws at a position of a run; ``shape`` is the latent's [C, H, W]."""
     g = generator(seed, "draw", position)
-    t = int(torch.randint(train_steps, (1,), generator=g))
+    t = levels.drawn(g)
     flipped, dropped = (torch.rand(2, generator=g) < torch.tensor([0.5, prompt_dropout])).tolist()
     noise = torch.randn(shape, generator=g)
     posterior = torch.randn((2, *shape), generator=g)
     return Draw(t, noise, posterior, flip and flipped, dropped)
 
 
-def fixed_draws(seed: int, row: int, shape: tuple[int, ...], train_steps: int, count: int) -> list[Draw]:
-    """``count`` draws for a validation pair, the same at every visit, their t spread evenly over [0, T)."""
+def fixed_draws(seed: int, row: int, shape: tuple[int, ...], levels: Levels, count: int) -> list[Draw]:
+    """``count`` draws for a validation pair, the same at every visit, from as many equally likely parts of ``levels``."""
     g = generator(seed, "validation", row)
     jitter = float(torch.rand((), generator=g))
-    t = [int((k + jitter) / count * train_steps) for k in range(count)]
+    t = [levels.at((k + jitter) / count) for k in range(count)]
     return [Draw(t_k, torch.randn(shape, generator=g), torch.zeros((2, *shape)), False, False) for t_k in t]

@@ -10,8 +10,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from diffalign.data.buckets import BucketOrder
 from diffalign.data.draws import Curriculum, Draw, Order, draw, fixed_draws
 from diffalign.errors import UserError
+from diffalign.levels import Levels
 from diffalign.types import Conditioning, PairBatch
 
 
@@ -22,10 +24,13 @@ class EncodedPairs(Protocol):
     weights: Sequence[float]
     scores: Tensor | None  # [N, 2] float32 of winner and loser, NaN where there is none; may be missing altogether
     latent_shape: tuple[int, ...]
+    buckets: bool  # whether pairs have shapes of their own, which ``shape_of`` tells; may be missing
 
     def __len__(self) -> int: ...
 
     def moments(self, pair_index: int, side: str, flipped: bool) -> tuple[Tensor, Tensor]: ...
+
+    def framing(self, pair_index: int, side: str, flipped: bool) -> Tensor: ...  # [6]; may be missing altogether
 
     def conditioning(self, pair_index: int | None) -> Conditioning: ...
 
@@ -40,7 +45,7 @@ class LoaderSettings:
     prompt_dropout: float = 0.0
     flip: bool = False
     latent_mode: bool = False  # True: the posterior's mean instead of a sample
-    train_steps: int = 1000  # T of the schedule
+    levels: Levels = Levels()  # of the schedule (``Schedule.levels``)
     curriculum: Literal["none", "margin"] = "none"  # margin: pairs that a judge tells apart most clearly come first
     curriculum_stages: int = 5
     curriculum_cumulative: bool = True  # later stages keep the pairs of the earlier ones
@@ -54,7 +59,7 @@ class PairLoader:
     contiguous parts, one per process, so the union over processes does not depend on their number.
 
     Raises:
-        UserError: a curriculum is asked for, and the pairs have no scores, or are too few for its stages.
+        UserError: a curriculum is asked for, and the pairs have no scores, are too few for its stages, or differ in shape.
     """
 
     def __init__(self, pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, rank: int = 0, world: int = 1) -> None:
@@ -62,12 +67,21 @@ class PairLoader:
             raise ValueError("there are no pairs to train on")
         self._pairs, self._rows, self._settings = pairs, rows, settings
         self._rank, self._world = rank, world
-        self._order = Order(len(rows), settings.seed) if settings.curriculum == "none" else self._by_margin()
+        if getattr(pairs, "buckets", False):
+            self._order: Order | Curriculum | BucketOrder = self._by_shape()
+        else:
+            self._order = Order(len(rows), settings.seed) if settings.curriculum == "none" else self._by_margin()
 
     @property
     def global_batch(self) -> int:
         """Pairs per optimizer step over all processes."""
         return self._settings.batch_size * self._settings.accumulation * self._world
+
+    def _by_shape(self) -> BucketOrder:
+        if self._settings.curriculum != "none":
+            raise UserError("A curriculum orders pairs by their scores, and buckets order them by shape; leave one of them out.")
+        of_row = [_shape(self._pairs, row)[1:] for row in self._rows]
+        return BucketOrder(of_row, self._settings.batch_size, self._settings.seed)
 
     def _by_margin(self) -> Curriculum:
         s, stages = self._settings, self._settings.curriculum_stages
@@ -93,11 +107,17 @@ class PairLoader:
         return [self._batch(first + m * s.batch_size) for m in range(s.accumulation)]
 
     def _batch(self, first: int) -> PairBatch:
-        s, shape = self._settings, self._pairs.latent_shape
+        s = self._settings
         positions = range(first, first + s.batch_size)
         rows = [self._rows[self._order.row(p)] for p in positions]
-        draws = [draw(s.seed, p, shape, s.train_steps, s.prompt_dropout, s.flip) for p in positions]
+        shape = _shape(self._pairs, rows[0])  # of all of them
+        draws = [draw(s.seed, p, shape, s.levels, s.prompt_dropout, s.flip) for p in positions]
         return collate(self._pairs, rows, draws, s.latent_mode)
+
+
+def _shape(pairs: EncodedPairs, row: int) -> tuple[int, ...]:
+    """(C, h, w) of a pair's latents."""
+    return pairs.shape_of(row) if getattr(pairs, "buckets", False) else pairs.latent_shape
 
 
 def easiest_first(pairs: EncodedPairs, rows: Sequence[int]) -> list[int]:
@@ -138,6 +158,7 @@ def collate(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw], lat
         weight=torch.tensor([float(pairs.weights[row]) for row in rows]),
         index=torch.tensor(rows),
         scores=_scores(pairs, rows),
+        framing=_framing(pairs, rows, draws),
     )
 
 
@@ -151,6 +172,14 @@ def _scores(pairs: EncodedPairs, rows: Sequence[int]) -> Tensor | None:
     return None if found.isnan().all() and known.isnan().all() else found
 
 
+def _framing(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw]) -> Tensor | None:
+    """[B, 2, 6] float32; None where nobody knows how the pictures were cut."""
+    if not hasattr(pairs, "framing"):
+        return None
+    both = [[pairs.framing(row, side, d.flip) for side in ("winner", "loser")] for row, d in zip(rows, draws, strict=True)]
+    return torch.stack([torch.stack(sides) for sides in both])
+
+
 def _latent(pairs: EncodedPairs, row: int, side: str, d: Draw, mode: bool) -> Tensor:
     mean, std = pairs.moments(row, side, d.flip)
     return mean if mode else mean + std * d.posterior[0 if side == "winner" else 1]
@@ -160,11 +189,10 @@ def validation_batches(
     pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, draws_per_pair: int
 ) -> list[PairBatch]:
     """Fixed pairs with fixed (t, noise): the same batches at every validation."""
-    items = [
-        (row, d)
-        for row in rows
-        for d in fixed_draws(settings.seed, row, pairs.latent_shape, settings.train_steps, draws_per_pair)
-    ]
+    alike: dict[tuple[int, ...], list[tuple[int, Draw]]] = {}  # a batch holds one shape
+    for row in rows:
+        drawn = fixed_draws(settings.seed, row, shape := _shape(pairs, row), settings.levels, draws_per_pair)
+        alike.setdefault(shape, []).extend((row, d) for d in drawn)
     size = max(settings.batch_size, 1)
-    chunks = [items[i : i + size] for i in range(0, len(items), size)]
+    chunks = [items[i : i + size] for items in alike.values() for i in range(0, len(items), size)]
     return [collate(pairs, [r for r, _ in chunk], [d for _, d in chunk], latent_mode=True) for chunk in chunks]

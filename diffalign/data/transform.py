@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data import buckets
+from diffalign.data.buckets import Shape
 from diffalign.errors import UserError
 
 Position = tuple[float, float]
@@ -17,10 +19,15 @@ Position = tuple[float, float]
 
 CENTER: Position = (0.5, 0.5)
 
+Framing = tuple[int, int, int, int, int, int]
+"""What was done to a picture: height and width of the original; top and left of the crop, in pixels after resizing; height and
+width of what is left. SDXL is trained with these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
+
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize the shorter side to ``resolution`` pixels, cut a square, mirror or not.
+    """Resize the shorter side to ``resolution`` pixels, cut a square, mirror or not; with ``buckets``, resize to just cover the
+    shape nearest to the winner's (see ``buckets``) and cut to that.
 
     Bilinear resizing with antialiasing, as in the released Diffusion-DPO script. ``crop="random"`` draws one relative
     position per pair from (seed, pair index), so that it is known before anything is encoded and never changes.
@@ -31,12 +38,16 @@ class Transform:
     crop: str = "center"
     flip: bool = False
     seed: int = 0
+    buckets: bool = False
+    bucket_step: int = 64  # pixels, of which both sides of a bucket are multiples
 
     def __post_init__(self) -> None:
         if self.resolution < 8:
             raise UserError(f"resolution is {self.resolution}; it must be at least 8 pixels.")
         if self.crop not in ("center", "random"):
             raise UserError(f"crop is {self.crop!r}; it must be 'center' or 'random'.")
+        if self.buckets and not 1 <= self.bucket_step <= self.resolution:
+            raise UserError(f"bucket_step is {self.bucket_step}; it must be from 1 to the resolution, {self.resolution}.")
 
     def position(self, index: int) -> Position:
         """The crop position of pair ``index``, the same for both of its pictures."""
@@ -45,20 +56,45 @@ class Transform:
         top, left = np.random.default_rng((self.seed, index)).random(2)
         return float(top), float(left)
 
-    def views(self, image: Image.Image, position: Position) -> list[Tensor]:
-        """The orientations to encode: as it is, and mirrored where ``flip`` is set. float32 [3, H, W] in [-1, 1]."""
-        upright = self.apply(image, position, flipped=False)
+    @property
+    def square(self) -> Shape:
+        return self.resolution, self.resolution
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(height, width) of all that ``target`` may say."""
+        return buckets.shapes(self.resolution, self.bucket_step) if self.buckets else (self.square,)
+
+    def target(self, size: tuple[int, int]) -> Shape:
+        """(height, width) to which a pair is cut whose winner's ``size`` is (width, height)."""
+        return buckets.nearest(size, self.resolution, self.bucket_step) if self.buckets else self.square
+
+    def views(self, image: Image.Image, position: Position, target: Shape | None = None) -> list[Tensor]:
+        """The orientations to encode: as it is, and mirrored where ``flip`` is set. float32 [3, H, W] in [-1, 1].
+
+        ``target`` is (H, W), the square if not given.
+        """
+        upright = self.apply(image, position, False, target)
         return [upright, upright.flip(-1)] if self.flip else [upright]
 
-    def apply(self, image: Image.Image, position: Position, flipped: bool) -> Tensor:
-        """An RGB picture -> float32 [3, resolution, resolution] in [-1, 1]."""
-        side = self.resolution
-        scale = side / min(image.size)
-        width, height = (max(side, round(length * scale)) for length in image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        top, left = round(position[0] * (height - side)), round(position[1] * (width - side))
-        pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32)
+    def framings(self, size: tuple[int, int], position: Position, target: Shape | None = None) -> list[Framing]:
+        """What ``views`` does to a picture of ``size`` (width, height), for each of them.
+
+        A mirrored view is a crop of the mirrored picture: what was left of the crop is now right of it.
+        """
+        target = target or self.square
+        width, _ = _resized(size, target)
+        top, left = _corner(size, target, position)
+        lefts = [left, width - target[1] - left] if self.flip else [left]
+        return [(size[1], size[0], top, x, *target) for x in lefts]
+
+    def apply(self, image: Image.Image, position: Position, flipped: bool, target: Shape | None = None) -> Tensor:
+        """An RGB picture -> float32 [3, H, W] in [-1, 1], the square if no ``target`` (H, W) is given."""
+        high, wide = target = target or self.square
+        resized, (top, left) = _resized(image.size, target), _corner(image.size, target, position)
+        if resized != image.size:
+            image = image.resize(resized, Image.Resampling.BILINEAR)
+        pixels = np.asarray(image.crop((left, top, left + wide, top + high)), dtype=np.float32)
         tensor = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1)
         return (tensor.flip(-1) if flipped else tensor).contiguous()
 
@@ -67,4 +103,19 @@ class Transform:
         found = asdict(self) | {"resize": "bilinear, antialiased"}
         if self.crop == "center":
             del found["seed"]
+        if not self.buckets:
+            del found["buckets"], found["bucket_step"]
         return found
+
+
+def _resized(size: tuple[int, int], target: Shape) -> tuple[int, int]:
+    """(width, height) of a picture of ``size`` (width, height) that just covers ``target`` (height, width)."""
+    (width, height), (high, wide) = size, target
+    scale = max(high / height, wide / width)
+    return max(wide, round(width * scale)), max(high, round(height * scale))
+
+
+def _corner(size: tuple[int, int], target: Shape, position: Position) -> tuple[int, int]:
+    """Top and left of the crop after resizing."""
+    width, height = _resized(size, target)
+    return round(position[0] * (height - target[0])), round(position[1] * (width - target[1]))

@@ -23,6 +23,10 @@ scale, in deviations of the round.
 the last two carry 94 % of the gradient's energy in the tiny world, and a short run is ruled by their noise (figures: the README's
 bench). The released code has an option of that name, too; there it is a random subset.
 
+A flow model is sampled by the same stochastic step, which keeps its marginals. It begins where there is no signal (a = 0), and
+there a step with eta = 1 keeps nothing of x_T beyond what the network made of it: ``same_start`` binds a pair more closely with a
+smaller ``eta``.
+
 The paper has no clip (``clip=inf``) and the sum over dimensions instead of the mean: with the mean, a "ratio" is a geometric mean
 per dimension, and with beta = 0.1 the sigmoid's argument stays within 0.02 of zero: a clipped linear difference.
 

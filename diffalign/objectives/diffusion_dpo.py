@@ -19,6 +19,9 @@ Departures of the released code (SalesforceAIResearch/DiffusionDPO, train.py) fr
 * it drops ties; here they may be kept with label 1/2;
 * its ``--input_perturbation`` gives the loser's x_t a noise that is not in its target; not offered here.
 
+Flow models: the same formula on the velocity, and beta as ``schedule.FlowSchedule`` says (2000, or 100 to be cautious); the
+setting ``error_as`` measures the four errors as those of eps instead, which multiplies them by (1 - sigma)^2.
+
 Numbers of the paper: beta 2000 (SD1.5; the released launcher has 5000, also used for SDXL), AdamW at
 (2000/beta) * 2.048e-5 (the paper prints e-8; the code's value is 1e-8 scaled by a batch of 2048), 2048 pairs per step, 2000
 steps, linear warm-up, 20 % of the prompts dropped, gradient clipped at 1.

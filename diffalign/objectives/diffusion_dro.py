@@ -44,11 +44,11 @@ from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
 from diffalign.objectives._family import LossChoice, refuse_extras, refuse_small_batches, refuse_unfit
 from diffalign.protocols import Denoiser, Predictor
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
 from diffalign.sources.policy_steps import PolicySteps, ReplayBatch
 from diffalign.sources.rollout import Sampling, SolverName
-from diffalign.types import NoisyPair, Outcome
+from diffalign.types import FRAMING, NoisyPair, Outcome, against_sampled
 
 ABOUT = About("2510.18353", "experts, and the policy's own steps", "frozen start", "margin", (PICTURES, PAIRS), takes_loss=True)
 
@@ -116,16 +116,19 @@ class DiffusionDRO(LossChoice):
         return Outcome(loss, pair.t, {**metrics, "policy_gap": now[1].detach(), "active": active})
 
 
-def side_by_side(batch: ReplayBatch, schedule: NoiseSchedule) -> NoisyPair:
+def side_by_side(batch: ReplayBatch, schedule: Schedule) -> NoisyPair:
     """The expert, noised to its step's t, as the winner; the step, with what was predicted there as target, as the loser."""
     r = batch.replayed
+    prompt = {name: value for name, value in r.conditioning.items() if name != FRAMING}
     return NoisyPair(
         winner=schedule.add_noise(r.x_0, batch.noise, r.t),
         loser=r.x_t,
         winner_target=schedule.target(r.x_0, batch.noise, r.t),
         loser_target=r.prediction,
         t=r.t,
-        conditioning=r.conditioning,
+        error_weight=schedule.error_weight(r.t),
+        conditioning=prompt,
+        framing=against_sampled(r.conditioning.get(FRAMING)),
     )
 
 

@@ -21,7 +21,7 @@ Numbers of the paper: beta 1000 (with no factor 1/2), AdamW in 8 bits at 1e-7, 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -29,14 +29,15 @@ from torch import Tensor
 
 from diffalign import losses
 from diffalign.learner import Given, Learner, Processes
-from diffalign.likelihood import denoising_error
+from diffalign.likelihood import errors
 from diffalign.losses.unpaired import Utility, kto_unpaired
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import denoising_learner, plainly_noised
 from diffalign.objectives._family import refuse_lone_samples
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
-from diffalign.types import Conditioning, Outcome, PairBatch
+from diffalign.sources.dataset import noised_winners
+from diffalign.types import Outcome, PairBatch
 
 ABOUT = About("2404.04465", "data set, one picture at a time", "frozen start", "kto", (PICTURES, PAIRS))
 BaselineName = Literal["batch", "mismatched", "none"]
@@ -89,18 +90,14 @@ class KTO:
         self, batch: PairBatch, policy: Denoiser, reference: Predictor, z: losses.Baseline, processes: Processes
     ) -> Outcome:
         """Losses [B] of single pictures: the winners of ``batch``, whose labels are the probability of a good one."""
-        x_t = policy.schedule.add_noise(batch.winner, batch.noise, batch.t)
-        target = policy.schedule.target(batch.winner, batch.noise, batch.t)
-
-        def error(model: Predictor, conditioning: Conditioning) -> Tensor:
-            return denoising_error(model(x_t, batch.t, conditioning), target)
-
-        rho = error(reference, batch.conditioning) - (now := error(policy, batch.conditioning))
+        noisy = noised_winners(batch, policy.schedule)
+        rho = errors(reference, noisy) - (now := errors(policy, noisy))
         watched = rho.detach()
         if z.watches == "mismatched":
-            rolled = {name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}
+            others = {name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}
+            rolled = replace(noisy, conditioning={**noisy.conditioning, **others})
             with torch.no_grad():
-                watched = error(reference, rolled) - error(policy, rolled)
+                watched = errors(reference, rolled) - errors(policy, rolled)
         z.update(processes.gather(watched))
         rest = (self.utility, self.desirable_weight, self.undesirable_weight)
         loss = kto_unpaired(rho, batch.label, self.beta, z.value.to(rho.device), *rest)

@@ -18,10 +18,10 @@ import torch
 
 from diffalign.health import denoising_health
 from diffalign.learner import Given, Learner
-from diffalign.likelihood import denoising, denoising_error, log_ratio, pair_errors
+from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.protocols import Denoiser, Predictor
-from diffalign.sources.dataset import noised
+from diffalign.sources.dataset import noised, noised_winners
 from diffalign.types import Outcome, PairBatch
 
 ABOUT = About("2006.11239", "data set, winners", "nobody", "sft", (PAIRS, PICTURES))
@@ -40,9 +40,7 @@ class SFT:
 
     def __call__(self, batch: PairBatch, policy: Denoiser) -> Outcome:
         """Denoising errors [B] of the winners in ``batch``. One policy call on B samples."""
-        x_t = policy.schedule.add_noise(batch.winner, batch.noise, batch.t)
-        target = policy.schedule.target(batch.winner, batch.noise, batch.t)
-        error = denoising_error(policy(x_t, batch.t, batch.conditioning), target)
+        error = errors(policy, noised_winners(batch, policy.schedule))
         return Outcome(loss=error, t=batch.t, metrics={"winner_error": error.detach()})
 
     @torch.no_grad()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from diffalign.schedule import NoiseSchedule
-from diffalign.types import NoisyPair, PairBatch
+from diffalign.schedule import Schedule
+from diffalign.types import Noisy, NoisyPair, PairBatch
 
 
-def noised(batch: PairBatch, schedule: NoiseSchedule) -> NoisyPair:
+def noised(batch: PairBatch, schedule: Schedule) -> NoisyPair:
     """Noise both sides with the batch's shared draw (Diffusion-DPO, arXiv 2311.12908, section 4 and its pseudo-code)."""
     t, noise = batch.t, batch.noise
     return NoisyPair(
@@ -16,4 +16,13 @@ def noised(batch: PairBatch, schedule: NoiseSchedule) -> NoisyPair:
         loser_target=schedule.target(batch.loser, noise, t),
         t=t,
         conditioning=batch.conditioning,
+        framing=batch.framing,
+        error_weight=schedule.error_weight(t),
     )
+
+
+def noised_winners(batch: PairBatch, schedule: Schedule) -> Noisy:
+    """The winners alone, with the same draw."""
+    t, noise = batch.t, batch.noise
+    x_t, target = schedule.add_noise(batch.winner, noise, t), schedule.target(batch.winner, noise, t)
+    return Noisy(x_t, target, t, batch.winner_conditioning, schedule.error_weight(t))

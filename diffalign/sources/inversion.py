@@ -4,7 +4,11 @@ From level p to the next level g, DDIM inversion moves z along one prediction (S
 
     z' = a_g / a_p (z - s_p e) + s_g e                                            a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)
 
-with e the network's noise at (z, g) or, as it was first written, at (z, p). The step is right if e is what the network says at
+with e the network's noise at (z, g) or, as it was first written, at (z, p). A flow moves along its velocity v instead,
+
+    z' = z + (sigma_g - sigma_p) v
+
+which is the same where e and v agree, and reaches sigma = 1. The step is right if e is what the network says at
 (z', g): an implicit equation. ReNoise (Garibi et al. 2024, arXiv 2403.14602) iterates towards it,
 
     e_0 = e(z, g);   e_k = e(z moved along e_(k-1), g),  k = 1 ... K;   z' = z moved along the mean of the e_k in a window
@@ -12,10 +16,11 @@ with e the network's noise at (z, g) or, as it was first written, at (z, p). The
 and SmPO (arXiv 2506.02698) takes K = 1 and the mean of both. DDIM-InPO (arXiv 2503.18454) takes K = 0 and adds to each z' a
 noise of ``eta`` times the deviation of the stochastic step from g back to p; its eta is 0.1.
 
-The target is the noise that the whole way amounts to: tau = (z_t - a_t x_0) / s_t, in the network's parametrisation.
+The target is the noise that the whole way amounts to: tau = (z_t - a_t x_0) / s_t, in the network's parametrisation; that of a
+velocity is (z_t - x_0) / sigma_t.
 
 Here every sample climbs to exactly its own t, in strides of equal length, at most T / steps: ceil((t + 1) steps / T) of them, as
-many as a fixed grid would need. x_0 is clean (alpha_bar = 1), whatever the schedule's ``clean_end``.
+many as a fixed grid would need (of a flow: ceil(t steps / T)). x_0 is clean, whatever the schedule's ``clean_end``.
 
 ``released`` reproduces SmPO's code (JaydenLyh/SmPO, train.py) under two versions of Diffusers' inverse scheduler. It uses the
 first sample's t for the whole batch, walks the fixed grid 1, 1 + T/n, ... (levels below t only), takes alpha_bar[0] for the
@@ -30,16 +35,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from diffalign.protocols import Predictor
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
-from diffalign.types import Conditioning, NoisyPair, PairBatch
+from diffalign.types import Conditioning, NoisyPair, PairBatch, on_both_sides
 
 Evaluate = Literal["target", "source"]
 Window = Literal["all", "last", "renoise"]
@@ -77,7 +82,7 @@ DDIM_INPO = Inversion(steps=10, renoise=0, eta=0.1)
 
 
 @torch.no_grad()
-def inverted(batch: PairBatch, predictor: Predictor, schedule: NoiseSchedule, settings: Inversion) -> NoisyPair:
+def inverted(batch: PairBatch, predictor: Predictor, schedule: Schedule, settings: Inversion) -> NoisyPair:
     """Both sides of each pair carried to the pair's t by ``predictor``, without gradient; one call for both sides.
 
     ``batch.noise`` is not used as noise. With ``eta`` it seeds the noise of the strides, which so belongs to the visit of the
@@ -86,7 +91,7 @@ def inverted(batch: PairBatch, predictor: Predictor, schedule: NoiseSchedule, se
     n = len(batch)
     x_0 = torch.cat([batch.winner, batch.loser])
     t = torch.cat([batch.t, batch.t])
-    conditioning = {name: torch.cat([value, value]) for name, value in batch.conditioning.items()}
+    conditioning = on_both_sides(batch.conditioning, batch.framing)
     generators = _generators(batch.noise) if settings.eta else None
     x_t, target = invert(x_0, t, conditioning, predictor, schedule, settings, generators)
     return NoisyPair(
@@ -96,6 +101,8 @@ def inverted(batch: PairBatch, predictor: Predictor, schedule: NoiseSchedule, se
         loser_target=target[n:],
         t=batch.t,
         conditioning=batch.conditioning,
+        error_weight=schedule.error_weight(batch.t),
+        framing=batch.framing,
     )
 
 
@@ -105,7 +112,7 @@ def invert(
     t: Tensor,
     conditioning: Conditioning,
     predictor: Predictor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     settings: Inversion,
     generators: Sequence[torch.Generator] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -114,17 +121,17 @@ def invert(
     ``generators``: one per sample, on the CPU; needed if ``eta`` is not zero.
 
     Raises:
-        ValueError: ``eta`` without a generator for every sample.
+        ValueError: ``eta`` without a generator for every sample, or ``released`` with a flow, which that code does not know.
     """
     if settings.eta and (generators is None or len(generators) != len(x_0)):
         raise ValueError(f"eta = {settings.eta} adds noise: give one generator per sample ({len(x_0)})")
-    schedule = replace(schedule, clean_end="one" if settings.released is None else "first")
+    schedule = schedule.ending("one" if settings.released is None else "first")
     z = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
     start = z
-    for rows, source, goal, level in _strides(t, len(schedule), settings):
+    for rows, source, goal, level in _strides(t, schedule, settings):
         here = z[rows]
-        noise_at = _noise(predictor, schedule, _rows(conditioning, rows), level)
-        moved = schedule.ddim_move(here, _way(here, noise_at, schedule, source, goal, settings), source, goal)
+        said_at = _direction(predictor, schedule, _rows(conditioning, rows), level)
+        moved = schedule.move(here, _way(here, said_at, schedule, source, goal, settings), source, goal)
         if settings.eta:
             draw = torch.stack([torch.randn(z.shape[1:], generator=generators[r]) for r in rows.tolist()]).to(moved)
             moved = moved + settings.eta * schedule.ddim_deviation(goal, source, moved) * draw
@@ -135,25 +142,16 @@ def invert(
     return z, schedule.target(start, tau, level)
 
 
-def path(t: Tensor, steps: int, train_steps: int) -> list[list[int]]:
-    """The levels of each sample's climb: from -1, the clean end, to exactly t, in equal strides of at most T / steps."""
-    climbs = []
-    for end in t.tolist():
-        strides = -((-(end + 1) * steps) // train_steps)
-        climbs.append([-1 + ((end + 1) * j + strides // 2) // strides for j in range(strides + 1)])
-    return climbs
-
-
-def _strides(t: Tensor, train_steps: int, settings: Inversion) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _strides(t: Tensor, schedule: Schedule, settings: Inversion) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Rows that still climb, the levels they leave and go to, and the level at which the network predicts."""
     if settings.released is not None:
-        yield from _released_strides(t, train_steps, settings)
+        yield from _released_strides(t, len(schedule), settings)
         return
-    climbs = path(t, settings.steps, train_steps)
+    climbs = [schedule.climb(end, settings.steps) for end in t.tolist()]
     for j in range(max(len(climb) for climb in climbs) - 1):
         rows = [i for i, climb in enumerate(climbs) if len(climb) > j + 1]
-        source = torch.tensor([climbs[i][j] for i in rows], device=t.device)
-        goal = torch.tensor([climbs[i][j + 1] for i in rows], device=t.device)
+        source = torch.tensor([climbs[i][j] for i in rows], dtype=t.dtype, device=t.device)
+        goal = torch.tensor([climbs[i][j + 1] for i in rows], dtype=t.dtype, device=t.device)
         yield torch.tensor(rows, device=t.device), source, goal, goal if settings.evaluate == "target" else source.clamp(min=0)
 
 
@@ -170,19 +168,19 @@ def _released_strides(t: Tensor, train_steps: int, settings: Inversion) -> Itera
         yield (rows, at, at + stride, at) if settings.released == "0.20" else (rows, at - stride, at, at)
 
 
-NoiseAt = Callable[[Tensor], Tensor]
-"""What the network takes for the noise in z, at a level and conditioning that are settled."""
+DirectionAt = Callable[[Tensor], Tensor]
+"""What the network takes for the noise in z (of a flow: the velocity), at a level and conditioning that are settled."""
 
 
-def _noise(predictor: Predictor, schedule: NoiseSchedule, conditioning: Conditioning, level: Tensor) -> NoiseAt:
-    return lambda z: schedule.to_epsilon(predictor(z, level, conditioning), z, level)
+def _direction(predictor: Predictor, schedule: Schedule, conditioning: Conditioning, level: Tensor) -> DirectionAt:
+    return lambda z: schedule.direction(predictor(z, level, conditioning), z, level)
 
 
-def _way(z: Tensor, noise_at: NoiseAt, schedule: NoiseSchedule, source: Tensor, goal: Tensor, settings: Inversion) -> Tensor:
-    """The noise to move along: the mean, within the window, of K + 1 predictions, each made where the last one led."""
-    predictions = [noise_at(z)]
+def _way(z: Tensor, said_at: DirectionAt, schedule: Schedule, source: Tensor, goal: Tensor, settings: Inversion) -> Tensor:
+    """The direction to move in: the mean, within the window, of K + 1 predictions, each made where the last one led."""
+    predictions = [said_at(z)]
     for _ in range(settings.renoise):
-        predictions.append(noise_at(schedule.ddim_move(z, predictions[-1], source, goal)))
+        predictions.append(said_at(schedule.move(z, predictions[-1], source, goal)))
     weights = averaging_weights(settings.window, len(predictions), goal, z.dtype)
     return sum(w.view(-1, *([1] * (z.ndim - 1))) * e for w, e in zip(weights.unbind(dim=1), predictions, strict=True))
 

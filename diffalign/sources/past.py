@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffalign.learner import Given
 from diffalign.references import Past
 from diffalign.sources.rollout import Sampling, rollout
-from diffalign.types import PairBatch
+from diffalign.types import PairBatch, against_sampled
 from diffalign.weights import Weights
 
 Choice = Literal["uniform", "first", "last"]
@@ -108,7 +109,13 @@ class SelfSampled:
             device=given.device,
         )
         losers = made.final.to(batches[0].winner.dtype).split(sizes)
-        return [replace(b, loser=loser, label=torch.ones_like(b.label)) for b, loser in zip(batches, losers, strict=True)]
+        return [_against(batch, loser) for batch, loser in zip(batches, losers, strict=True)]
+
+
+def _against(batch: PairBatch, loser: Tensor) -> PairBatch:
+    """The batch with other losers, which were sampled and lost for certain."""
+    framing = None if batch.framing is None else against_sampled(batch.framing[:, 0])
+    return replace(batch, loser=loser, label=torch.ones_like(batch.label), framing=framing)
 
 
 def _picture_seed(seed: int, position: int) -> int:

@@ -84,7 +84,7 @@ class PolicySteps:
             n = len(batch)
             if made is not None:
                 mine, made = made.rows(slice(0, n)), made.rows(slice(n, None))
-                self._buffer.push(replace(mine, index=batch.index), batch.winner, batch.conditioning, batch.weight)
+                self._buffer.push(replace(mine, index=batch.index), batch.winner, batch.winner_conditioning, batch.weight)
             own = len(self._buffer) - n if walks else number * n  # the newest, or those that this place had before
             drawn = self._drawn(n, first, own)
             out.append(ReplayBatch(drawn, batch.noise, drawn.weight))

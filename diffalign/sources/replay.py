@@ -29,10 +29,10 @@ class Replayed:
     """Single steps from the buffer. B = steps drawn."""
 
     x_t: Tensor  # [B, C, H, W], on the policy's trajectory
-    t: Tensor  # [B] int64
+    t: Tensor  # [B], as the trajectory has it
     prediction: Tensor  # [B, C, H, W], what the policy said at (x_t, t) when it made the trajectory
     x_0: Tensor  # [B, C, H, W], clean latent of the expert
-    conditioning: Conditioning  # the prompt of both
+    conditioning: Conditioning  # the prompt of both, and the expert's framing
     index: Tensor  # [B] int64, the expert's row
     weight: Tensor  # [B], the expert's
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.grids import Spacing, steps_down
 from diffalign.protocols import Predictor
-from diffalign.schedule import NoiseSchedule, Spacing, perturbed_grid, steps_down, timestep_grid
+from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
 from diffalign.solvers import DDIM, DPMSolver, Guided, Solver
 from diffalign.types import Conditioning
@@ -37,9 +38,9 @@ class Sampling:
     solver: SolverName = option("ddim", "ddim (stochastic with eta) or dpm-solver++ (second order, deterministic)")
     eta: float = option(1.0, "noise of each DDIM step: 0 is none, 1 that of DDPM; dpm-solver++ ignores it", ge=0, le=1)
     guidance: float = option(5.0, "scale of classifier-free guidance; 1 switches it off and halves the cost", ge=0)
-    spacing: Spacing = option("leading", "how the levels are spaced: leading, trailing or linspace")
+    spacing: Spacing = option("leading", "spacing of a table's levels: leading, trailing or linspace; flow models have their own")
     offset: int = option(1, "shift of a leading grid; 1 for SD1.5", ge=0)
-    perturbed: bool = option(False, "shift the grid of each trajectory by a draw from [0, T / steps), instead of by offset")
+    perturbed: bool = option(False, "shift the grid of each trajectory by a draw of up to a stride, instead of by offset")
     released: bool = option(False, "as the released DRO code, move all samples of a batch by the first one's noise levels")
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class Trajectory:
     """A batch of trajectories. B = trajectories, S = transitions; transition j leads from x[:, j] to x[:, j + 1]."""
 
     x: Tensor  # [B, S + 1, C, H, W], from x_T to the final latent
-    t: Tensor  # [B, S] int64, falling: the level of x[:, j]
-    t_previous: Tensor  # [B, S] int64: the level of x[:, j + 1]; -1 is the clean end
+    t: Tensor  # [B, S] int64 (float32 of a flow), falling: the level of x[:, j]
+    t_previous: Tensor  # [B, S] likewise: the level of x[:, j + 1]; -1 is the clean end
     prediction: Tensor  # [B, S, C, H, W], what the (guided) network said at (x[:, j], t[:, j])
     log_density: Tensor  # [B, S] float64, of x[:, j + 1] under the model that made it, mean over dimensions; 0 without noise
     has_noise: Tensor  # [B, S] bool: whether the transition is stochastic; only then it has a density
@@ -97,7 +98,7 @@ class Trajectory:
 @torch.no_grad()
 def rollout(
     predictor: Predictor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     conditioning: Conditioning,
     sampling: Sampling,
     *,
@@ -137,7 +138,7 @@ def rollout(
         here = {name: value[rows.to(value.device)].to(device) for name, value in conditioning.items()}
         x_start = _normal(starts[part], "start", shape, device)
         draw = _Steps(seeds[part], shape, device) if sampling.stochastic else None
-        grid = _grid(schedule, sampling, seeds[part]).to(device)
+        grid = _grid(schedule, sampling, shape, seeds[part]).to(device)
         made = chain(predictor, schedule, x_start, here, grid, sampling, draw)
         parts.append(_labelled(made, rows, starts[part], seeds[part]).to("cpu"))
     return Trajectory.join(parts)
@@ -146,7 +147,7 @@ def rollout(
 @torch.no_grad()
 def chain(
     predictor: Predictor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x_start: Tensor,
     conditioning: Conditioning,
     grid: Tensor,
@@ -167,7 +168,7 @@ def chain(
         x.append(solver.step(j, x[j], said, noise(j) if sampling.stochastic else None).to(x_start.dtype))
         predictions.append(said.to(x_start.dtype))
         densities.append(_density(schedule, x[j + 1], x[j], said, grid[:, j], down[:, j], eta))
-    nobody = torch.full_like(grid[:, 0], -1)
+    nobody = torch.full((len(grid),), -1, device=grid.device)
     return Trajectory(
         x=torch.stack(x, dim=1),
         t=grid,
@@ -182,21 +183,18 @@ def chain(
 
 
 def _density(
-    schedule: NoiseSchedule, x_previous: Tensor, x_t: Tensor, said: Tensor, t: Tensor, t_previous: Tensor, eta: float
+    schedule: Schedule, x_previous: Tensor, x_t: Tensor, said: Tensor, t: Tensor, t_previous: Tensor, eta: float
 ) -> Tensor:
     if not eta:
         return x_t.new_zeros(len(t), dtype=torch.float64 if x_t.device.type != "mps" else torch.float32)
     return schedule.log_density(x_previous, x_t, said, t, t_previous, eta).nan_to_num(nan=0.0)
 
 
-def _grid(schedule: NoiseSchedule, sampling: Sampling, seeds: Sequence[int]) -> Tensor:
+def _grid(schedule: Schedule, sampling: Sampling, shape: tuple[int, ...], seeds: Sequence[int]) -> Tensor:
     """[B, S]: one grid for all, or each shifted by its own draw."""
-    if not sampling.perturbed:
-        grid = timestep_grid(len(schedule), sampling.steps, sampling.spacing, sampling.offset)
-        return grid.expand(len(seeds), -1).contiguous()
-    stride = len(schedule) // sampling.steps
-    shift = torch.tensor([int(torch.randint(stride, (), generator=_generator(seed, "shift"))) for seed in seeds])
-    return perturbed_grid(len(schedule), sampling.steps, shift)
+    if sampling.perturbed:
+        return schedule.perturbed(sampling.steps, shape, [_generator(seed, "shift") for seed in seeds])
+    return schedule.grid(sampling.steps, shape, sampling.spacing, sampling.offset).expand(len(seeds), -1).contiguous()
 
 
 def _generator(seed: int, stream: str) -> torch.Generator:

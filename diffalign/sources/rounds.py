@@ -29,7 +29,7 @@ from diffalign.errors import UserError
 from diffalign.learner import Given, Processes, Prompts
 from diffalign.protocols import Predictor
 from diffalign.references import Past
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import Schedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, Trajectory, rollout
 from diffalign.types import Conditioning, LogLikelihood, TransitionPair
@@ -277,7 +277,7 @@ def densities(made: Trajectory, predictor: Predictor, given: Given, sampling: Sa
 
 
 def _density(
-    made: Trajectory, rows: Tensor, at: Tensor, predictor: Predictor, schedule: NoiseSchedule, given: Given, eta: float
+    made: Trajectory, rows: Tensor, at: Tensor, predictor: Predictor, schedule: Schedule, given: Given, eta: float
 ) -> Tensor:
     x_t, x_next = made.x[rows, at].to(given.device), made.x[rows, at + 1].to(given.device)
     t, t_previous = made.t[rows, at].to(given.device), made.t_previous[rows, at].to(given.device)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 
 from diffalign.data.cache_files import PARTIAL, flatten, plain
 from diffalign.errors import UserError
-from diffalign.schedule import NoiseSchedule
+from diffalign.schedule import Schedule
 from diffalign.sources.rollout import Sampling, Trajectory
 
 VERSION = 1
@@ -74,15 +73,9 @@ class MadeBy:
         return MadeBy(**{**known, "sampling": Sampling(**values["sampling"]), "prompts": tuple(values["prompts"])})
 
 
-def schedule_fingerprint(schedule: NoiseSchedule) -> dict[str, Any]:
+def schedule_fingerprint(schedule: Schedule) -> dict[str, Any]:
     """What a chain depends on beside the network, as plain values."""
-    table = hashlib.sha256(schedule.alpha_bar.double().cpu().numpy().tobytes()).hexdigest()
-    return {
-        "steps": len(schedule),
-        "alpha_bar": table[:16],
-        "prediction_type": schedule.prediction_type,
-        "clean_end": schedule.clean_end,
-    }
+    return plain(schedule.fingerprint())
 
 
 class Store:

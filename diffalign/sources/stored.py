@@ -140,4 +140,5 @@ def _check(stored: Stored, given: Given, sampling: Sampling) -> None:
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name])
+    names = dict.fromkeys([*here, *there])
+    return "; ".join(f"{n} {there.get(n)} there, {here.get(n)} here" for n in names if there.get(n) != here.get(n))

@@ -114,7 +114,7 @@ def _add_drawing(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     parser.add_argument("--pictures", type=whole(1), default=1, metavar="N", help="of each rewrite (default 1)")
     parser.add_argument("--steps", type=whole(1), default=25, help="of drawing (default 25)")
     parser.add_argument("--guidance-scale", type=float, help="of drawing (default: the generator's own)")
-    parser.add_argument("--sampler", default="ddim", help="ddim, dpm++, euler or 'as saved' (default ddim)")
+    parser.add_argument("--sampler", default="auto", help="auto, ddim, dpm++, euler or 'as saved' (default auto)")
     parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N", help="pictures drawn together (default 16)")
 
 

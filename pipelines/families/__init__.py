@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffalign.errors import UserError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.families._family import Family
     from pipelines.families._lora import SavedAdapter
 
-__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter"]
+__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter", "sketch"]
 
 Model = str | os.PathLike[str]
 
@@ -42,6 +43,7 @@ def load_pipeline(
     device: torch.device | str | None = None,
     config: Model | None = None,
     base: str | None = None,
+    without: Sequence[str] = (),
 ) -> DiffusionPipeline:
     """A pipeline to sample from, in evaluation mode, without progress bars and without safety checker.
 
@@ -53,6 +55,7 @@ def load_pipeline(
         device: None takes a CUDA device if there is one, else the CPU.
         config: a Diffusers folder with configuration and tokenizer, for single files without access to the hub.
         base: the base model of a LoRA folder, if not the one on record.
+        without: parts to leave out, by the words of the family's ``OPTIONAL``: SD3 can do without "t5".
 
     Raises:
         UserError: the model does not exist, is of no known family, or cannot be read.
@@ -60,7 +63,7 @@ def load_pipeline(
     import torch
 
     chosen = torch_dtype(dtype)
-    pipe = read(find(model, config=config, base=base), dtype=chosen, others=chosen)
+    pipe = read(find(model, config=config, base=base).leaving_out(without), dtype=chosen, others=chosen)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -70,18 +73,20 @@ def load_family(
     dtype: str = "float32",
     prediction_type: str | None = None,
     config: Model | None = None,
+    without: Sequence[str] = (),
 ) -> Family:
     """A checkpoint to train, on the CPU: the network in ``dtype``, the encoders in float32.
 
     Args:
         prediction_type: what the network is believed to predict; None goes by the checkpoint's scheduler.
+        without: as for ``load_pipeline``.
 
     Raises:
         UserError: as ``load_pipeline``; also for a LoRA folder, and for a wrong prediction type.
     """
     import torch
 
-    origin = find(model, config=config)
+    origin = find(model, config=config).leaving_out(without)
     if origin.adapter:
         raise UserError(
             f"{origin.adapter} is a LoRA on {origin.model}. Training starts from a whole model: name {origin.model} instead."
@@ -89,6 +94,20 @@ def load_family(
     pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32)
     module = importlib.import_module(f"{__name__}.{origin.family}")
     return module.build(pipe, prediction_type=prediction_type, origin=origin)
+
+
+def sketch(model: Model, *, dtype: str = "float32", config: Model | None = None, without: Sequence[str] = ()) -> Family:
+    """A checkpoint without its weights, for counting what it would take (``pipelines.counting``). Only small files are read.
+
+    Raises:
+        UserError: there is no such model, it is a LoRA, or its configuration is not here.
+    """
+    from pipelines.families._sketch import sketch as drawn
+
+    origin = find(model, config=config).leaving_out(without)
+    if origin.adapter:
+        raise UserError(f"{origin.adapter} is a LoRA on {origin.model}: name the model.")
+    return drawn(origin, torch_dtype(dtype))
 
 
 def read_adapter(folder: Model) -> SavedAdapter:

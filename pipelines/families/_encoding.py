@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,71 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def truncated_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[TruncatedPrompt]:
-    """The prompts with more than ``model_max_length`` tokens, in order."""
+def tokenized(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Any:
+    """``input_ids`` and ``attention_mask`` [B, length], padded and cut to ``length`` (``model_max_length`` if not given)."""
+    length = tokenizer.model_max_length if length is None else length
+    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def about_clip(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What the states of a CLIP text encoder depend on."""
+    settings = text_encoder.config
+    return {
+        "text_encoder": digest(text_encoder),
+        "text_activation": settings.hidden_act,
+        "text_shape": [settings.num_hidden_layers, settings.num_attention_heads],
+        "tokenizer": tokenizer_digest(tokenizer),
+        "tokens": tokenizer.model_max_length,
+    }
+
+
+def about_t5(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What the states of a T5 encoder depend on."""
+    names = ("feed_forward_proj", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance")
+    return {
+        "text_encoder": digest(text_encoder),
+        "text_settings": [getattr(text_encoder.config, name) for name in names],
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def about_language_model(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What the states of a language model (Gemma, Qwen) depend on."""
+    about = {**text_encoder.config.to_dict(), "dtype": None, "transformers_version": None, "architectures": None}
+    settings = json.dumps({name: value for name, value in about.items() if not name.startswith("_")}, sort_keys=True, default=str)
+    return {
+        "text_encoder": digest(text_encoder),
+        "text_settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+
+
+def default_length(pipeline: Any) -> int:
+    """Tokens of a prompt that a pipeline's ``encode_prompt`` reads if nothing else is said."""
+    return inspect.signature(type(pipeline).encode_prompt).parameters["max_sequence_length"].default
+
+
+def truncated_prompts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    limit: int | None = None,
+    plain: Callable[[Sequence[str]], list[str]] = list,
+    tail: str = "",
+) -> list[TruncatedPrompt]:
+    """The prompts with more than ``limit`` tokens (``model_max_length`` if not given), in order.
+
+    ``plain`` is what is done to prompts before the tokenizer sees them, and ``tail`` what it puts after them.
+    """
     if not prompts:
         return []
-    limit = tokenizer.model_max_length
+    limit = tokenizer.model_max_length if limit is None else limit
     with quietly():  # "longer than the maximum length" is what is asked here
-        ids = tokenizer(list(prompts)).input_ids
+        ids = tokenizer(plain(prompts)).input_ids
     cut = [(prompt, row) for prompt, row in zip(prompts, ids, strict=True) if len(row) > limit]
-    return [TruncatedPrompt(prompt, tokenizer.decode(row[limit - 1 : -1]).strip(), len(row)) for prompt, row in cut]
+    return [TruncatedPrompt(prompt, _lost(tokenizer, row, limit).removesuffix(tail).strip(), len(row)) for prompt, row in cut]
+
+
+def _lost(tokenizer: Any, row: list[int], limit: int) -> str:
+    """What a tokenizer leaves out of these ids to keep ``limit``, an end mark always among those that it keeps."""
+    marks = int(row[-1] == tokenizer.eos_token_id)
+    return tokenizer.decode(row[limit - marks : len(row) - marks])

@@ -10,38 +10,23 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.protocols import Denoiser, Encoder, Predictor
+from diffalign.protocols import Predictor
 from pipelines.families import _lora
+from pipelines.families._denoiser import NetworkDenoiser, working_dtype
+from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
 from pipelines.families._files import installed_into
+from pipelines.families._names import INDEX_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
-from pipelines.families._sources import INDEX_FILE, NOTE_FILE, Origin, read
+from pipelines.families._sources import Origin, read
 
-
-class FamilyDenoiser(Denoiser, Protocol):
-    """A denoiser that can be put around a wrapped network."""
-
-    def with_network(self, network: nn.Module) -> FamilyDenoiser: ...
-
-
-class FamilyEncoder(Encoder, Protocol):
-    """An encoder that can be moved and let go."""
-
-    COMPONENTS: Sequence[str]  # the pipeline's attributes that it holds
-
-    def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]: ...
-
-    def to(self, device: torch.device | str) -> None: ...
-
-    def release(self, keep_decoder: bool = False) -> None: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
+UNET = "unet"
 
 
 class Family:
@@ -51,23 +36,32 @@ class Family:
         self,
         name: str,
         pipeline: Any,
-        denoiser: FamilyDenoiser,
-        encoder: FamilyEncoder,
+        denoiser: NetworkDenoiser,
+        encoder: FrozenEncoder,
         network_name: str,
         lora_targets: Sequence[str],
         resolution: int,
         origin: Origin | None = None,
+        *,
+        patch: int = 1,
     ) -> None:
         self.name, self.denoiser, self.encoder, self.origin = name, denoiser, encoder, origin
         self.resolution = resolution  # pixels on a side that the network was made for
         self._network = denoiser.network  # kept apart: ``denoiser`` may later be put around a wrapper of it
         self._pipeline, self._network_name, self._lora_targets = pipeline, network_name, tuple(lora_targets)
+        self._latents = pipeline.vae.config.latent_channels, pipeline.vae_scale_factor  # kept: the autoencoder may be let go
+        self._patch = patch  # latent pixels on a side of what the network takes for one
         self._released = False
 
     @property
     def network(self) -> nn.Module:
         """The bare network, never a wrapper; wrappers share its parameters."""
         return self._network
+
+    @property
+    def pipeline_class(self) -> str:
+        """The name of the pipeline's class in Diffusers."""
+        return type(self._pipeline).__name__
 
     @property
     def base_model(self) -> str:
@@ -96,18 +90,28 @@ class Family:
 
     def detach_lora(self) -> None:
         """Remove the adapter: the network is the base again."""
-        self.network.unload_lora()
+        _lora.detach(self.network)
 
     def train_fully(self) -> None:
-        """Make every weight of the network trainable, in float32."""
+        """Make every weight of the network trainable, in float32.
+
+        Raises:
+            UserError: some are quantised.
+        """
         if self.has_adapter:
             raise ValueError("the network carries an adapter; detach it first")
+        self._refuse_quantised()
         self.network.float().requires_grad_(True)
+
+    def _refuse_quantised(self) -> None:
+        if not all(parameter.is_floating_point() for parameter in self.network.parameters()):
+            raise UserError(f"{self.base_model} has quantised weights, which cannot be trained: train a LoRA on them instead.")
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> Predictor:
         """A second, frozen network with the present weights: the reference of a full fine-tuning run."""
         if self.has_adapter:
             raise ValueError("with an adapter, denoiser.adapter_off() is the reference; no copy is needed")
+        self._refuse_quantised()
         frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
         return self.denoiser.with_network(frozen if dtype is None else frozen.to(dtype))
 
@@ -143,10 +147,10 @@ class Family:
     # ------------------------------------------------------------------------------------------------------- switches
 
     def to(self, device: torch.device | str) -> None:
-        """Move the network, and the encoders if they are still there."""
+        """Move the network; the encoders, if they are still there, will be there whenever they work."""
         self.network.to(device)
         if not self._released:
-            self.encoder.to(device)
+            self.encoder.work_on(device)
 
     def offload_encoders(self) -> None:
         """Move the encoders to the CPU."""
@@ -155,14 +159,23 @@ class Family:
     def release_encoders(self, keep_decoder: bool = False) -> None:
         """Free the encoders' memory, once the cache is filled. The decoder is kept for objectives that sample."""
         self.encoder.release(keep_decoder)
-        for name in self.encoder.COMPONENTS:
+        for name in self.encoder.components:
             setattr(self._pipeline, name, None)
         self._released = True
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of square pictures of ``resolution`` pixels a side."""
-        side = resolution // self._pipeline.vae_scale_factor
-        return self.network.config.in_channels, side, side
+        """(C, h, w) of the latents of square pictures of ``resolution`` pixels a side.
+
+        Raises:
+            UserError: the network cannot take them, because it cuts latents into patches.
+        """
+        channels, factor = self._latents
+        side = resolution // factor
+        if side % self._patch:
+            step = factor * self._patch
+            near = f"{resolution // step * step} or {(resolution // step + 1) * step}"
+            raise UserError(f"{self.name} takes pictures whose sides are multiples of {step} pixels, {near}; got {resolution}.")
+        return channels, side, side
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -172,20 +185,29 @@ class Family:
             self.network.disable_gradient_checkpointing()
 
     def set_channels_last(self, on: bool) -> None:
-        """Store convolution weights channels-last, which is faster on GPUs. Call before an optimizer is made."""
+        """Store a UNet's convolution weights channels-last, which is faster on GPUs. Call before an optimizer is made.
+
+        Transformers have no convolutions to speak of: nothing happens.
+        """
+        if self._network_name != UNET:
+            return
         self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
 
     def set_attention(self, kind: str) -> None:
-        """``sdpa`` (PyTorch's own, the default) or ``xformers``.
+        """``sdpa`` (PyTorch's own, the default) or ``xformers``, which is for UNets.
 
         Raises:
             UserError: another word, or xformers where it cannot run.
         """
         if kind not in ("sdpa", "xformers"):
             raise UserError(f"attention is sdpa or xformers; got {kind!r}.")
+        is_unet = self._network_name == UNET
         if kind == "sdpa":
-            self.network.disable_xformers_memory_efficient_attention()
+            if is_unet:  # Diffusers would put plain attention in the place of a transformer's joint or linear one
+                self.network.disable_xformers_memory_efficient_attention()
             return
+        if not is_unet:
+            raise UserError(f"attention xformers is for UNets; {self.name} has a transformer with its own attention: use sdpa.")
         if importlib.util.find_spec("xformers") is None:
             raise UserError(
                 "attention xformers needs the package xformers, which is not installed: "
@@ -207,19 +229,20 @@ class Family:
 
         Shares the network's weights; the rest is read again where it was released or has another dtype.
         """
-        dtype, device = next(self.network.parameters()).dtype, next(self.network.parameters()).device
+        dtype, device = working_dtype(self.network), next(self.network.parameters()).device
         if not self._released and dtype == torch.float32:
             self.encoder.to(device)
             return self._pipeline
         pipe = read(self._needed_origin(), dtype=dtype, others=dtype, **{self._network_name: self.network})
-        for name in self.encoder.COMPONENTS:
+        for name in self.encoder.components:
             getattr(pipe, name).to(device)
         return pipe
 
     def save_adapter(self, path: str | Path) -> None:
         """Write the adapter into the folder ``path`` as ``pytorch_lora_weights.safetensors``.
 
-        ``pipe.load_lora_weights(path, weight_name="pytorch_lora_weights.safetensors")`` reads it, with its alpha.
+        ``pipe.load_lora_weights(path, weight_name="pytorch_lora_weights.safetensors")`` reads it, with its alpha; for pipelines
+        that have no such method, ``PeftModel.from_pretrained(pipe.transformer, path)``.
         Beside it goes ``diffalign.json`` with the base model's name. Other files in ``path`` stay.
 
         Raises:
@@ -227,11 +250,8 @@ class Family:
         """
         if not self.has_adapter:
             raise ValueError("there is no adapter to save")
-        weights, config = _lora.for_diffusers(self.network)
-        name = self._network_name
         with installed_into(Path(path)) as folder:
-            parts = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config}
-            type(self._pipeline).save_lora_weights(folder, **parts)
+            _lora.write(folder, type(self._pipeline), self._network_name, self.network)
             (folder / NOTE_FILE).write_text(json.dumps(self._note("lora"), indent=2) + "\n")
 
     def save_pipeline(self, path: str | Path) -> None:

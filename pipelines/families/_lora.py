@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest_tensors
-from pipelines.families._sources import LORA_FILE
+from pipelines.families._names import LORA_FILE, PEFT_FILE
 
 ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
@@ -46,19 +46,20 @@ class SavedAdapter:
 def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> None:
     """Freeze ``network`` and add one trainable float32 adapter to the layers whose names end in one of ``targets``.
 
-    The same seed gives the same adapter. ``network`` is a Diffusers model with ``add_adapter``.
+    The same seed gives the same adapter.
 
     Raises:
         UserError: a number out of range, or a target that matches no layer.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     _check(network, rank, alpha, targets, dropout)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, init_lora_weights=True)
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network.add_adapter(config, adapter_name=ADAPTER)
+        add = getattr(network, "add_adapter", None)  # PixArt's transformer has none; what it does is this
+        add(config, adapter_name=ADAPTER) if add else inject_adapter_in_model(config, network, ADAPTER)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT follows the base's dtype; updates of 1e-5 would be lost in bfloat16
@@ -116,6 +117,52 @@ def is_attached(network: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def detach(network: nn.Module) -> None:
+    """Remove the adapter, whoever put it there: the layers are plain ones again."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(network)
+    del network.peft_config
+    if hasattr(network, "_hf_peft_config_loaded"):  # Diffusers' mixin would refuse the next adapter
+        network._hf_peft_config_loaded = False
+
+
+def write(folder: Path, pipeline_class: type, part: str, network: nn.Module) -> None:
+    """Write the adapter on ``network``, which the pipeline calls ``part``, into ``folder`` as ``LORA_FILE``, with its alpha.
+
+    Where the pipeline has no loader for LoRA (PixArt), the adapter is also written as PEFT keeps one, so that plain
+    ``PeftModel.from_pretrained(pipe.transformer, folder)`` reads it.
+    """
+    weights, config = for_diffusers(network)
+    if hasattr(pipeline_class, "save_lora_weights"):
+        parts = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
+        pipeline_class.save_lora_weights(folder, **parts)
+        return
+    from safetensors.torch import save_file
+
+    plain = {f"{part}.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    kept = {"format": "pt", _METADATA: json.dumps(plain, indent=2, sort_keys=True)}
+    save_file({f"{part}.{name}": weight for name, weight in weights.items()}, folder / LORA_FILE, kept)
+    save_file({f"base_model.model.{name}": w for name, w in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
+    network.peft_config[ADAPTER].save_pretrained(folder)
+
+
+def put_on(pipe: Any, part: str, folder: str | Path) -> None:
+    """Apply an adapter that ``write`` wrote to a pipeline, to sample with.
+
+    Raises:
+        UserError: there is none, or it does not fit.
+    """
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(folder, weight_name=LORA_FILE)
+        return
+    saved, network = read(folder), getattr(pipe, part)
+    attach(network, rank=saved.rank, alpha=saved.alpha, targets=saved.targets, dropout=0.0, seed=0)
+    parameters, dtype = dict(network.named_parameters()), next(network.parameters()).dtype
+    for name, weight in as_state(network, saved).items():
+        parameters[name].data = weight.to(parameters[name].device, dtype)  # all of one precision, as Diffusers' loaders do it
 
 
 def for_diffusers(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a person may call a model, and how each kind is found and read.
 
 ``tiny``; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in the original layout;
+a file of a transformer alone (``.safetensors``, or quantised ``.gguf``), the rest coming from a Diffusers folder or the hub;
 or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base).
 
 The folder ``families`` is the registry. A family's file declares, as literals:
@@ -8,37 +9,43 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     PIPELINES       names of the Diffusers pipeline classes it serves; single files are read with the first
     SINGLE_FILE     types of single files it serves, in the words of Diffusers' ``infer_diffusers_model_type``
     NETWORK         the pipeline's attribute that is trained
+    NETWORK_CLASS   its class in Diffusers, if that reads single files of it alone (may be missing)
     LEFT_OUT        arguments to ``from_pretrained`` that leave out what neither training nor sampling needs
+    CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
+    OPTIONAL        parts that a person may leave out, by a word for them (may be missing)
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.errors import UserError
+from pipelines.families._names import INDEX_FILE, LORA_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-NOTE_FILE = "diffalign.json"
-INDEX_FILE = "model_index.json"
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ENDINGS = (".safetensors", ".ckpt", ".gguf")
+_NOT_THE_NETWORK = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
+"""How names of the other parts begin in single files."""
 _NOT_FOR_TEXT = {
     "inpainting": "inpainting",
     "inpainting_v2": "inpainting",
     "xl_inpaint": "inpainting",
+    "xl_refiner": "refining what SDXL's base model sampled",
     "instruct-pix2pix": "picture editing",
 }
 
@@ -51,6 +58,9 @@ class Declared:
     SINGLE_FILE: tuple[str, ...]
     NETWORK: str
     LEFT_OUT: Mapping[str, Any]
+    CALL: Mapping[str, Any] = field(default_factory=dict)
+    OPTIONAL: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    NETWORK_CLASS: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,26 @@ class Origin:
 
     model: str  # what to call it later, from any folder: "tiny", a hub id, or an absolute path
     place: str  # the folder, file or hub id that is read
-    kind: Literal["folder", "file", "hub"]
+    kind: Literal["folder", "file", "hub", "network"]  # the last: a file with the network alone
     family: str
     pipeline_class: str
-    config: str | None = None  # a Diffusers folder with the configuration for a single file
+    config: str | None = None  # a Diffusers folder with the configuration for a single file, and with what it does not hold
+    rest: str | None = None  # of a network alone: the folder or hub id that has all else
     adapter: str | None = None  # a folder with a LoRA on top
+    lacks: tuple[str, ...] = ()  # parts of the pipeline that the checkpoint does not have
+    without: tuple[str, ...] = ()  # parts that it has and that are left out
+
+    def leaving_out(self, words: Sequence[str]) -> Origin:
+        """The same without the parts that the family knows by these ``words``.
+
+        Raises:
+            UserError: the family knows no such part, or cannot do without.
+        """
+        known = registry()[self.family].OPTIONAL
+        if odd := [word for word in words if word not in known]:
+            may = f"what may be left out is {', '.join(known)}" if known else "nothing may be left out of it"
+            raise UserError(f"{self.model} is of the family {self.family}, which cannot do without {odd[0]!r}: {may}.")
+        return replace(self, without=tuple(part for word in words for part in known[word]))
 
     @property
     def scheduler_file(self) -> str:
@@ -75,6 +100,11 @@ def registry() -> dict[str, Declared]:
     """Families by name, read from the files beside this one without importing them."""
     files = sorted(path for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("_"))
     return {path.stem: _declared(path) for path in files}
+
+
+def call_options(pipeline_class: str) -> dict[str, Any]:
+    """What a pipeline of this class must be told in its call, beside the prompt, to sample just what it is asked for."""
+    return next((dict(d.CALL) for d in registry().values() if pipeline_class in d.PIPELINES), {})
 
 
 def _declared(path: Path) -> Declared:
@@ -136,8 +166,7 @@ def _missing(name: str, path: Path) -> str:
 
 def _in_folder(path: Path, *, called: str, base: str | None) -> Origin:
     if (path / INDEX_FILE).is_file():
-        pipeline_class = _class_name(path / INDEX_FILE)
-        return Origin(called, str(path), "folder", _family_of(pipeline_class, path / INDEX_FILE), pipeline_class)
+        return _of_index(path / INDEX_FILE, called, str(path), "folder")
     if (path / LORA_FILE).is_file():
         return _adapter(path, base)
     if not path.is_dir():
@@ -149,14 +178,22 @@ def _in_folder(path: Path, *, called: str, base: str | None) -> Origin:
     )
 
 
-def _class_name(index: Path) -> str:
+def _of_index(index: Path, called: str, place: str, kind: Literal["folder", "hub"]) -> Origin:
+    content = _index(index)
+    name = content["_class_name"]
+    family = _family_of(name, index if kind == "folder" else f"{place}/{INDEX_FILE}")
+    lacks = tuple(part for part, what in content.items() if what == [None, None])
+    return Origin(called, place, kind, family, name, lacks=lacks)
+
+
+def _index(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text())
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON ({error}). It should be what save_pretrained of Diffusers writes.") from error
     if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
         raise UserError(f"{index} has no field _class_name, the name of the pipeline's class (StableDiffusionPipeline, say).")
-    return content["_class_name"]
+    return content
 
 
 def _family_of(pipeline_class: str, where: Path | str) -> str:
@@ -183,29 +220,44 @@ def _adapter(path: Path, base: str | None) -> Origin:
         raise UserError(f"{path} is a LoRA on the base model {name}, which cannot be used. {error}") from error
     if found.adapter:
         raise UserError(f"{path} is a LoRA on {name}, which is itself a LoRA; its base must be a whole model.")
-    return Origin(found.model, found.place, found.kind, found.family, found.pipeline_class, found.config, str(path))
+    return replace(found, adapter=str(path))
 
 
 def _in_file(path: Path, config: str | os.PathLike[str] | None) -> Origin:
-    if path.suffix not in (".safetensors", ".ckpt"):
+    if path.suffix not in _ENDINGS:
         ending = path.suffix or "nothing"
-        raise UserError(f"{path} is a file that ends in {ending}; a model in one file ends in .safetensors or .ckpt.")
+        raise UserError(f"{path} is a file that ends in {ending}; a model in one file ends in {', '.join(_ENDINGS)}.")
     if config is not None and not (Path(config) / INDEX_FILE).is_file():
         raise UserError(f"The configuration for {path} should be a Diffusers folder, but {config} has no {INDEX_FILE}.")
-    kind = _single_file_type(path)
+    shapes = _shapes(path)
+    kind = _single_file_type(path, shapes)
     for name, declared in registry().items():
         if kind in declared.SINGLE_FILE:
             folder = None if config is None else str(Path(config).absolute())
-            return Origin(str(path.absolute()), str(path), "file", name, declared.PIPELINES[0], folder)
+            whole = Origin(str(path.absolute()), str(path), "file", name, declared.PIPELINES[0], folder)
+            is_alone = declared.NETWORK_CLASS and not any(key.startswith(_NOT_THE_NETWORK) for key in shapes)
+            return _completed(whole, kind) if is_alone else whole
     purpose = f"is a model for {_NOT_FOR_TEXT[kind]}" if kind in _NOT_FOR_TEXT else f"looks like a model of the type {kind}"
     known = ", ".join(t for declared in registry().values() for t in declared.SINGLE_FILE)
     raise UserError(f"{path} {purpose}, which diffalign does not know. Known types of single files are: {known}.")
 
 
-def _single_file_type(path: Path) -> str:
+def _completed(network: Origin, kind: str) -> Origin:
+    """A file with the network alone, and where the rest of the pipeline is."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+
+    if network.config is None:
+        rest = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+        return replace(network, kind="network", rest=rest)
+    found = _of_index(Path(network.config) / INDEX_FILE, network.config, network.config, "folder")
+    if found.family != network.family:
+        raise UserError(f"{network.place} is of the family {network.family}, but {network.config} is of {found.family}.")
+    return replace(network, kind="network", rest=network.config, lacks=found.lacks)
+
+
+def _single_file_type(path: Path, shapes: Mapping[str, torch.Tensor]) -> str:
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    shapes = _shapes(path)
     kind = infer_diffusers_model_type(shapes)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if kind == "v1" and first not in shapes:  # v1 is also what Diffusers says when at a loss
@@ -222,6 +274,8 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
     import torch
     from safetensors import SafetensorError, safe_open
 
+    if path.suffix == ".gguf":
+        return _gguf_shapes(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -238,6 +292,20 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     content = content.get("state_dict", content)
     return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _gguf_shapes(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path} is a GGUF file, which needs the package gguf: pip install 'diffalign[gguf]'.")
+    from gguf import GGUFReader
+
+    try:
+        found = GGUFReader(path).tensors
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF file: {error}. It may be incomplete.") from error
+    return {one.name: torch.empty([int(n) for n in reversed(one.shape)], device="meta") for one in found}
 
 
 def _on_hub(name: str) -> Origin:
@@ -263,8 +331,7 @@ def _on_hub(name: str) -> Origin:
         raise UserError(f"The model {name} on the hub has no {INDEX_FILE}: it is not a Diffusers pipeline.") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise UserError(f"The hub could not give the model {name}: {error}. {local}") from error
-    pipeline_class = _class_name(index)
-    return Origin(name, name, "hub", _family_of(pipeline_class, f"{name}/{INDEX_FILE}"), pipeline_class)
+    return _of_index(index, name, name, "hub")
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -275,7 +342,7 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
 
     Args:
         dtype: of the network; ``others`` is that of everything else.
-        whole: with the parts that neither training nor sampling needs (the safety checker, say).
+        whole: with the parts that neither training nor sampling needs (the safety checker, say), and those left out by choice.
         components: parts to use instead of those on disk, by name.
 
     Raises:
@@ -283,13 +350,16 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
     """
     from safetensors import SafetensorError
 
+    from pipelines.families import _lora
+
     declared = registry()[origin.family]
-    options = {**({} if whole else declared.LEFT_OUT), **components}
+    left_out = {} if whole else {**declared.LEFT_OUT, **dict.fromkeys(origin.without)}
+    options = {**dict.fromkeys(origin.lacks), **left_out, **components}
     try:
         with quietly() as notes:
             pipe = _load(origin, options, {declared.NETWORK: dtype, "default": others})
             if origin.adapter:
-                pipe.load_lora_weights(origin.adapter, weight_name=LORA_FILE)
+                _lora.put_on(pipe, declared.NETWORK, origin.adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_unreadable(origin, error)) from error
     _refuse_invented_weights(origin, notes)
@@ -301,6 +371,10 @@ def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype
     import diffusers
 
     cls = getattr(diffusers, origin.pipeline_class)
+    if origin.kind == "network":
+        network, dtype = next(iter(dtypes.items()))
+        alone = {network: options[network] if network in options else _load_network(origin, network, dtype)}
+        return cls.from_pretrained(origin.rest, dtype=dtypes, **{**options, **alone})
     if origin.kind != "file":
         variant = "fp16" if origin.kind == "folder" and _has_only_halves(Path(origin.place), next(iter(dtypes))) else None
         return cls.from_pretrained(origin.place, dtype=dtypes, variant=variant, **options)
@@ -312,6 +386,16 @@ def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype
     return pipe
 
 
+def _load_network(origin: Origin, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The network of a file that holds nothing else; what is quantised in it stays so, and works in ``dtype``."""
+    import diffusers
+
+    place = {} if origin.config is None else {"config": origin.config, "subfolder": name, "local_files_only": True}
+    if origin.place.endswith(".gguf"):
+        place["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    return getattr(diffusers, registry()[origin.family].NETWORK_CLASS).from_single_file(origin.place, dtype=dtype, **place).eval()
+
+
 def _has_only_halves(folder: Path, network: str) -> bool:
     """Whether the folder has only files named ``*.fp16.*``, as some downloads do."""
     names = [p.name for ending in ("safetensors", "bin") for p in (folder / network).glob(f"*.{ending}")]
@@ -320,7 +404,7 @@ def _has_only_halves(folder: Path, network: str) -> bool:
 
 def _unreadable(origin: Origin, error: Exception) -> str:
     reason = " ".join(str(error).split())[:400]
-    if origin.kind == "file" and origin.config is None:
+    if origin.kind in ("file", "network") and origin.config is None:
         return (
             f"{origin.place} could not be loaded: {reason}. A single file carries no configuration and no tokenizer; "
             "they come from the hub, or, without it, from a Diffusers folder of the same architecture given as config."

@@ -32,7 +32,7 @@ class Sampling:
     seed: int = 0
     steps: int = 25
     guidance_scale: float | None = None
-    sampler: str = "ddim"
+    sampler: str = sampling.AUTO
     batch_size: int = 16
     height: int | None = None
     width: int | None = None

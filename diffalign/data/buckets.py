@@ -1,0 +1,67 @@
+"""Pictures of several shapes: the shapes there are, and an order in which every batch holds one of them only.
+
+A bucket is a shape of about ``resolution`` squared pixels whose sides are multiples of ``step`` (as SDXL was trained, Podell et
+al. 2023, arXiv 2307.01952, section 2.3 and appendix I). A pair goes into the bucket nearest to its winner's ratio, so of a winner
+no more is cut than a ratio between two buckets asks for; the loser is cut to the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from diffalign.data.draws import generator
+
+Shape = tuple[int, int]
+"""(height, width) in pixels."""
+WIDEST = 4.0
+"""The greatest ratio of a bucket's sides."""
+
+
+@lru_cache
+def shapes(resolution: int, step: int) -> tuple[Shape, ...]:
+    """For every length of one side the longest other one, both multiples of ``step``, with no more than ``resolution`` squared
+    pixels."""
+    found = set()
+    for side in range(step, round(resolution * math.sqrt(WIDEST)) + 1, step):
+        other = resolution**2 // side // step * step
+        if other and max(side, other) <= WIDEST * min(side, other):
+            found |= {(side, other), (other, side)}
+    return tuple(sorted(found))
+
+
+def nearest(size: tuple[int, int], resolution: int, step: int) -> Shape:
+    """The bucket whose ratio is nearest to that of a picture of ``size`` (width, height); of equals the larger."""
+    width, height = size
+    return min(shapes(resolution, step), key=lambda s: (abs(math.log(s[0] * width / (s[1] * height))), -s[0] * s[1]))
+
+
+class BucketOrder:
+    """Each epoch visits all rows, in blocks of ``batch_size`` positions that hold rows of one shape, in a seeded order.
+
+    Where a shape's rows do not fill its last block, the first of them come again: nothing is left out. Blocks are what a
+    micro-batch takes, so the order does not depend on the number of processes.
+    """
+
+    def __init__(self, of_row: Sequence[Shape], batch_size: int, seed: int) -> None:
+        self._batch_size, self._seed = batch_size, seed
+        self._groups = [[i for i, shape in enumerate(of_row) if shape == one] for one in sorted(set(of_row))]
+        counts = [math.ceil(len(group) / batch_size) for group in self._groups]
+        self._blocks = [(g, k) for g, count in enumerate(counts) for k in range(count)]
+
+    def row(self, position: int) -> int:
+        """The row at a position."""
+        block, place = divmod(position, self._batch_size)
+        epoch, number = divmod(block, len(self._blocks))
+        g, k = self._blocks[_shuffled(len(self._blocks), self._seed, epoch, -1)[number]]
+        group = self._groups[g]
+        return group[_shuffled(len(group), self._seed, epoch, g)[(k * self._batch_size + place) % len(group)]]
+
+
+@lru_cache(maxsize=256)
+def _shuffled(n: int, seed: int, epoch: int, group: int) -> list[int]:
+    """A permutation of ``n`` things of a group in an epoch; group -1 is the blocks."""
+    return torch.randperm(n, generator=generator(seed, "buckets", epoch, group + 1)).tolist()

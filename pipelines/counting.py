@@ -1,0 +1,129 @@
+"""What one forward pass with a gradient costs: bytes that autograd keeps, and operations; counted in shapes, without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.families._family import Family
+from pipelines.families._sketch import shapes_only
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of ``rows`` samples."""
+
+    rows: int
+    kept: int  # bytes that stay until the backward pass
+    inner: int  # bytes that the largest recomputed block keeps while it is gone through again; 0 without checkpointing
+    flops: int
+
+
+def forward_pass(
+    family: Family, size: tuple[int, int, int], rows: int, checkpointing: bool, autocast: torch.dtype | None
+) -> Pass:
+    """Of a family as ``families.sketch`` makes it, whose parameters to train require a gradient.
+
+    Args:
+        size: (C, h, w) of a latent.
+        autocast: what a network of float32 weights computes in, if not in float32.
+    """
+    keeping = _Keeping(family.network)
+    with shapes_only(family.network, *family.encoder.networks()):
+        conditioning = {name: value.expand(rows, *value.shape[1:]) for name, value in conditioning_of(family).items()}
+        x_t = torch.zeros(rows, *size)
+        t = torch.zeros(rows, dtype=torch.float32 if family.denoiser.schedule.continuous else torch.int64)
+        half = torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+        with _recomputed(family.network, checkpointing, keeping), keeping, half, FlopCounterMode(display=False) as counter:
+            family.denoiser(x_t, t, conditioning)
+    return Pass(rows, keeping.bytes, keeping.inner, counter.get_total_flops())
+
+
+def conditioning_of(family: Family) -> dict[str, torch.Tensor]:
+    """What one prompt becomes, as shapes; every token counts, so masks are left out where a network can do without."""
+    found = family.encoder.encode_prompts(["a"])
+    return {name: value for name, value in found.items() if not family.denoiser.can_do_without(name)}
+
+
+def encoding_bytes(family: Family) -> dict[str, int]:
+    """Bytes of each network that encodes, by the pipeline's names."""
+    named = zip(family.encoder.components, family.encoder.networks(), strict=True)
+    return {name: weights_bytes(network) for name, network in named}
+
+
+def conditioning_bytes(family: Family, of_a_number: int) -> int:
+    """Bytes of one encoded prompt whose floats take ``of_a_number``."""
+    with shapes_only(family.network, *family.encoder.networks()):
+        found = family.encoder.encode_prompts(["a"]).values()
+        sizes = [(of_a_number if value.is_floating_point() else value.element_size()) * value.numel() for value in found]
+    return sum(sizes)
+
+
+def weights_bytes(network: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+
+
+class _Keeping:
+    """While it is entered: notes the memory of all that autograd keeps, once, except weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network, self._own = network, frozenset()
+        self._kept: dict[int, int] = {}
+        self.inner = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._kept.values())
+
+    def __enter__(self) -> None:
+        self._own = {_storage(p) for p in self._network.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def note(self, tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in self._own:
+            self._kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    @contextmanager
+    def within(self, given: list[torch.Tensor]) -> Iterator[None]:
+        """A block that is gone through again: what it keeps counts by itself, what it is given stays."""
+        outside, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self.inner, self._kept = max(self.inner, self.bytes), outside
+            for tensor in given:
+                self.note(tensor)
+
+
+@contextmanager
+def _recomputed(network: nn.Module, on: bool, keeping: _Keeping) -> Iterator[None]:
+    """Within: blocks that gradient checkpointing would go through again are watched one by one."""
+    if not on:
+        yield
+        return
+
+    def watched(block: Any, *given: Any, **options: Any) -> Any:
+        with keeping.within([one for one in (*given, *options.values()) if isinstance(one, torch.Tensor)]):
+            return block(*given, **options)
+
+    network.enable_gradient_checkpointing(watched)
+    try:
+        yield
+    finally:
+        network.disable_gradient_checkpointing()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which memory a tensor or view lies in; storages without numbers have no address, but are still told apart."""
+    return tensor.untyped_storage()._cdata
