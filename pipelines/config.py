@@ -182,7 +182,7 @@ def _built(checked: Any, objective: type) -> tuple[dict[str, Any], list[str]]:
 
 
 def _schema(objective: type) -> Any:
-    from pydantic import ConfigDict, Field, create_model
+    from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
     strict = ConfigDict(extra="forbid", frozen=True)
     fields: dict[str, Any] = {}
@@ -193,7 +193,8 @@ def _schema(objective: type) -> Any:
     hints = get_type_hints(whole)
     defaults = {f.name: f.default for f in dataclasses.fields(whole) if f.default is not dataclasses.MISSING}
     for name in top_level:
-        fields[name] = (hints[name], Field(default=defaults.get(name, ...)))
+        annotated = typing.Annotated[hints[name], BeforeValidator(_reader(hints[name]))]
+        fields[name] = (annotated, Field(default=defaults.get(name, ...)))
     return create_model("Configuration", __config__=strict, **fields)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.families._family import Family
@@ -49,6 +52,35 @@ def conditioning_of(family: Family) -> dict[str, torch.Tensor]:
     """What one prompt becomes, as shapes; every token counts, so masks are left out where a network can do without."""
     found = family.encoder.encode_prompts(["a"])
     return {name: value for name, value in found.items() if not family.denoiser.can_do_without(name)}
+
+
+def picture_bytes(family: Family, resolution: int, batch: int) -> int:
+    """The most that lies in memory at one time while the autoencoder encodes ``batch`` pictures, beside its weights."""
+    live = _Living()
+    with shapes_only(*family.encoder.networks()):
+        pixels = torch.zeros(batch, 3, resolution, resolution)
+        with torch.no_grad(), live:
+            family.encoder.encode_images(pixels)
+    return live.most
+
+
+class _Living(TorchDispatchMode):
+    """While it is entered: the most bytes that results of operations hold at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._held = {key: (ref, size) for key, (ref, size) in self._held.items() if not ref.expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                held = tensor.untyped_storage()
+                self._held.setdefault(held._cdata, (StorageWeakRef(held), held.nbytes()))
+        self.most = max(self.most, sum(size for _, size in self._held.values()))
+        return out
 
 
 def encoding_bytes(family: Family) -> dict[str, int]:

@@ -19,7 +19,8 @@ import torch
 
 from diffalign.errors import UserError
 from pipelines import families
-from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, weights_bytes
+from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, picture_bytes, weights_bytes
+from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
@@ -27,11 +28,12 @@ from pipelines.run import PRECISIONS
 
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
-_LIBRARIES = int(0.9 * 2**30)
-"""Torch, Transformers, Diffusers and PEFT, loaded, with what an interpreter needs."""
-_BUFFERS = 0.4
-"""What a step holds for a moment beside the activations, as a share of them."""
+_LIBRARIES = int(0.85 * 2**30)
+_BUFFERS = 0.1
+"""Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; both from the private
+memory of SD1.5's LoRA runs on a CPU (``pytest -m slow -k estimate``)."""
 GIB = 2**30
+PICTURES = "pictures on their way"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Estimate:
     seconds_per_step: float
     seconds_comparing: float
     steps: int
-    encoding: dict[str, int] = field(default_factory=dict)  # of the networks that encode, by name
+    encoding: dict[str, int] = field(default_factory=dict)  # of the networks that encode, by name, and of pictures on their way
     cached: dict[str, int] = field(default_factory=dict)  # on disk: of a picture, of a prompt
     unknown: str | None = None
 
@@ -55,7 +57,9 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes that the device must hold: training, or the largest network that encodes."""
-        return max(self.training, _LIBRARIES + max(self.encoding.values(), default=0))
+        networks = {name: size for name, size in self.encoding.items() if name not in (VAE, PICTURES)}
+        pictures = self.encoding.get(VAE, 0) + self.encoding.get(PICTURES, 0)
+        return max(self.training, _LIBRARIES + max(pictures, *networks.values(), 0))
 
     @property
     def host(self) -> int:
@@ -131,7 +135,8 @@ def size_of(settings: TrainSettings) -> Sized:
         family.train_fully()
     else:
         family.attach_lora(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
-    size = family.latent_shape(settings.data.resolution or family.resolution)
+    pixels = settings.data.resolution or family.resolution
+    size = family.latent_shape(pixels)
     rows = max(1, round(settings.objective.cost.at_once))
     autocast = getattr(torch, precision) if full and precision != "float32" else None
     one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
@@ -140,7 +145,7 @@ def size_of(settings: TrainSettings) -> Sized:
         total=weights_bytes(family.network),
         trainable=sum(p.numel() for p in family.denoiser.trainable_parameters()),
         one=one,
-        encoding=encoding_bytes(family),
+        encoding={**encoding_bytes(family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
         cached=_cached(settings, family, size),
         sampling_flops=2 * own / rows,  # guidance asks twice
     )

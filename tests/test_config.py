@@ -59,6 +59,7 @@ def test_recipe_then_file_then_options(tmp_path: Path) -> None:
         (["--judges", "oracle,jpeg"], "evaluation.judges", ("oracle", "jpeg")),
         (["--mixed-precision", "no"], "compute.mixed_precision", "no"),
         (["--seed", "7"], "seed", 7),
+        (["--without", "t5"], "without", ("t5",)),
     ],
 )
 def test_options_are_typed(words: list[str], path: str, value: object) -> None:
