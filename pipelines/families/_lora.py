@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest_tensors
-from pipelines.families._sources import LORA_FILE
+from pipelines.families._sources import LORA_FILE, METADATA
 
 ADAPTER = "default"
-_METADATA = "lora_adapter_metadata"
-"""Where Diffusers keeps PEFT's configuration in the file."""
 _VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """What would make another function of the same weights."""
 
@@ -140,7 +138,7 @@ def read(folder: str | Path) -> SavedAdapter:
         raise UserError(f"There is no LoRA in {folder} (no {LORA_FILE}); a folder that `diffalign train` wrote has one.")
     try:
         with safe_open(path, framework="pt") as file:
-            kept = (file.metadata() or {}).get(_METADATA)
+            kept = (file.metadata() or {}).get(METADATA)
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
