@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from pipelines.families._files import installed_into
 from pipelines.families._quiet import quietly
 from pipelines.families._sources import INDEX_FILE, LORA_FILE, METADATA, NOTE_FILE, Origin, find, read, registry, torch_dtype
 from pipelines.low_rank import Layers, Lora
+from pipelines.sampling import SAMPLING_FILE
 
 LAYOUTS = ("diffusers", *lora_layouts.LAYOUTS, "single-file")
 
@@ -79,7 +81,7 @@ def export(asked: Export) -> Exported:
         return _whole(asked, origin, dtype)
     parts = _loras.hollow_parts(replace(origin, adapter=None, base_loras=()))
     lora, below = _own(asked, origin, parts), _below(origin, parts)
-    together = lora if asked.alone or not below else low_rank.joined(below, lora)
+    together = lora if asked.alone or not below else low_rank.with_one_alpha(low_rank.joined(below, lora))
     if asked.layout == "diffusers":
         return _diffusers(asked, origin, together, parts, dtype, joined=bool(below) and not asked.alone)
     return _foreign(asked, origin, together, parts, dtype)
@@ -237,6 +239,9 @@ def _whole(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
         pipe.to(dtype=dtype).save_pretrained(folder)
         note = {"kind": "pipeline", "family": origin.family, "base_model": origin.model}
         (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        advice = Path(origin.place) / SAMPLING_FILE
+        if advice.is_file():
+            shutil.copyfile(advice, folder / SAMPLING_FILE)
     return Exported(
         asked.output, f'{asked.output}: the whole model. In Diffusers: DiffusionPipeline.from_pretrained("{asked.output}")'
     )

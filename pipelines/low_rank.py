@@ -60,6 +60,20 @@ def scaled(lora: Lora, factor: float) -> Lora:
     return {c: {n: replace(x, scale=x.scale * factor) for n, x in layers.items()} for c, layers in lora.items()}
 
 
+def with_one_alpha(lora: Lora) -> Lora:
+    """The same LoRA with the alpha of most layers in all of them; the difference goes into the up matrices.
+
+    Diffusers loses alphas that differ from layer to layer when it reads kohya's names of a UNet's attention.
+    """
+    found = [layer.alpha for layers in lora.values() for layer in layers.values()]
+    alpha = max(sorted(set(found)), key=found.count)
+    return {c: {n: _with_alpha(layer, alpha) for n, layer in layers.items()} for c, layers in lora.items()}
+
+
+def _with_alpha(layer: LowRank, alpha: float) -> LowRank:
+    return layer if layer.alpha == alpha else LowRank(layer.down, layer.up * (layer.alpha / alpha), alpha / layer.rank)
+
+
 def joined(first: Lora, second: Lora) -> Lora:
     """One LoRA that does what both do: ranks add up, and the sum of the products is one product of concatenations."""
     out = {}

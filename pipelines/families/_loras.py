@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from pipelines import lora_layouts, low_rank
 from pipelines.families._quiet import quietly
 from pipelines.families._sources import METADATA, BaseLora, Origin, read, registry
 from pipelines.low_rank import Lora, LowRank
+
+_MORE_THAN_LORA = re.compile(r"dora_scale|lora_magnitude_vector|lora_mid|hada_|lokr_|oft_|lora_embedding|\.diff(_b)?$|\.bias$")
+"""DoRA, LyCORIS' other kinds, changes of biases: functions of other form."""
 
 
 def read_lora(file: str | Path, parts: Mapping[str, nn.Module], pipeline_class: type) -> Lora:
@@ -43,6 +47,8 @@ def read_lora(file: str | Path, parts: Mapping[str, nn.Module], pipeline_class: 
             tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as a .safetensors file: {error}.") from error
+    if odd := [name for name in tensors if _MORE_THAN_LORA.search(name)]:
+        raise UserError(f"{path} is more than a plain LoRA (it holds {odd[0]}, say), which cannot be used here.")
     if not hasattr(pipeline_class, "load_lora_weights"):
         return _by_names(path, tensors, metadata, parts)
     found = _ours(tensors, parts)
@@ -81,8 +87,8 @@ def _by_diffusers(path: Path, parts: Mapping[str, nn.Module], pipeline_class: ty
 
 def _layer(path: Path, name: str, module: Any) -> LowRank:
     (adapter,) = module.r
-    if module.use_dora.get(adapter) or module.lora_bias.get(adapter) or adapter not in module.lora_A:
-        raise UserError(f"{path} is more than a plain LoRA (DoRA, biases or embeddings, in {name}), which cannot be used here.")
+    if module.use_dora.get(adapter):
+        raise UserError(f"{path} is more than a plain LoRA (DoRA, in {name}), which cannot be used here.")
     down, up = (matrices[adapter].weight.detach().float() for matrices in (module.lora_A, module.lora_B))
     return LowRank(down, up, float(module.scaling[adapter]))
 
