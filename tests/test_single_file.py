@@ -125,6 +125,10 @@ def test_the_real_configurations_have_the_published_names(name: str, kind: str) 
         like(found, parts["text_encoder_2"])
     wanted = {"sd15": 686 + 248 + 196, "sd21": 686 + 248 + 23 * 12 + 4, "sdxl": 1680 + 248 + 196 + 32 * 12 + 5}[name]
     assert len(file) == wanted
+    # Diffusers takes an upsampler at either place; the original, which other programs load strictly, has it behind the attention
+    ups = {key.removeprefix(single_file.UNET) for key in file if key.endswith(".conv.weight") and "output_blocks" in key}
+    first = "output_blocks.2.2.conv.weight" if name == "sdxl" else "output_blocks.2.1.conv.weight"
+    assert ups == {first, "output_blocks.5.2.conv.weight"} | ({"output_blocks.8.2.conv.weight"} if name != "sdxl" else set())
 
 
 def test_names_agree_with_those_written_for_the_reading_tests() -> None:
