@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ def write_model_card(
     base: str,
     recipe: Mapping[str, Any],
     data: Mapping[str, Any],
+    base_loras: Sequence[str] = (),
     scores: Mapping[str, Any] | None = None,
     paper: str | None = None,
     curves: str | Path | None = None,
@@ -39,6 +41,7 @@ def write_model_card(
 
     Args:
         base: the checkpoint that was aligned: a hub id, a path, or 'tiny'.
+        base_loras: files of the LoRAs that were part of what was aligned, in the order they were merged.
         recipe: the resolved configuration; may be nested.
         data: what the preference data were (source, counts, fingerprint ...); may be nested.
         scores: what was measured; its entry ``judges`` (or all of it) has one entry per judge, a mapping of column to number,
@@ -56,7 +59,8 @@ def write_model_card(
         parts = [
             _front_matter(objective, base, licence, is_lora, folder),
             _introduction(objective, base, is_lora, paper),
-            _loading(folder, base, is_lora, pipeline_class),
+            _below(base_loras, is_lora),
+            _loading(folder, base, is_lora, pipeline_class, base_loras),
             _pictures(folder, curves),
             "" if not scores else _scores(scores),
             "## Data\n\n" + table(("field", "value"), flat(data)),
@@ -98,9 +102,34 @@ def _introduction(objective: str, base: str, is_lora: bool, paper: str | None) -
     return "\n".join([*lines, f"The method is `{objective}`{f': {paper}' if paper else ''}.", ""])
 
 
-def _loading(folder: Path, base: str, is_lora: bool, pipeline_class: str) -> str:
+def _below(base_loras: Sequence[str], is_lora: bool) -> str:
+    if not base_loras:
+        return ""
+    names = ", ".join(f"`{PurePath(lora).name}` of `{PurePath(lora).parent.name}`" for lora in base_loras)
+    which = "It works only together with that, as below." if is_lora else "That is part of these weights."
+    return f"What was aligned is the base with a LoRA merged into it: {names}. {which}\n"
+
+
+def _stacked(name: str, base_loras: Sequence[str]) -> list[str]:
+    """Lines that load several LoRAs, to act together."""
+    folders = [(PurePath(lora).parent.name, PurePath(lora).name) for lora in base_loras] + [(name, LORA_FILE)]
+    lines = [
+        f'pipe.load_lora_weights("{folder}", weight_name="{file}", adapter_name="lora_{i}")'
+        for i, (folder, file) in enumerate(folders)
+    ]
+    names = json.dumps([f"lora_{i}" for i in range(len(folders))])
+    return [*lines, f"pipe.set_adapters({names})"]
+
+
+def _loading(folder: Path, base: str, is_lora: bool, pipeline_class: str, base_loras: Sequence[str] = ()) -> str:
     name, imports = folder.absolute().name, [f"from diffusers import {pipeline_class}"]
-    if is_lora:
+    if is_lora and base_loras:
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}")', *_stacked(name, base_loras)]
+        note = (
+            f"`{public(base)}` stands for the base model, the folders for those of the LoRAs, `{name}` being this one. "
+            "`diffalign export` makes one LoRA of them, or one model."
+        )
+    elif is_lora:
         lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}")']
         if (folder / PEFT_FILE).is_file():  # a pipeline without a loader of its own
             imports.append("from peft import PeftModel")

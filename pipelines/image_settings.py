@@ -131,6 +131,7 @@ class TrainSettings:
     pairs: str | None = None
     train_prompts: str | None = None
     feedback: Path | None = None
+    base_lora: Path | None = None
     start_lora: Path | None = None
     single_file_config: str | None = None
     without: tuple[str, ...] = ()
@@ -150,6 +151,7 @@ TOP_LEVEL = {
     "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
     "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
     "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
+    "base_lora": "a LoRA of any making (a .safetensors file or a folder with one) that becomes part of the frozen start",
     "start_lora": "a LoRA that diffalign trained, to go on from; the frozen start stays the base model",
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from diffalign.sources.stored import Stored
 from diffalign.weights import TrainedWeights
 from pipelines import families, feedback
 from pipelines.families._encoding import digest
+from pipelines.families._sources import find_loras, recorded_loras
 from pipelines.image_settings import DataSettings, TrainSettings
 from pipelines.judge_options import load_judges
 from pipelines.progress import Bar
@@ -124,8 +126,22 @@ def open_feedback(settings: TrainSettings) -> Stored | None:
 
 
 def start_adapter(settings: TrainSettings) -> families.SavedAdapter | None:
-    """The adapter that training goes on from, read but not attached. Raises UserError if it is none of ours."""
-    return None if settings.start_lora is None else families.read_adapter(settings.start_lora)
+    """The adapter that training goes on from, read but not attached.
+
+    Raises:
+        UserError: it is none of ours, or was trained on top of other LoRAs than this run is.
+    """
+    if settings.start_lora is None:
+        return None
+    here = find_loras(settings.base_lora) if settings.base_lora else ()
+    there = recorded_loras(Path(settings.start_lora))
+    if [lora.sha256 for lora in here] != [lora.sha256 for lora in there]:
+        below, mine = (", ".join(lora.path for lora in loras) or "the model itself" for loras in (there, here))
+        raise UserError(
+            f"The LoRA in {settings.start_lora} was trained on top of {below}, and this run starts from {mine}. "
+            + (f"Give this run --base-lora {there[-1].path}." if there else "Leave --base-lora out, or start anew.")
+        )
+    return families.read_adapter(settings.start_lora)
 
 
 def training_judges(settings: TrainSettings, function: RewardFunction | None = None) -> Judges:
@@ -145,10 +161,16 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     dtype = _weights_dtype(settings)
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
     family = families.load_family(
-        settings.model, dtype=dtype, prediction_type=expected, config=settings.single_file_config, without=settings.without
+        settings.model,
+        dtype=dtype,
+        prediction_type=expected,
+        config=settings.single_file_config,
+        without=settings.without,
+        base_lora=settings.base_lora,
     )
     schedule = family.denoiser.schedule
-    say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}")
+    merged = "".join(f", with {lora.path} merged into it" for lora in family.origin.base_loras)
+    say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}{merged}")
     family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))
     return family
 

@@ -35,7 +35,7 @@ from diffalign.sources.store import ABOUT, MadeBy, Store, schedule_fingerprint
 from diffalign.types import Conditioning
 from pipelines import choosing_page, families, outputs
 from pipelines.families._encoding import digest
-from pipelines.families._sources import find
+from pipelines.families._sources import find, recorded_loras
 from pipelines.feedback import PROMPT_FOLDER, made_by_model
 from pipelines.progress import Progress
 from pipelines.run import PRECISIONS
@@ -57,6 +57,7 @@ class RolloutModel:
     mixed_precision: str = "no"
     config: str | None = None  # for a single file: a Diffusers folder with configuration and tokenizer
     device: str | None = None
+    base_lora: str | None = None  # merged into the model, below ``lora``
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class RolledOut:
         before = f" ({len(self.made) - self.made_now} were there already)" if self.made_now < len(self.made) else ""
         lines = [f"{counts}{before}, {self.seconds:.0f} s."]
         called, made = self.made.called, self.made
-        lora = f" --start-lora {called['lora']}" if called["lora"] else ""
+        below = f" --base-lora {called['base_lora']}" if called.get("base_lora") else ""
+        lora = below + (f" --start-lora {called['lora']}" if called["lora"] else "")
         precision = made.model["mixed_precision"]
         mixed = f" --mixed-precision {precision}" if precision != "no" else ""
         if self.chosen is None:
@@ -130,7 +132,11 @@ def roll_out(
         per_prompt=per_prompt,
         same_start=same_start,
         seed=seed,
-        called={"model": sampler.called, "lora": sampler.lora},
+        called={
+            "model": sampler.called,
+            "lora": sampler.lora,
+            **({"base_lora": sampler.base_lora} if sampler.base_lora else {}),
+        },
     )
     store = Store.create(folder, made, batch_size)
     cache = sampler.encoded(prompts, folder / PROMPT_FOLDER, progress)
@@ -207,7 +213,11 @@ class _Sampler:
         self.lora = asked.lora or origin.adapter  # a LoRA folder named as the model stands for both
         self.called = origin.model if origin.adapter else asked.model
         saved = families.read_adapter(self.lora) if self.lora else None
-        self.family = families.load_family(self.called, dtype=dtype, config=asked.config or origin.config)
+        below = recorded_loras(Path(self.lora)) if self.lora else ()  # what that one was trained on top of
+        self.base_lora = asked.base_lora or (below[-1].path if below else None)
+        self.family = families.load_family(
+            self.called, dtype=dtype, config=asked.config or origin.config, base_lora=self.base_lora
+        )
         self.identity = made_by_model(digest(self.family.network), saved, dtype, asked.mixed_precision)
         if saved is not None:
             self.family.attach_lora(rank=saved.rank, alpha=saved.alpha, targets=saved.targets)

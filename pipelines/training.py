@@ -30,6 +30,7 @@ from pipelines import config, families, ingredients, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
+from pipelines.families._sources import find_loras
 from pipelines.image_settings import EvaluationSettings, TrainSettings
 from pipelines.ingredients import Prepared
 from pipelines.judge_options import load_judges
@@ -60,6 +61,8 @@ def preflight(settings: TrainSettings, judge: RewardFunction | None = None) -> N
         load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
     ingredients.training_judges(settings, judge)
     ingredients.open_feedback(settings)
+    if settings.base_lora:
+        find_loras(settings.base_lora)
     ingredients.start_adapter(settings)
     if settings.optimiser.eight_bit:
         require_bitsandbytes()
@@ -102,9 +105,16 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
         "error_as": settings.error_as,
+        **base_loras(prepared),
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
     }
+
+
+def base_loras(prepared: Prepared) -> dict[str, list[str]]:
+    """The LoRAs that are part of the frozen start, by their digests; nothing where there are none."""
+    found = prepared.family.origin.base_loras
+    return {"base_loras": [lora.sha256 for lora in found]} if found else {}
 
 
 def train(
@@ -195,6 +205,7 @@ def finish(
     summary = {
         "objective": name,
         "model": settings.model,
+        "base_lora": str(settings.base_lora) if settings.base_lora else None,
         "pairs": settings.pairs,
         "train_prompts": settings.train_prompts,
         "feedback": str(settings.feedback) if settings.feedback else None,
@@ -202,7 +213,7 @@ def finish(
         "steps": trainer.step,
         "seconds": round(seconds + scores.get("seconds", 0.0), 1),
         "seconds_training": round(seconds, 1),
-        "fingerprint": {"reference": prepared.base_digest, "data": prepared.data_digest},
+        "fingerprint": {"reference": prepared.base_digest, "data": prepared.data_digest, **base_loras(prepared)},
         **{key: scores[key] for key in ("prompts", "judges", "faithfulness", "notes") if key in scores},
     }
     write_json(settings.output / SUMMARY_FILE, summary)
@@ -225,12 +236,12 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
     e, folder = settings.evaluation, settings.output / "evaluation"
     with Bar(progress, "picture") as bar:
         result = evaluate(
-            settings.model,
+            base_of(settings),
             str(settings.output),
             held_out_prompts(e.prompts, e.prompt_count),
             _judges(e),
             folder,
-            load=partial(families.load_pipeline, config=settings.single_file_config, without=settings.without),
+            load=partial(_load, settings),
             seed=settings.seed,
             steps=e.sampling_steps,
             guidance_scale=e.guidance_scale,
@@ -241,6 +252,19 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
     shutil.copyfile(folder / "side_by_side.png", settings.output / SAMPLES)
     say(result.to_text())
     return result.values
+
+
+def base_of(settings: TrainSettings) -> str:
+    """What the result is compared with, in words."""
+    return f"{settings.model} with {settings.base_lora.name}" if settings.base_lora else settings.model
+
+
+def _load(settings: TrainSettings, name: str) -> Any:
+    """One of the two that are compared; the result knows what it was trained on top of."""
+    how = {"config": settings.single_file_config, "without": settings.without}
+    if name != base_of(settings):
+        return families.load_pipeline(name, **how)
+    return families.load_pipeline(settings.model, **how, base_lora=settings.base_lora)
 
 
 def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[str, Any], curves: Path | None) -> None:
@@ -254,6 +278,7 @@ def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[s
         objective=name,
         paper=f"arXiv {objectives.load(name).ABOUT.paper}",
         base=settings.model,
+        base_loras=[lora.path for lora in prepared.family.origin.base_loras],
         recipe=config.as_tree(settings),
         data={
             "source": str(settings.feedback or settings.pairs or settings.train_prompts),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 HELP = "compare a tuned model with its base: same prompts, same seeds, win rates by judge, a page of pictures"
 
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--base", required=True, metavar="MODEL", help=f"the model before: {model}")
+    parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")
     parser.add_argument("--tuned", required=True, metavar="MODEL", help="the model after, named the same way")
     parser.add_argument("--prompts", required=True, help=f"a {', '.join(FORMATS)} file, or one of {', '.join(NAMES)}")
     add_judge_options(parser, default="oracle")
@@ -25,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table and write the report; 0 when it is written."""
-    from functools import partial
-
     from pipelines.evaluation import evaluate
     from pipelines.families import load_pipeline
     from pipelines.judge_options import judges_from
@@ -34,16 +35,21 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.prompts import read_prompts
     from pipelines.sampling_options import sampling_arguments
 
+    def load(name: str) -> Any:
+        lora = args.base_lora if name == base else None
+        return load_pipeline(args.base if name == base else name, dtype=args.dtype, device=args.device, base_lora=lora)
+
+    base = f"{args.base} with {Path(args.base_lora).name}" if args.base_lora else args.base
     prompts = read_prompts(args.prompts, args.column)[: args.n]
     judges = judges_from(args)
     with Bar(unit="picture") as bar:
         summary = evaluate(
-            args.base,
+            base,
             args.tuned,
             prompts,
             judges,
             args.out,
-            load=partial(load_pipeline, dtype=args.dtype, device=args.device),
+            load=load,
             seed=args.seed,
             images_per_prompt=args.images_per_prompt,
             overwrite=args.overwrite,

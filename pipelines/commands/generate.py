@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--model", required=True, help=model)
+    parser.add_argument("--lora", metavar="PATH", help="a LoRA of any making to merge into it: a .safetensors file, or a folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", help=f"a {', '.join(FORMATS)} file, or one of {', '.join(NAMES)}")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             prompts[: args.n],
             args.out,
-            load=partial(load_pipeline, dtype=args.dtype, device=args.device),
+            load=partial(load_pipeline, dtype=args.dtype, device=args.device, base_lora=args.lora),
             images_per_prompt=args.n_per_prompt,
             seed=args.seed,
             overwrite=args.overwrite,

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--model", required=True, help=model)
     parser.add_argument("--lora", metavar="FOLDER", help="a LoRA that diffalign trained, to sample with: the next round's model")
+    parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")
     parser.add_argument(
         "--prompts",
         required=True,
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     judges = load_judges(args.judges, args.judge_options, args.device) if args.judges else None
     with Bar(unit="picture") as bar:
         done = roll_out(
-            RolloutModel(args.model, args.lora, args.mixed_precision, args.single_file_config, args.device),
+            RolloutModel(args.model, args.lora, args.mixed_precision, args.single_file_config, args.device, args.base_lora),
             prompts,
             args.out,
             per_prompt=args.per_prompt,

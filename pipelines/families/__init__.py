@@ -44,6 +44,7 @@ def load_pipeline(
     config: Model | None = None,
     base: str | None = None,
     without: Sequence[str] = (),
+    base_lora: Model | None = None,
 ) -> DiffusionPipeline:
     """A pipeline to sample from, in evaluation mode, without progress bars and without safety checker.
 
@@ -51,11 +52,12 @@ def load_pipeline(
 
     Args:
         model: 'tiny', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
-            whose LoRA is then applied to its base.
+            whose LoRA is then applied to its base, and to the LoRAs that were part of that.
         device: None takes a CUDA device if there is one, else the CPU.
         config: a Diffusers folder with configuration and tokenizer, for single files without access to the hub.
         base: the base model of a LoRA folder, if not the one on record.
         without: parts to leave out, by the words of the family's ``OPTIONAL``: SD3 can do without "t5".
+        base_lora: a LoRA of any making, to merge into a whole model: a .safetensors file or a folder with one.
 
     Raises:
         UserError: the model does not exist, is of no known family, or cannot be read.
@@ -63,7 +65,8 @@ def load_pipeline(
     import torch
 
     chosen = torch_dtype(dtype)
-    pipe = read(find(model, config=config, base=base).leaving_out(without), dtype=chosen, others=chosen)
+    origin = find(model, config=config, base=base, base_lora=base_lora).leaving_out(without)
+    pipe = read(origin, dtype=chosen, others=chosen)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -74,19 +77,21 @@ def load_family(
     prediction_type: str | None = None,
     config: Model | None = None,
     without: Sequence[str] = (),
+    base_lora: Model | None = None,
 ) -> Family:
     """A checkpoint to train, on the CPU: the network in ``dtype``, the encoders in float32.
 
     Args:
         prediction_type: what the network is believed to predict; None goes by the checkpoint's scheduler.
         without: as for ``load_pipeline``.
+        base_lora: a LoRA of any making, which becomes part of the base: merged into the weights, in float32.
 
     Raises:
         UserError: as ``load_pipeline``; also for a LoRA folder, and for a wrong prediction type.
     """
     import torch
 
-    origin = find(model, config=config).leaving_out(without)
+    origin = find(model, config=config, base_lora=base_lora).leaving_out(without)
     if origin.adapter:
         raise UserError(
             f"{origin.adapter} is a LoRA on {origin.model}. Training starts from a whole model: name {origin.model} instead."

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,8 @@ class Family:
 
     def _note(self, kind: str) -> dict[str, Any]:
         note = {"kind": kind, "family": self.name, "base_model": self.base_model}
+        if self.origin and self.origin.base_loras:  # in a LoRA's folder: to be applied as well; in a pipeline's: for the record
+            note["base_loras"] = [asdict(lora) for lora in self.origin.base_loras]
         return {**note, "config": self.origin.config} if self.origin and self.origin.config else note
 
     def _needed_origin(self) -> Origin:

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest_tensors
-from pipelines.families._names import LORA_FILE, PEFT_FILE
+from pipelines.families._names import LORA_FILE, METADATA, PEFT_FILE
 
 ADAPTER = "default"
-_METADATA = "lora_adapter_metadata"
-"""Where Diffusers keeps PEFT's configuration in the file."""
 _VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """What would make another function of the same weights."""
 
@@ -143,7 +141,7 @@ def write(folder: Path, pipeline_class: type, part: str, network: nn.Module) -> 
     from safetensors.torch import save_file
 
     plain = {f"{part}.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    kept = {"format": "pt", _METADATA: json.dumps(plain, indent=2, sort_keys=True)}
+    kept = {"format": "pt", METADATA: json.dumps(plain, indent=2, sort_keys=True)}
     save_file({f"{part}.{name}": weight for name, weight in weights.items()}, folder / LORA_FILE, kept)
     save_file({f"base_model.model.{name}": w for name, w in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
     network.peft_config[ADAPTER].save_pretrained(folder)
@@ -187,7 +185,7 @@ def read(folder: str | Path) -> SavedAdapter:
         raise UserError(f"There is no LoRA in {folder} (no {LORA_FILE}); a folder that `diffalign train` wrote has one.")
     try:
         with safe_open(path, framework="pt") as file:
-            kept = (file.metadata() or {}).get(_METADATA)
+            kept = (file.metadata() or {}).get(METADATA)
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error

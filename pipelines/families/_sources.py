@@ -2,7 +2,8 @@
 
 ``tiny``; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in the original layout;
 a file of a transformer alone (``.safetensors``, or quantised ``.gguf``), the rest coming from a Diffusers folder or the hub;
-or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base).
+or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base, and the LoRAs that it was trained on
+top of). Those, and any that a run names as part of its base, are merged into the weights when the model is read.
 
 The folder ``families`` is the registry. A family's file declares, as literals:
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
@@ -64,6 +66,14 @@ class Declared:
 
 
 @dataclass(frozen=True)
+class BaseLora:
+    """A LoRA that is part of what is called the base: merged into it before anything else happens."""
+
+    path: str  # the file, absolute
+    sha256: str  # of the file
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a checkpoint comes from: enough to read it, or the rest of it, again."""
 
@@ -77,6 +87,7 @@ class Origin:
     adapter: str | None = None  # a folder with a LoRA on top
     lacks: tuple[str, ...] = ()  # parts of the pipeline that the checkpoint does not have
     without: tuple[str, ...] = ()  # parts that it has and that are left out
+    base_loras: tuple[BaseLora, ...] = ()  # merged into the weights, in this order, below the one on top
 
     def leaving_out(self, words: Sequence[str]) -> Origin:
         """The same without the parts that the family knows by these ``words``.
@@ -129,17 +140,61 @@ def torch_dtype(name: str) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------------------- finding
 
 
-def find(model: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None, base: str | None = None) -> Origin:
+def find(
+    model: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+    base_lora: str | os.PathLike[str] | None = None,
+) -> Origin:
     """Work out what ``model`` is, reading nothing big.
 
     Args:
         config: for a single file: a Diffusers folder of the same architecture, for configuration and tokenizer.
         base: for a LoRA folder: the base model, where it is not the one on record.
+        base_lora: a LoRA to merge into the model (see ``find_loras``).
 
     Raises:
         UserError: there is no such thing, or it is nothing this program can use.
     """
-    name = os.fspath(model)
+    origin = _find(os.fspath(model), config, base)
+    if base_lora is None:
+        return origin
+    if origin.adapter:
+        raise UserError(
+            f"{origin.adapter} is a LoRA on {origin.model} and brings what it was trained on top of; "
+            f"a LoRA to merge goes with a whole model: name {origin.model} instead."
+        )
+    return replace(origin, base_loras=find_loras(base_lora))
+
+
+def find_loras(where: str | os.PathLike[str]) -> tuple[BaseLora, ...]:
+    """A LoRA in a .safetensors file or a folder with one; before it those that it was trained on top of, if it says so.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    path = Path(where).expanduser()
+    files = (
+        [path] if path.is_file() else [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
+    )
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        found = f"{len(files)} .safetensors files" if path.is_dir() else "no such file or folder"
+        raise UserError(f"There is no LoRA at {where}: {found}. Name a .safetensors file, or a folder with one.")
+    file = files[0].absolute()
+    with open(file, "rb") as opened:
+        found = BaseLora(str(file), hashlib.file_digest(opened, "sha256").hexdigest())
+    return (*recorded_loras(file.parent), found) if file.name == LORA_FILE else (found,)
+
+
+def recorded_loras(folder: Path) -> tuple[BaseLora, ...]:
+    """The LoRAs that the result in ``folder`` was trained on top of."""
+    note = folder / NOTE_FILE
+    record = json.loads(note.read_text()) if note.is_file() else {}
+    return tuple(BaseLora(**lora) for lora in record.get("base_loras", ()))
+
+
+def _find(name: str, config: str | os.PathLike[str] | None, base: str | None) -> Origin:
     if name == "tiny":
         from pipelines.tiny.model import checkpoint_path
 
@@ -220,7 +275,7 @@ def _adapter(path: Path, base: str | None) -> Origin:
         raise UserError(f"{path} is a LoRA on the base model {name}, which cannot be used. {error}") from error
     if found.adapter:
         raise UserError(f"{path} is a LoRA on {name}, which is itself a LoRA; its base must be a whole model.")
-    return replace(found, adapter=str(path))
+    return replace(found, adapter=str(path), base_loras=recorded_loras(path))
 
 
 def _in_file(path: Path, config: str | os.PathLike[str] | None) -> Origin:
@@ -338,12 +393,12 @@ def _on_hub(name: str) -> Origin:
 
 
 def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool = False, **components: Any) -> DiffusionPipeline:
-    """Load the pipeline, in evaluation mode, on the CPU.
+    """Load the pipeline, in evaluation mode, on the CPU, with the LoRAs of its base merged into the weights.
 
     Args:
         dtype: of the network; ``others`` is that of everything else.
         whole: with the parts that neither training nor sampling needs (the safety checker, say), and those left out by choice.
-        components: parts to use instead of those on disk, by name.
+        components: parts to use instead of those on disk, by name, as they are.
 
     Raises:
         UserError: a part is missing, incomplete or unreadable.
@@ -358,6 +413,10 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
     try:
         with quietly() as notes:
             pipe = _load(origin, options, {declared.NETWORK: dtype, "default": others})
+            if origin.base_loras:
+                from pipelines.families import _loras  # which reads models itself
+
+                _loras.merge_into(pipe, origin.base_loras, frozenset(components))
             if origin.adapter:
                 _lora.put_on(pipe, declared.NETWORK, origin.adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:

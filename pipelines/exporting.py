@@ -1,0 +1,325 @@
+"""A result of training for other programs: as a LoRA in their layout, or merged, as a whole pipeline or as one file.
+
+Everything starts from the result's folder, which remembers its base (``diffalign.json``). A LoRA that was trained on top of
+others is joined with them into one LoRA of all their ranks, unless it is asked for alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from pipelines import lora_layouts, low_rank, model_spec, single_file
+from pipelines.families import _loras
+from pipelines.families._files import installed_into
+from pipelines.families._names import INDEX_FILE, LORA_FILE, METADATA, NOTE_FILE
+from pipelines.families._quiet import quietly
+from pipelines.families._sources import Origin, find, read, registry, torch_dtype
+from pipelines.low_rank import Layers, Lora
+from pipelines.sampling import SAMPLING_FILE
+
+LAYOUTS = ("diffusers", *lora_layouts.LAYOUTS, "single-file")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to write.
+
+    Args:
+        result: a folder that ``diffalign train`` wrote.
+        output: a file that ends in .safetensors; for ``diffusers`` a folder.
+        layout: one of ``LAYOUTS``.
+        merge: of ``diffusers``: the whole pipeline, with the LoRA merged into its weights.
+        scale: how strong the LoRA is made, 1 being as it was trained. LoRAs below it keep their strength.
+        alone: without the LoRAs that it was trained on top of, to be loaded together with them.
+        dtype: of the tensors; None is float32, for LoRAs and for models.
+        base: the base model, if not the one on record.
+        title: for the header of the file; None is the name of the result's folder.
+    """
+
+    result: str
+    output: Path
+    layout: str = "diffusers"
+    merge: bool = False
+    scale: float = 1.0
+    alone: bool = False
+    dtype: str | None = None
+    base: str | None = None
+    title: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how to use it."""
+
+    path: Path
+    text: str
+
+
+def export(asked: Export) -> Exported:
+    """Write a result in another layout. Nothing half-written is left.
+
+    Raises:
+        UserError: a result or a base that cannot be read, options that do not go together, a network that has no such layout,
+            an output that is in the way.
+    """
+    origin = find(asked.result, base=asked.base)
+    whole = asked.merge or asked.layout == "single-file"
+    _check(asked, origin, whole)
+    dtype = torch_dtype(asked.dtype or "float32")
+    if whole or not origin.adapter:
+        return _whole(asked, origin, dtype)
+    parts = _loras.hollow_parts(replace(origin, adapter=None, base_loras=()))
+    lora, below = _own(asked, origin, parts), _below(origin, parts)
+    together = lora if asked.alone or not below else low_rank.with_one_alpha(low_rank.joined(below, lora))
+    if asked.layout == "diffusers":
+        return _diffusers(asked, origin, together, parts, dtype, joined=bool(below) and not asked.alone)
+    return _foreign(asked, origin, together, parts, dtype)
+
+
+def _check(asked: Export, origin: Origin, whole: bool) -> None:
+    """Everything that can be known to be wrong before anything is read."""
+    out = asked.output
+    if asked.layout not in LAYOUTS:
+        raise UserError(f"There is no layout {asked.layout!r}; the layouts are {', '.join(LAYOUTS)}.")
+    if not (asked.scale == asked.scale and 0 < abs(asked.scale) < float("inf")):
+        raise UserError(f"The scale of a LoRA is a number other than 0; got {asked.scale}.")
+    if not origin.adapter:
+        _check_without_lora(asked, origin)
+    if asked.merge and asked.layout in lora_layouts.LAYOUTS:
+        raise UserError(
+            f"A merged model has no LoRA to write in {asked.layout}'s layout: --to diffusers or single-file, or no --merge."
+        )
+    if asked.alone and whole:
+        raise UserError("A merged model has all LoRAs in it; --alone is for LoRAs.")
+    if asked.alone and not origin.base_loras:
+        raise UserError(f"{asked.result} was not trained on top of another LoRA, so it is alone already: leave --alone out.")
+    if asked.layout == "diffusers":
+        if out.is_file():
+            raise UserError(f"{out} is a file; Diffusers' layout is a folder.")
+        if out.is_dir() and any(out.iterdir()) and not asked.overwrite:
+            raise UserError(f"{out} is not empty. Name another, or add --overwrite to replace files of the same names in it.")
+    elif out.suffix != ".safetensors":
+        raise UserError(f"The layout {asked.layout} is one file, whose name ends in .safetensors; got {out}.")
+    elif out.exists() and (out.is_dir() or not asked.overwrite):
+        raise UserError(f"{out} is there already. Name another, or add --overwrite to replace it.")
+    if out.resolve() == Path(asked.result).expanduser().resolve():
+        raise UserError(f"{out} is the result itself; name another place.")
+
+
+def _check_without_lora(asked: Export, origin: Origin) -> None:
+    if asked.layout in lora_layouts.LAYOUTS:
+        raise UserError(
+            f"{asked.result} is a whole {origin.pipeline_class} and no LoRA, so {asked.layout}'s layout has nothing to hold. "
+            "--to single-file writes it as one file, --to diffusers as a folder."
+        )
+    if asked.scale != 1.0:
+        raise UserError(f"{asked.result} is a whole {origin.pipeline_class}; a scale is for LoRAs.")
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRAs
+
+
+def _own(asked: Export, origin: Origin, parts: Mapping[str, nn.Module]) -> Lora:
+    """The result's own LoRA, as strong as asked."""
+    cls = _pipeline_class(origin)
+    return low_rank.scaled(_loras.read_lora(Path(origin.adapter) / LORA_FILE, parts, cls), asked.scale)
+
+
+def _below(origin: Origin, parts: Mapping[str, nn.Module]) -> Lora:
+    """The LoRAs that the result was trained on top of, as one; empty if there are none."""
+    out: Lora = {}
+    for base in origin.base_loras:
+        out = low_rank.joined(out, _loras.read_lora(_loras.checked(base), parts, _pipeline_class(origin)))
+    return out
+
+
+def _pipeline_class(origin: Origin) -> type:
+    import diffusers
+
+    return getattr(diffusers, origin.pipeline_class)
+
+
+def _diffusers(
+    asked: Export, origin: Origin, lora: Lora, parts: Mapping[str, nn.Module], dtype: torch.dtype, joined: bool
+) -> Exported:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {}
+    for component, layers in lora.items():
+        for name, layer in layers.items():
+            tensors[f"{component}.{name}.lora_A.weight"] = layer.down
+            tensors[f"{component}.{name}.lora_B.weight"] = layer.up
+        header |= {f"{component}.{key}": value for key, value in _peft_config(layers, parts[component]).items()}
+    note: dict[str, Any] = {"kind": "lora", "family": origin.family, "base_model": origin.model}
+    if origin.base_loras and not joined:
+        note["base_loras"] = [vars(base) for base in origin.base_loras]
+    if origin.config:
+        note["config"] = origin.config
+    with installed_into(asked.output) as folder:
+        metadata = {"format": "pt", METADATA: json.dumps(header, indent=2, sort_keys=True)}
+        save_file(_stored(tensors, dtype), folder / LORA_FILE, metadata=metadata)
+        _sort_header(folder / LORA_FILE)
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+    how = f'pipe.load_lora_weights("{asked.output}", weight_name="{LORA_FILE}")'
+    return Exported(asked.output, f"{asked.output}: {_counted(lora)}. In Diffusers: {how}")
+
+
+def _peft_config(layers: Layers, network: nn.Module) -> dict[str, Any]:
+    """PEFT's configuration of these layers: one rank and alpha, and patterns for layers that have others."""
+    from peft import LoraConfig
+
+    rank, alpha = most_common_of(layers)
+    ranks = {f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != rank}
+    alphas = {f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != alpha}
+    targets = _targets(set(layers), network)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def most_common_of(layers: Layers) -> tuple[int, float]:
+    """Rank and alpha of most layers."""
+    found = [(layer.rank, layer.alpha) for layer in layers.values()]
+    return max(sorted(set(found)), key=found.count)
+
+
+def _targets(wanted: set[str], network: nn.Module) -> list[str]:
+    """Ends of names that match exactly the wanted layers, if there are such; otherwise the whole names."""
+    ends = {".".join(name.split(".")[-2:]) if name.split(".")[-1].isdigit() else name.split(".")[-1] for name in wanted}
+    all_layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    matched = {name for name in all_layers if any(name == end or name.endswith(f".{end}") for end in ends)}
+    return sorted(ends if matched == wanted else wanted)
+
+
+def _foreign(asked: Export, origin: Origin, lora: Lora, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> Exported:
+    tensors = lora_layouts.written(lora, parts, asked.layout)
+    network = parts[lora_layouts.network_of(parts)]
+    rank, alpha = most_common_of(lora[lora_layouts.network_of(parts)])
+    header = model_spec.of_lora(
+        parts, _prediction(origin), title=_title(asked), resolution=_resolution(origin, network), rank=rank, alpha=alpha
+    )
+    alphas = {name: value for name, value in tensors.items() if name.endswith(lora_layouts.ALPHA)}
+    _write_file(asked.output, {**_stored(tensors, dtype), **alphas}, header)  # alphas stay exact
+    return Exported(asked.output, f"{asked.output}: {_counted(lora)} in {asked.layout}'s layout.")
+
+
+def _counted(lora: Lora) -> str:
+    rank, alpha = most_common_of(next(iter(lora.values())))
+    return f"a LoRA of {sum(map(len, lora.values()))} layers, rank {rank}, alpha {alpha:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------- whole models
+
+
+def _whole(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
+    pipe = read(replace(origin, adapter=None), dtype=torch.float32, others=torch.float32, whole=True)
+    if origin.adapter:
+        for component, layers in _own(asked, origin, _loras.parts_of(pipe)).items():
+            low_rank.merge(layers, getattr(pipe, component), origin.adapter)
+    if asked.layout == "single-file":
+        network = getattr(pipe, registry()[origin.family].NETWORK)
+        tensors = single_file.tensors(pipe)
+        resolution = network.config.sample_size * pipe.vae_scale_factor
+        prediction = pipe.scheduler.config.get("prediction_type", "")
+        header = model_spec.of_checkpoint(network, prediction, title=_title(asked), resolution=resolution)
+        _write_file(asked.output, _stored(tensors, dtype), header)
+        return Exported(asked.output, f"{asked.output}: the whole model in one file, {len(tensors)} tensors.")
+    with installed_into(asked.output, last=INDEX_FILE) as folder, quietly():
+        pipe.to(dtype=dtype).save_pretrained(folder)
+        note = {"kind": "pipeline", "family": origin.family, "base_model": origin.model}
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        advice = Path(origin.place) / SAMPLING_FILE
+        if advice.is_file():
+            shutil.copyfile(advice, folder / SAMPLING_FILE)
+    return Exported(
+        asked.output, f'{asked.output}: the whole model. In Diffusers: DiffusionPipeline.from_pretrained("{asked.output}")'
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- details
+
+
+def _title(asked: Export) -> str:
+    return asked.title or Path(asked.result).expanduser().resolve().name
+
+
+def _prediction(origin: Origin) -> str:
+    return _scheduler(origin).get("prediction_type", "")
+
+
+def _scheduler(origin: Origin) -> Mapping[str, Any]:
+    """The scheduler's configuration, where it can be had without reading the model."""
+    import diffusers
+
+    place = origin.config or origin.place
+    if origin.kind == "file" and origin.config is None:
+        return {}
+    return diffusers.DDIMScheduler.load_config(place, subfolder="scheduler")
+
+
+def _resolution(origin: Origin, network: nn.Module) -> int:
+    """Pixels on a side that the network was made for."""
+    import diffusers
+
+    place = origin.config or origin.place
+    size = network.config.get("sample_size") or 128  # FLUX does not say; it was made for a million pixels
+    if origin.kind == "file" and origin.config is None:
+        return 8 * size
+    channels = diffusers.AutoencoderKL.load_config(place, subfolder="vae")["block_out_channels"]
+    return size * 2 ** (len(channels) - 1)
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", dtype).contiguous().clone() for name, value in tensors.items()}
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Beside the place, then into it.
+
+    Raises:
+        UserError: it could not be written; what was there is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    aside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        save_file(dict(tensors), aside, metadata=dict(header))
+        _sort_header(Path(aside))
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written: {error}.") from error
+    finally:
+        if aside is not None:
+            Path(aside).unlink(missing_ok=True)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header's text fields in order, so that the same tensors and fields are the same file: safetensors shuffles them.
+
+    The header is JSON behind its length, eight bytes, little endian (safetensors' format description).
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        fields = dict(sorted(header.pop("__metadata__", {}).items()))
+        text = json.dumps({"__metadata__": fields, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the same words in another order; blanks may follow
+            file.seek(8)
+            file.write(text.ljust(length))
