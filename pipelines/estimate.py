@@ -28,10 +28,10 @@ from pipelines.run import PRECISIONS
 
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
-_LIBRARIES = int(0.85 * 2**30)
+_LIBRARIES = int(1.2 * 2**30)
 _BUFFERS = 0.1
-"""Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; both from the private
-memory of SD1.5's LoRA runs on a CPU (``pytest -m slow -k estimate``)."""
+"""Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; both from the resident
+memory of SD1.5's LoRA runs on a CPU. (``pytest -m slow -k real_image`` compares.)"""
 GIB = 2**30
 PICTURES = "pictures on their way"
 

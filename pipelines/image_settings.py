@@ -135,6 +135,7 @@ class TrainSettings:
     start_lora: Path | None = None
     single_file_config: str | None = None
     without: tuple[str, ...] = ()
+    preset: Literal["8gb", "12gb", "16gb", "24gb", "48gb", "80gb"] | None = None
     adapter: Literal["lora", "full"] = "lora"
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample", "velocity"] = "auto"
     error_as: Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"] = "prediction"
@@ -147,6 +148,7 @@ class TrainSettings:
 TOP_LEVEL = {
     "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
     "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
+    "preset": "8gb, 12gb, 16gb, 24gb, 48gb or 80gb: switch on what it takes to fit a device of that size (--dry-run says what)",
     "without": "parts of the model to leave out: t5, of SD3",
     "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
     "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",

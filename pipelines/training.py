@@ -26,7 +26,7 @@ from diffalign.errors import UserError
 from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
-from pipelines import config, families, ingredients, run
+from pipelines import config, families, ingredients, memory_presets, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
@@ -141,11 +141,12 @@ def train(
     """
     start = time.perf_counter()
     check_output(settings.output, resume=resume, overwrite=overwrite)
+    settings, switched = memory_presets.applied(settings)
     preflight(settings, judge)
     accelerator = start_accelerator(settings)
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
-    for remark in remarks(settings.objective):
+    for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
         say(remark)
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import sd15
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -76,3 +77,6 @@ def _config(tokenizer, width: int, layers: int, heads: int) -> CLIPTextConfig:
         eos_token_id=end,
         pad_token_id=end,
     )
+
+
+SAVE = {"sd15": sd15.save_random, "sdxl": save_sdxl}

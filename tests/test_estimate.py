@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from miniatures import MINIATURES, PIXELS
 
 from diffalign import objectives
-from pipelines import config
+from diffalign.errors import UserError
+from pipelines import config, memory_presets
 from pipelines.estimate import Estimate, estimate
 from pipelines.families import load_family
 from pipelines.image_settings import TrainSettings
@@ -49,3 +52,99 @@ def test_the_comparison_is_announced_where_there_will_be_one() -> None:
 def test_a_model_that_is_not_here_has_no_estimate_and_says_so(tmp_path: Path) -> None:
     guess = estimate(replace(settings(), model=str(tmp_path / "nowhere")))
     assert isinstance(guess, Estimate) and "nowhere" in guess.to_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- every family
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_every_family_is_counted_as_it_is(name: str, tmp_path: Path) -> None:
+    folder = MINIATURES[name].save(tmp_path / "model")
+    family = load_family(folder)
+    given = settings(model=str(folder), rank=2, resolution=PIXELS)
+    guess = estimate(given)
+    assert guess.unknown is None, guess.unknown
+    family.attach_lora(rank=2)
+    network = family.network
+    held = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+    assert guess.bytes["weights"] == held
+    assert guess.trainable == sum(p.numel() for p in family.denoiser.trainable_parameters())
+    encoders = dict(zip(family.encoder.components, family.encoder.networks(), strict=True))
+    for part, network in encoders.items():
+        assert guess.encoding[part] == sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers())), (
+            part
+        )
+    said = family.encoder.encode_prompts(["a"])
+    assert guess.cached["prompt"] == sum(v.numel() * (2 if v.is_floating_point() else v.element_size()) for v in said.values())
+    assert guess.bytes["activations"] > 0 and guess.seconds_per_step > 0
+
+
+def kept_in_truth(family, size: tuple[int, int, int], rows: int) -> int:
+    """What autograd keeps of a forward pass that is really made."""
+    own, kept = {p.untyped_storage().data_ptr() for p in family.network.parameters()}, {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in own:
+            kept[place.data_ptr()] = place.nbytes()
+        return tensor
+
+    told = {k: v.expand(rows, *v.shape[1:]) for k, v in family.encoder.encode_prompts(["a"]).items()}
+    t = torch.full((rows,), 500.0 if family.denoiser.schedule.continuous else 500)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        family.denoiser(torch.randn(rows, *size), t, told)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "pixart", "sd3"])
+def test_activations_are_those_of_a_real_pass(name: str, tmp_path: Path) -> None:
+    folder = MINIATURES[name].save(tmp_path / "model")
+    family = load_family(folder)
+    family.attach_lora(rank=2)
+    size = family.latent_shape(PIXELS)
+    guess = estimate(settings(model=str(folder), rank=2, resolution=PIXELS, batch_size=1))
+    assert guess.bytes["activations"] == pytest.approx(kept_in_truth(family, size, 2), rel=0.02)
+
+
+def test_recomputed_blocks_are_counted_apart(tmp_path: Path) -> None:
+    folder = MINIATURES["stable_diffusion"].save(tmp_path / "model")
+    plain, checked = (estimate(settings(model=str(folder), gradient_checkpointing=on)) for on in (False, True))
+    assert 0 < checked.bytes["activations"] < plain.bytes["activations"]
+    assert 0 < checked.bytes["a block gone through again"] < plain.bytes["activations"]
+    assert checked.seconds_per_step > plain.seconds_per_step
+
+
+# ----------------------------------------------------------------------------------------------------------------- presets
+
+
+def of_size(training: float, encoding: float = 0.0) -> Estimate:
+    return Estimate({"weights": int(training * 1e9)}, 0, 1.0, 0.0, 1, {"text_encoder": int(encoding * 1e9)})
+
+
+def test_a_run_fits_where_its_larger_phase_does() -> None:
+    assert memory_presets.fits(of_size(7.3), 8) and not memory_presets.fits(of_size(7.4), 8)
+    assert not memory_presets.fits(of_size(1.0, encoding=9.0), 8)  # an encoder that is too large alone
+
+
+def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = settings(adapter="full", batch_size=4)
+
+    def told(given: TrainSettings, sized: object) -> Estimate:
+        total = 60.0 if given.adapter == "full" else 20.0
+        total -= 8.0 * (given.compute.mixed_precision == "bf16") + 6.0 * given.compute.gradient_checkpointing
+        return of_size(total + given.batch.batch_size)
+
+    monkeypatch.setattr(memory_presets, "estimate", told)
+    monkeypatch.setattr(memory_presets, "size_of", lambda given: None)
+    enough = memory_presets.fitted(wide, 80)
+    assert enough.settings == wide and enough.switched == ()
+    less = memory_presets.fitted(wide, 48)  # 60 - 8 - 6 + 1 is too much: a LoRA it is
+    assert less.settings.adapter == "lora" and (less.settings.batch.batch_size, less.settings.batch.accumulation) == (1, 4)
+    assert [name.split(" ")[0] for name in less.switched] == ["pictures", "bf16", "one", "gradient", "a"]
+    with pytest.raises(UserError, match=r"still takes about 6.5 GiB, and a device of 5 GB has 4.3"):
+        memory_presets.fitted(wide, 5)
+    lines = memory_presets.advice(wide)
+    assert lines[-1] == "  80 GB  nothing (59.6 GiB)" and lines[1].startswith("   8 GB  pictures encoded")
+    named, line = memory_presets.applied(replace(wide, preset="24gb"))
+    assert named.adapter == "lora" and line.startswith("preset 24gb: pictures encoded")
+    assert memory_presets.applied(wide) == (wide, "")

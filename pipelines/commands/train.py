@@ -79,8 +79,12 @@ def resolve_settings(args: argparse.Namespace) -> Any:
 
 def _dry_run(name: str, settings: Any) -> int:
     from diffalign.objectives._family import remarks
-    from pipelines import estimate, training
+    from pipelines import estimate, memory_presets, training
 
+    settings, told = memory_presets.applied(settings)
     print(training.to_yaml(f"train {name}", settings))
-    print("\n".join([*remarks(settings.objective), estimate.estimate(settings).to_text()]))
+    found = estimate.estimate(settings)
+    print("\n".join([*remarks(settings.objective), *([told] if told else []), found.to_text()]))
+    if not found.unknown:
+        print("\n".join(memory_presets.advice(settings)))
     return 0

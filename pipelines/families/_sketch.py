@@ -105,7 +105,10 @@ def _part(folder: Path, name: str, kind: list[str], dtype: torch.dtype) -> Any:
         raise ValueError(f"{library} has no {class_name}")
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(folder / name)
-    config = cls.load_config(folder / name) if library == "diffusers" else cls.config_class.from_pretrained(folder / name)
+    if library == "diffusers":
+        config = cls.load_config(folder / name)
+    else:
+        config = cls.config_class.from_pretrained(folder / name, dtype=dtype)  # or parts of it take that of the file
     with torch.device("meta"), _default_dtype(dtype):
         return (cls.from_config(config) if library == "diffusers" else cls(config)).eval()
 
