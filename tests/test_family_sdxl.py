@@ -17,6 +17,7 @@ from diffalign.data.loader import collate
 from diffalign.data.open import open_pairs
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
+from diffalign.levels import Levels
 from diffalign.likelihood import pair_errors
 from diffalign.sources.dataset import noised
 from diffalign.types import FRAMING, PairBatch
@@ -63,7 +64,7 @@ def encoded(folder: Path, model: Saved, pairs: Path, **transform: Any) -> PairCa
 
 
 def batch_of(cache: PairCache, seeds: range = range(4), flip: bool = False) -> PairBatch:
-    draws = [draw(0, seed, cache.latent_shape, 1000, 0.0, flip) for seed in seeds]
+    draws = [draw(0, seed, cache.latent_shape, Levels(), 0.0, flip) for seed in seeds]
     return collate(cache, range(4), draws, latent_mode=True)
 
 
@@ -84,7 +85,7 @@ def test_each_side_is_asked_about_with_its_own_size_and_crop_in_one_call(
     cache, family = encoded(tmp_path, sdxl, pairs, **transform), families.load_family(sdxl.folder)
     flip, heard = bool(transform.get("flip")), Heard(family.network)
     batch = batch_of(cache, flip=flip)
-    flips = [draw(0, seed, cache.latent_shape, 1000, 0.0, flip).flip for seed in range(4)]
+    flips = [draw(0, seed, cache.latent_shape, Levels(), 0.0, flip).flip for seed in range(4)]
     assert not flip or len(set(flips)) == 2  # both orientations are there
     pair_errors(family.denoiser, noised(batch, family.denoiser.schedule))
     (told,) = heard.sizes()

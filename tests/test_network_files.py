@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from pipelines import families
+from pipelines.families._denoiser import working_dtype
 from pipelines.training import align
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
@@ -121,6 +122,12 @@ def test_a_quantised_network_is_trained_by_a_lora(quantised: Path, saved: Saved,
     assert made.isfinite().all() and not torch.allclose(made, before, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="quantised weights, which cannot be trained"):
         align("sft", **where, **how, output=tmp_path / "full", adapter="full", progress=False)
+
+
+def test_quantised_weights_do_not_decide_what_a_network_computes_in() -> None:
+    network = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    network.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)  # as GGUF keeps it
+    assert working_dtype(network) == torch.bfloat16
 
 
 def test_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
