@@ -99,7 +99,8 @@ def sample(
 
 def _own_size(pipe: Any) -> dict[str, int]:
     """Height and width that the model was made for, where its pipeline takes the same number of any model (Sana)."""
-    if inspect.signature(type(pipe).__call__).parameters["height"].default is None:
+    height = inspect.signature(type(pipe).__call__).parameters.get("height")
+    if height is None or height.default is None:
         return {}
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     return {"height": side, "width": side}

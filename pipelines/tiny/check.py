@@ -108,10 +108,11 @@ def require_tiny(pipe: StableDiffusionPipeline) -> None:
     Raises:
         UserError: the model does not draw pictures of the tiny world's size.
     """
-    unet = pipe.components.get("unet")
-    side = unet.config.sample_size * pipe.vae_scale_factor if unet is not None else None
+    network = pipe.components.get("unet") or pipe.components.get("transformer")
+    side = getattr(network.config, "sample_size", None) if network is not None else None
+    side = side and side * pipe.vae_scale_factor
     if side != scenes.SIZE:
-        found = f"draws {side} x {side} pictures" if side else f"is a {type(pipe).__name__}, which has no UNet"
+        found = f"draws {side} x {side} pictures" if side else f"is a {type(pipe).__name__}, whose size of pictures is not known"
         raise UserError(f"This model {found}; the oracle reads the tiny world's, which are {scenes.SIZE} x {scenes.SIZE}.")
 
 
