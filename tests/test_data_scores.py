@@ -163,7 +163,7 @@ def test_a_cache_of_an_older_version_is_told_by_name(tmp_path: Path) -> None:
     known.write_text(json.dumps(json.loads(known.read_text()) | {"version": 1}))
     with pytest.raises(StaleCacheError, match="is of version 1, and this diffalign reads version 3"):
         PairCache.open(tmp_path / "c")
-    with pytest.raises(StaleCacheError, match="version was 1 and is now 2"):
+    with pytest.raises(StaleCacheError, match="version was 1 and is now 3"):
         PairCache.open(tmp_path / "c", cache_fingerprint(table, SmallEncoder(), CENTRAL))
 
 
