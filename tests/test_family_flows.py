@@ -39,6 +39,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flows")
 
 
+@pytest.fixture(scope="module")
+def pairs(folders: Path) -> Path:
+    return write_pairs(folders / "data")
+
+
 @pytest.fixture(params=NAMES)
 def flow(request: pytest.FixtureRequest, folders: Path) -> Saved:
     return on_disk(request.param, folders)
@@ -144,9 +149,9 @@ def test_the_comparison_takes_sampler_and_guidance_of_the_family(
 
 
 @pytest.mark.parametrize(("name", "layers"), [("sd3", "add_k_proj"), ("flux", "ff_context.net.2"), ("sana", "attn2.to_v")])
-def test_a_run_adapts_the_layers_of_its_family(name: str, layers: str, folders: Path, tmp_path: Path) -> None:
+def test_a_run_adapts_the_layers_of_its_family(name: str, layers: str, folders: Path, pairs: Path, tmp_path: Path) -> None:
     saved = on_disk(name, folders)
-    run(saved, write_pairs(tmp_path / "data"), "sft", tmp_path / "run", adapter="lora")
+    run(saved, pairs, "sft", tmp_path / "run", adapter="lora")
     found = families.read_adapter(tmp_path / "run")
     assert set(found.targets) == set(families.load_family(saved.folder)._lora_targets)
     assert any(f".{layers}.lora_A" in part for part in found.weights)
@@ -233,7 +238,7 @@ def test_flux_is_told_its_guidance_in_one_call(folders: Path) -> None:
 
 @pytest.mark.parametrize(("objective", "told"), [("diffusion-dpo", {1.0}), ("d3po", {2.0})])
 def test_flux_is_trained_with_the_guidance_of_its_objective(
-    objective: str, told: set[float], folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: str, told: set[float], folders: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D3PO's guidance of 2 (``family_runs.SMALL``) reaches the network when it samples and when it learns."""
     heard: list[float] = []
@@ -244,15 +249,15 @@ def test_flux_is_trained_with_the_guidance_of_its_objective(
         return ask(self, x_t, t, conditioning)
 
     monkeypatch.setattr(flux.FluxDenoiser, "ask", listened)
-    run(on_disk("flux", folders), write_pairs(tmp_path / "data"), objective, tmp_path / "run", adapter="lora")
+    run(on_disk("flux", folders), pairs, objective, tmp_path / "run", adapter="lora")
     assert set(heard) == told
 
 
 # ------------------------------------------------------------------------------------------------------------------ SD3
 
 
-def test_a_run_without_t5(folders: Path, tmp_path: Path) -> None:
-    where = {"model": str(on_disk("sd3", folders).folder), "pairs": str(write_pairs(tmp_path / "data"))}
+def test_a_run_without_t5(folders: Path, pairs: Path, tmp_path: Path) -> None:
+    where = {"model": str(on_disk("sd3", folders).folder), "pairs": str(pairs)}
     small = {"resolution": PIXELS, "steps": 1, "batch_size": 2, "validation_pairs": 1, "tracker": "none", "progress": False}
     align("sft", **where, **small, output=tmp_path / "run", without=("t5",))
     about = json.loads(next((tmp_path / "run").rglob("fingerprint.json")).read_text())
@@ -311,12 +316,12 @@ def test_sana_is_told_whole_levels_only_where_its_solver_tells_them(folders: Pat
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_pictures_that_cannot_be_cut_into_patches_are_refused(folders: Path, tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_cut_into_patches_are_refused(folders: Path, pairs: Path, tmp_path: Path) -> None:
     saved = on_disk("flux", folders)
     with pytest.raises(UserError, match="sides are multiples of 8 pixels, 32 or 40; got 36"):
         families.load_family(saved.folder).latent_shape(36)
     with pytest.raises(UserError, match="sides are multiples of 8 pixels"):
-        align("sft", model=str(saved.folder), pairs=str(write_pairs(tmp_path / "data")), output=tmp_path / "run", resolution=36)
+        align("sft", model=str(saved.folder), pairs=str(pairs), output=tmp_path / "run", resolution=36)
 
 
 def test_what_is_no_plain_flow_is_refused(folders: Path) -> None:
