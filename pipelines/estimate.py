@@ -19,7 +19,8 @@ import torch
 
 from diffalign.errors import UserError
 from pipelines import families
-from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, picture_bytes, weights_bytes
+from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, picture_bytes
+from pipelines.families import _quantised
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
@@ -97,7 +98,7 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sized:
-    """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and checkpointing."""
+    """A model as far as an estimate needs it; the same for all settings but precision, adapter, quantised base, size and checkpointing."""
 
     total: int  # bytes of the network's weights
     trainable: int  # numbers
@@ -142,7 +143,7 @@ def size_of(settings: TrainSettings) -> Sized:
     one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
     own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
     return Sized(
-        total=weights_bytes(family.network),
+        total=_quantised.quantised_bytes(family.network, settings.compute.quantise),
         trainable=sum(p.numel() for p in family.denoiser.trainable_parameters()),
         one=one,
         encoding={**encoding_bytes(family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
