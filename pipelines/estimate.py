@@ -132,10 +132,12 @@ def size_of(settings: TrainSettings) -> Sized:
     full, precision = settings.adapter == "full", PRECISIONS[settings.compute.mixed_precision]
     dtype = "float32" if full else precision
     family = families.sketch(settings.model, dtype=dtype, config=settings.single_file_config, without=settings.without)
+    base = _quantised.quantised_bytes(family.network, settings.compute.quantise)
     if full:
         family.train_fully()
     else:
         family.attach_lora(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
+    trainable = sum(p.numel() for p in family.denoiser.trainable_parameters())
     pixels = settings.data.resolution or family.resolution
     size = family.latent_shape(pixels)
     rows = max(1, round(settings.objective.cost.at_once))
@@ -143,8 +145,8 @@ def size_of(settings: TrainSettings) -> Sized:
     one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
     own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
     return Sized(
-        total=_quantised.quantised_bytes(family.network, settings.compute.quantise),
-        trainable=sum(p.numel() for p in family.denoiser.trainable_parameters()),
+        total=base + (0 if full else 4 * trainable),
+        trainable=trainable,
         one=one,
         encoding={**encoding_bytes(family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
         cached=_cached(settings, family, size),

@@ -53,7 +53,6 @@ class Family:
         self._latents = pipeline.vae.config.latent_channels, pipeline.vae_scale_factor  # kept: the autoencoder may be let go
         self._patch = patch  # latent pixels on a side of what the network takes for one
         self._released = False
-        self.quantised = _quantised.NONE  # how, by ``quantise``
 
     @property
     def network(self) -> nn.Module:
@@ -83,7 +82,6 @@ class Family:
         if self.has_adapter:
             raise ValueError("quantise before an adapter is attached")
         _quantised.quantise(self.network, kind, device)
-        self.quantised = kind
 
     def attach_lora(
         self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = None, dropout: float = 0.0, seed: int = 0
@@ -119,7 +117,7 @@ class Family:
         self.network.float().requires_grad_(True)
 
     def _refuse_quantised(self) -> None:
-        if self.quantised != _quantised.NONE or not all(p.is_floating_point() for p in self.network.parameters()):
+        if _quantised.is_quantised(self.network):
             raise UserError(f"{self.base_model} has quantised weights, which cannot be trained: train a LoRA on them instead.")
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> Predictor:
@@ -285,8 +283,8 @@ class Family:
         """
         if self.has_adapter:
             raise ValueError("the network carries an adapter: save_adapter writes it, detach_lora removes it")
-        if self.quantised != _quantised.NONE:
-            raise ValueError(f"the weights were quantised to {self.quantised}: load the family again to save it as it was")
+        if _quantised.is_quantised(self.network):
+            raise ValueError("the weights are quantised: a pipeline is saved with whole ones")
         pipe = self._pipeline
         if self.origin is not None:  # with everything that was left out, or let go, on loading
             pipe = read(self.origin, dtype=torch.float32, others=torch.float32, whole=True, **{self._network_name: self.network})

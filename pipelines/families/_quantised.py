@@ -60,7 +60,7 @@ def quantise(network: nn.Module, kind: str, device: torch.device | str = "cpu") 
         UserError: the library is missing, or it has quantised weights already.
     """
     require(kind)
-    if not all(parameter.is_floating_point() for parameter in network.parameters()):
+    if is_quantised(network):
         raise UserError(f"The weights are quantised already: leave out compute.quantise (found {kind}).")
     make = {INT8: _int8, NF4: _nf4}[kind]
     network.requires_grad_(False)
@@ -70,6 +70,11 @@ def quantise(network: nn.Module, kind: str, device: torch.device | str = "cpu") 
             parent, _, last = name.rpartition(".")
             setattr(network.get_submodule(parent), last, make(layer, device).to(where))
     network.is_loaded_in_4bit = kind == NF4  # by which PEFT knows such layers
+
+
+def is_quantised(network: nn.Module) -> bool:
+    """Whether some weights are: by ``quantise``, or in the file that they were read from."""
+    return any(not parameter.is_floating_point() or hasattr(parameter, "qdata") for parameter in network.parameters())
 
 
 def quantised_bytes(network: nn.Module, kind: str) -> int:
