@@ -98,7 +98,7 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sized:
-    """A model as far as an estimate needs it; the same for all settings but precision, adapter, quantised base, size and checkpointing."""
+    """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and those of memory."""
 
     total: int  # bytes of the network's weights
     trainable: int  # numbers
@@ -132,6 +132,7 @@ def size_of(settings: TrainSettings) -> Sized:
     full, precision = settings.adapter == "full", PRECISIONS[settings.compute.mixed_precision]
     dtype = "float32" if full else precision
     family = families.sketch(settings.model, dtype=dtype, config=settings.single_file_config, without=settings.without)
+    family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
     base = _quantised.quantised_bytes(family.network, settings.compute.quantise)
     if full:
         family.train_fully()

@@ -55,7 +55,9 @@ class DataSettings:
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
     cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
     encode_batch: int = option(8, "pictures encoded at a time", ge=1)
-    vae_tiling: bool = option(False, "autoencoder in tiles: less memory for large pictures, slightly other latents")
+    vae_tiling: bool = option(
+        False, "pictures larger than the autoencoder's own size go through it in tiles: less memory, somewhat other latents"
+    )
     vae_slicing: bool = option(False, "autoencoder one picture at a time, whatever the batch")
 
     def __post_init__(self) -> None:

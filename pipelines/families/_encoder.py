@@ -63,7 +63,8 @@ class FrozenEncoder(ABC):
         """Less memory for large pictures. Call before the fingerprint is taken.
 
         Args:
-            tiling: pictures larger than the autoencoder's tile go through in tiles that overlap; the latents change a little.
+            tiling: pictures larger than the autoencoder's tile (512 pixels in SD 1.x, 1024 in later families) go through in tiles
+                that overlap; its norms and attention see less at a time, so the latents change somewhat.
             slicing: pictures go through one at a time.
 
         Raises:
