@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import SD3Transformer2DModel
 from family_runs import Saved, assert_equal, listening, loaded_plainly, run, weights, write_pairs
 from miniatures import MINIATURES, PIXELS
@@ -283,3 +284,17 @@ def test_without_its_library_the_run_says_what_to_install(
     with pytest.raises(UserError, match=rf"needs the package {LIBRARIES[kind]}: pip install 'diffalign\[quantise\]'"):
         run(saved, pairs, "diffusion-dpo", tmp_path / "run", quantise=kind)
     assert not (tmp_path / "run").exists()
+
+
+def test_it_can_be_wrapped_for_several_processes(saved: Saved, kind: str, tmp_path: Path) -> None:
+    """DDP sends weights around on being made, which torchao's tensors refuse; one process is enough to see that."""
+    family = families.load_family(saved.folder)
+    family.quantise(kind)
+    family.attach_lora(rank=2)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        family.denoiser = family.denoiser.with_network(nn.parallel.DistributedDataParallel(family.network))
+        asked(family).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert {n for n, p in family.network.named_parameters() if p.grad is not None} == family.adapter_state().keys()

@@ -95,6 +95,7 @@ class Family:
             raise ValueError("there is an adapter already")
         alpha, targets = rank if alpha is None else alpha, targets or self._lora_targets
         _lora.attach(self.network, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+        _quantised.keep_from_exchange(self.network)
 
     @property
     def has_adapter(self) -> bool:

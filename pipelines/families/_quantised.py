@@ -77,6 +77,16 @@ def is_quantised(network: nn.Module) -> bool:
     return any(not parameter.is_floating_point() or hasattr(parameter, "qdata") for parameter in network.parameters())
 
 
+def keep_from_exchange(network: nn.Module) -> None:
+    """Let several processes not send each other int8 weights: torchao's tensors cannot be, and all have read the same ones.
+
+    Call when layers have their last names, with an adapter around them.
+    """
+    names = [name for name, parameter in network.named_parameters() if hasattr(parameter, "qdata")]
+    if names:
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+
+
 def quantised_bytes(network: nn.Module, kind: str) -> int:
     """Bytes that ``quantise`` would leave of a network, with parameters and buffers; shapes are enough, nothing is loaded."""
     total = sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
