@@ -147,6 +147,22 @@ def test_gradients_are_those_of_the_rounded_weights(saved: Saved, kind: str) -> 
         torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_reaches_quantised_layers(saved: Saved, kind: str) -> None:
+    """In: float32, as from a norm; out: what a plain layer gives."""
+    family = families.load_family(saved.folder)
+    family.quantise(kind)
+    family.attach_lora(rank=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answer = asked(family)
+    answer.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in family.denoiser.trainable_parameters())
+    assert off(answer.detach().float(), asked(family).detach()) < 0.02
+    if kind == "int8":
+        layer = next(m for n, m in family.network.named_modules() if n.endswith("ff.net.2"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(torch.randn(3, layer.in_features)).dtype == torch.bfloat16
+
+
 def test_no_float_weights_are_kept_for_the_way_back(saved: Saved, kind: str) -> None:
     family = families.load_family(saved.folder)
     family.quantise(kind)
