@@ -19,7 +19,8 @@ import torch
 
 from diffalign.errors import UserError
 from pipelines import families
-from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, picture_bytes, weights_bytes
+from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, picture_bytes
+from pipelines.families import _quantised
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
@@ -97,7 +98,7 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sized:
-    """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and checkpointing."""
+    """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and those of memory."""
 
     total: int  # bytes of the network's weights
     trainable: int  # numbers
@@ -131,10 +132,13 @@ def size_of(settings: TrainSettings) -> Sized:
     full, precision = settings.adapter == "full", PRECISIONS[settings.compute.mixed_precision]
     dtype = "float32" if full else precision
     family = families.sketch(settings.model, dtype=dtype, config=settings.single_file_config, without=settings.without)
+    family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
+    base = _quantised.quantised_bytes(family.network, settings.compute.quantise)
     if full:
         family.train_fully()
     else:
         family.attach_lora(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
+    trainable = sum(p.numel() for p in family.denoiser.trainable_parameters())
     pixels = settings.data.resolution or family.resolution
     size = family.latent_shape(pixels)
     rows = max(1, round(settings.objective.cost.at_once))
@@ -142,8 +146,8 @@ def size_of(settings: TrainSettings) -> Sized:
     one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
     own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
     return Sized(
-        total=weights_bytes(family.network),
-        trainable=sum(p.numel() for p in family.denoiser.trainable_parameters()),
+        total=base + (0 if full else 4 * trainable),
+        trainable=trainable,
         one=one,
         encoding={**encoding_bytes(family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
         cached=_cached(settings, family, size),

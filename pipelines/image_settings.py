@@ -55,6 +55,10 @@ class DataSettings:
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
     cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
     encode_batch: int = option(8, "pictures encoded at a time", ge=1)
+    vae_tiling: bool = option(
+        False, "pictures larger than the autoencoder's own size go through it in tiles: less memory, somewhat other latents"
+    )
+    vae_slicing: bool = option(False, "autoencoder one picture at a time, whatever the batch")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -89,6 +93,9 @@ class ComputeSettings:
 
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the network; errors stay float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    quantise: Literal["none", "int8", "nf4"] = option(
+        "none", "bits of the frozen base below a LoRA: int8 (torchao), nf4 (bitsandbytes)"
+    )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels")
     channels_last: bool = option(False, "channels-last memory format for the UNet (helps on GPUs)")
     tracker: str = option("tensorboard", "where metrics go, by Accelerate's name for it; none for the JSONL only")
@@ -227,6 +234,10 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         idle = [name for name in _changed(objective) if name in _OF_ROUNDS]
         out += [f"objective.{name}: is about sampling rounds, and with feedback nothing is sampled" for name in idle]
         out += ["reward.reward: with feedback it is people who choose"] if whole["reward"].reward else []
+    if whole["compute"].quantise != "none" and whole["adapter"] == "full":
+        out.append("compute.quantise: quantised weights cannot be trained, and adapter is full; train a LoRA, or set it to none")
+    if whole["compute"].quantise != "none" and whole["feedback"]:
+        out.append("compute.quantise: the trajectories of feedback were made by whole weights; log-densities would not compare")
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
     if data.buckets and hasattr(objective, "rollout_steps"):

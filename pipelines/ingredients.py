@@ -36,6 +36,7 @@ from diffalign.schedule import Schedule
 from diffalign.sources.stored import Stored
 from diffalign.weights import TrainedWeights
 from pipelines import families, feedback
+from pipelines.families import _quantised
 from pipelines.families._encoding import digest
 from pipelines.families._sources import find_loras, recorded_loras
 from pipelines.image_settings import DataSettings, TrainSettings
@@ -59,7 +60,7 @@ class Prepared:
     family: Any
     weights: TrainedWeights
     reference: Predictor
-    base_digest: str  # of the network before alignment: the reference's identity
+    base_digest: str  # of the network before alignment, and how it is quantised: the reference's identity
     cache: PairCache | None
     prompts: PromptCache | None
     judges: Judges
@@ -171,6 +172,7 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     schedule = family.denoiser.schedule
     merged = "".join(f", with {lora.path} merged into it" for lora in family.origin.base_loras)
     say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}{merged}")
+    family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
     family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))
     return family
 
@@ -200,6 +202,7 @@ def prepare(
         here = feedback.made_by_model(base_digest, saved, _weights_dtype(settings), precision)
         feedback.refuse_another_model(stored, here, settings.model, str(settings.start_lora) if saved else None)
         say(feedback.describe(stored))
+    base_digest = _quantise(settings, family, accelerator.device, base_digest, say)
     with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
         family.encoder.work_on(accelerator.device)
         cache = _encode_pairs(settings, table, family, say, bar.advance) if table is not None and not sampling else None
@@ -230,6 +233,17 @@ def prepare(
         stored,
         saved.digest if saved else None,
     )
+
+
+def _quantise(settings: TrainSettings, family: Any, device: torch.device, base_digest: str, say: Say) -> str:
+    """Quantise the base if that is asked for; the digest of what is then the reference, of the whole weights and the kind."""
+    kind = settings.compute.quantise
+    if kind == _quantised.NONE:
+        return base_digest
+    before = _quantised.held_bytes(family.network)
+    family.quantise(kind, device)
+    say(f"base in {kind}: {before / 2**20:.1f} MiB of weights are now {_quantised.held_bytes(family.network) / 2**20:.1f}")
+    return hashlib.sha256(f"{base_digest} {kind}".encode()).hexdigest()
 
 
 def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: Say, progress: Callable) -> PairCache:

@@ -30,6 +30,7 @@ from pipelines import config, families, ingredients, memory_presets, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
+from pipelines.families import _quantised
 from pipelines.families._sources import find_loras
 from pipelines.image_settings import EvaluationSettings, TrainSettings
 from pipelines.ingredients import Prepared
@@ -66,6 +67,7 @@ def preflight(settings: TrainSettings, judge: RewardFunction | None = None) -> N
     ingredients.start_adapter(settings)
     if settings.optimiser.eight_bit:
         require_bitsandbytes()
+    _quantised.require(compute.quantise)
     if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
 
@@ -104,6 +106,7 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
     return {
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
+        **({"quantise": settings.compute.quantise} if settings.compute.quantise != _quantised.NONE else {}),
         "error_as": settings.error_as,
         **base_loras(prepared),
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.errors import UserError
 from pipelines.families._encoding import TruncatedPrompt, digest
 
 VAE = "vae"
@@ -53,9 +54,33 @@ class FrozenEncoder(ABC):
             self._fingerprint = {
                 **pictures,
                 **{name: value for name, value in settings.items() if value is not None},
+                **_tiles(vae),
                 **self.about_text(),
             }
         return self._fingerprint
+
+    def set_vae_memory(self, *, tiling: bool = False, slicing: bool = False) -> None:
+        """Less memory for large pictures. Call before the fingerprint is taken.
+
+        Args:
+            tiling: pictures larger than the autoencoder's tile (512 pixels in SD 1.x, 1024 in later families) go through in tiles
+                that overlap; its norms and attention see less at a time, so the latents change somewhat.
+            slicing: pictures go through one at a time.
+
+        Raises:
+            UserError: the autoencoder cannot.
+        """
+        vae = self._networks[VAE]
+        for wanted, what in ((tiling, "tiling"), (slicing, "slicing")):
+            if not wanted:
+                continue
+            try:
+                getattr(vae, f"enable_{what}")()
+            except (AttributeError, NotImplementedError) as error:
+                raise UserError(
+                    f"data.vae_{what}: this model's autoencoder ({type(vae).__name__}) has none; set it to false."
+                ) from error
+        self._fingerprint = None
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -113,6 +138,13 @@ class FrozenEncoder(ABC):
             for name in names:
                 self._networks[name].to(self._device)
         return [self._networks[name] for name in names]
+
+
+def _tiles(vae: nn.Module) -> dict[str, Any]:
+    """The part of the fingerprint for pictures in tiles: their sizes; nothing where pictures go through whole."""
+    if not getattr(vae, "use_tiling", False):
+        return {}
+    return {"vae_tiles": {name: value for name, value in sorted(vars(vae).items()) if name.startswith("tile_")}}
 
 
 def _normalisation(vae: nn.Module) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.protocols import Predictor
-from pipelines.families import _lora
+from pipelines.families import _lora, _quantised
 from pipelines.families._denoiser import NetworkDenoiser, working_dtype
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
@@ -71,6 +71,18 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------ what is trained
 
+    def quantise(self, kind: str, device: torch.device | str = "cpu") -> None:
+        """Keep the weights of the blocks' linear layers in ``int8`` or ``nf4``, for a LoRA on top; see ``_quantised``.
+
+        Everything else stays as it is. Layers are quantised one by one on ``device``.
+
+        Raises:
+            UserError: the library is not installed, or the weights are quantised already.
+        """
+        if self.has_adapter:
+            raise ValueError("quantise before an adapter is attached")
+        _quantised.quantise(self.network, kind, device)
+
     def attach_lora(
         self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = None, dropout: float = 0.0, seed: int = 0
     ) -> None:
@@ -83,6 +95,7 @@ class Family:
             raise ValueError("there is an adapter already")
         alpha, targets = rank if alpha is None else alpha, targets or self._lora_targets
         _lora.attach(self.network, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+        _quantised.keep_from_exchange(self.network)
 
     @property
     def has_adapter(self) -> bool:
@@ -105,7 +118,7 @@ class Family:
         self.network.float().requires_grad_(True)
 
     def _refuse_quantised(self) -> None:
-        if not all(parameter.is_floating_point() for parameter in self.network.parameters()):
+        if _quantised.is_quantised(self.network):
             raise UserError(f"{self.base_model} has quantised weights, which cannot be trained: train a LoRA on them instead.")
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> Predictor:
@@ -177,6 +190,14 @@ class Family:
             near = f"{resolution // step * step} or {(resolution // step + 1) * step}"
             raise UserError(f"{self.name} takes pictures whose sides are multiples of {step} pixels, {near}; got {resolution}.")
         return channels, side, side
+
+    def set_vae_memory(self, *, tiling: bool = False, slicing: bool = False) -> None:
+        """Encode and decode pictures that are larger than a tile in overlapping tiles, and one at a time; see the encoder.
+
+        Raises:
+            UserError: the autoencoder cannot.
+        """
+        self.encoder.set_vae_memory(tiling=tiling, slicing=slicing)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -263,6 +284,8 @@ class Family:
         """
         if self.has_adapter:
             raise ValueError("the network carries an adapter: save_adapter writes it, detach_lora removes it")
+        if _quantised.is_quantised(self.network):
+            raise ValueError("the weights are quantised: a pipeline is saved with whole ones")
         pipe = self._pipeline
         if self.origin is not None:  # with everything that was left out, or let go, on loading
             pipe = read(self.origin, dtype=torch.float32, others=torch.float32, whole=True, **{self._network_name: self.network})

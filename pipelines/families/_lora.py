@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest_tensors
 from pipelines.families._names import LORA_FILE, METADATA, PEFT_FILE
+from pipelines.families._quiet import quietly
 
 ADAPTER = "default"
 _VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -54,7 +55,7 @@ def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
     _check(network, rank, alpha, targets, dropout)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, init_lora_weights=True)
     network.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quietly():  # PEFT warns that int8 layers cannot be merged; they never are
         torch.default_generator.manual_seed(seed)
         add = getattr(network, "add_adapter", None)  # PixArt's transformer has none; what it does is this
         add(config, adapter_name=ADAPTER) if add else inject_adapter_in_model(config, network, ADAPTER)
