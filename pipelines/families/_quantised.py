@@ -5,7 +5,8 @@ nf4     half a byte a weight, in blocks of 64 whose scales are quantised as well
 
 Quantised are the linear layers of the repeated blocks: attention and feed-forward. In full precision stay the layers before and
 after the blocks (patches, captions, time, the last projection), what turns the time into scales and shifts (adaLN, and the time's
-projections of a UNet), every norm and every convolution. Diffusers leaves the same ones when it casts weights to 8-bit floats.
+projections of a UNet), every norm and every convolution. (Diffusers leaves norms, with adaLN's layers in them, patches and last
+projections when it casts weights to 8-bit floats; it does cast most layers of the time.)
 """
 
 from __future__ import annotations
