@@ -166,6 +166,8 @@ def _diffusers(
     note: dict[str, Any] = {"kind": "lora", "family": origin.family, "base_model": origin.model}
     if origin.base_loras and not joined:
         note["base_loras"] = [vars(base) for base in origin.base_loras]
+    if origin.without:
+        note["without"] = list(origin.without)
     if origin.config:
         note["config"] = origin.config
     with installed_into(asked.output) as folder:

@@ -32,6 +32,7 @@ def add_judge_options(parser: argparse.ArgumentParser, default: str | None = Non
     usual = f" (default {default})" if default else ""
     parser.add_argument(
         "--judges",
+        "--judge",
         required=default is None,
         default=default,
         metavar="NAME,...",

@@ -58,6 +58,7 @@ class RolloutModel:
     config: str | None = None  # for a single file: a Diffusers folder with configuration and tokenizer
     device: str | None = None
     base_lora: str | None = None  # merged into the model, below ``lora``
+    without: tuple[str, ...] = ()  # parts left out, as ``families.load_family`` takes them
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RolledOut:
         lines = [f"{counts}{before}, {self.seconds:.0f} s."]
         called, made = self.made.called, self.made
         below = f" --base-lora {called['base_lora']}" if called.get("base_lora") else ""
+        below += f" --without {','.join(called['without'])}" if called.get("without") else ""
         lora = below + (f" --start-lora {called['lora']}" if called["lora"] else "")
         precision = made.model["mixed_precision"]
         mixed = f" --mixed-precision {precision}" if precision != "no" else ""
@@ -136,6 +138,7 @@ def roll_out(
             "model": sampler.called,
             "lora": sampler.lora,
             **({"base_lora": sampler.base_lora} if sampler.base_lora else {}),
+            **({"without": list(sampler.without)} if sampler.without else {}),
         },
     )
     store = Store.create(folder, made, batch_size)
@@ -215,8 +218,10 @@ class _Sampler:
         saved = families.read_adapter(self.lora) if self.lora else None
         below = recorded_loras(Path(self.lora)) if self.lora else ()  # what that one was trained on top of
         self.base_lora = asked.base_lora or (below[-1].path if below else None)
+        left_out = find(self.lora, base=self.called).without if self.lora else ()
+        self.without = tuple(dict.fromkeys((*left_out, *asked.without)))
         self.family = families.load_family(
-            self.called, dtype=dtype, config=asked.config or origin.config, base_lora=self.base_lora
+            self.called, dtype=dtype, config=asked.config or origin.config, base_lora=self.base_lora, without=self.without
         )
         self.identity = made_by_model(digest(self.family.network), saved, dtype, asked.mixed_precision)
         if saved is not None:

@@ -27,7 +27,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
     parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
+    add_without(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote into the output folder")
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    """Parts of a model that are not read."""
+    words = "parts of the model to leave out: t5, of SD3 (a LoRA that was trained without it remembers)"
+    parser.add_argument("--without", type=_words, default=(), metavar="PART,...", help=words)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:

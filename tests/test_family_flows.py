@@ -23,9 +23,10 @@ from diffalign.errors import UserError
 from diffalign.schedule import FlowSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, chain, rollout
-from pipelines import families, sampling
+from pipelines import cli, families, sampling
 from pipelines.evaluation import evaluate
-from pipelines.families import flux
+from pipelines.exporting import Export, export
+from pipelines.families import _sources, flux
 from pipelines.generation import generate
 from pipelines.image_settings import EvaluationSettings
 from pipelines.training import align
@@ -262,6 +263,34 @@ def test_a_run_without_t5(folders: Path, pairs: Path, tmp_path: Path) -> None:
     align("sft", **where, **small, output=tmp_path / "run", without=("t5",))
     about = json.loads(next((tmp_path / "run").rglob("fingerprint.json")).read_text())
     assert about["encoder"]["text_3"] is None
+    assert families.load_pipeline(tmp_path / "run", device="cpu").text_encoder_3 is None  # the LoRA remembers
+    export(Export(str(tmp_path / "run"), tmp_path / "exported", "diffusers"))
+    assert families.load_pipeline(tmp_path / "exported", device="cpu").text_encoder_3 is None
+
+
+def test_commands_that_sample_leave_t5_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command as typed; what it read is seen by the loader of the weights."""
+    model, read_now, had = str(on_disk("sd3", folders).folder), _sources.read, []
+
+    def listened(*args: Any, **options: Any) -> Any:
+        pipe = read_now(*args, **options)
+        had.append(pipe.text_encoder_3 is not None)
+        return pipe
+
+    monkeypatch.setattr(families, "read", listened)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    sampled = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--device", "cpu"]
+    size = ["--height", str(PIXELS), "--width", str(PIXELS)]
+    for without in (["--without", "t5"], []):
+        out = str(tmp_path / f"out{len(without)}")
+        assert cli.main(["generate", "--model", model, "--out", f"{out}-g", *sampled, *size, *without]) == 0
+        compared = ["--base", model, "--tuned", model, "--judge", "jpeg"]
+        assert cli.main(["evaluate", *compared, "--out", f"{out}-e", *sampled, *size, *without]) == 0
+        assert cli.main(["rollout", "--model", model, "--out", f"{out}-r", "--guidance", "1", *sampled, *without]) == 0
+        assert set(had) == {not without}
+        had.clear()
+    left = json.loads((tmp_path / "out2-r" / "rollout.json").read_text())["called"]["without"]
+    assert left == ["t5"]
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     def load(name: str) -> Any:
         lora = args.base_lora if name == base else None
-        return load_pipeline(args.base if name == base else name, dtype=args.dtype, device=args.device, base_lora=lora)
+        called = args.base if name == base else name
+        return load_pipeline(called, dtype=args.dtype, device=args.device, base_lora=lora, without=args.without)
 
     base = f"{args.base} with {Path(args.base_lora).name}" if args.base_lora else args.base
     prompts = read_prompts(args.prompts, args.column)[: args.n]

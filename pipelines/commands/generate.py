@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             prompts[: args.n],
             args.out,
-            load=partial(load_pipeline, dtype=args.dtype, device=args.device, base_lora=args.lora),
+            load=partial(load_pipeline, dtype=args.dtype, device=args.device, base_lora=args.lora, without=args.without),
             images_per_prompt=args.n_per_prompt,
             seed=args.seed,
             overwrite=args.overwrite,

@@ -107,7 +107,7 @@ def _add_drawing(parser: argparse.ArgumentParser, needed: bool = True) -> None:
 
     parser.add_argument("--generator", required=needed, help=GENERATOR)
     parser.add_argument(
-        "--judges", required=needed, metavar="NAME,...", help="judges of the pictures, for the prompt that was typed"
+        "--judges", "--judge", required=needed, metavar="NAME,...", help="judges of the pictures, for the prompt that was typed"
     )
     options = {"nargs": "+", "action": "extend", "default": [], "metavar": "JUDGE.OPTION=VALUE"}
     parser.add_argument("--judge-options", **options, help="what a judge is loaded with")

@@ -10,7 +10,7 @@ HELP = "sample pictures for people to choose among, with all that learning from 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign rollout``."""
     from pipelines.prompts import FORMATS, NAMES
-    from pipelines.sampling_options import whole
+    from pipelines.sampling_options import add_without, whole
 
     parser.description = (
         "Samples pictures of prompts by the stochastic chain that D3PO learns from, and keeps the trajectories. The same command "
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=model)
     parser.add_argument("--lora", metavar="FOLDER", help="a LoRA that diffalign trained, to sample with: the next round's model")
     parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")
+    add_without(parser)
     parser.add_argument(
         "--prompts",
         required=True,
@@ -85,7 +86,15 @@ def run(args: argparse.Namespace) -> int:
     judges = load_judges(args.judges, args.judge_options, args.device) if args.judges else None
     with Bar(unit="picture") as bar:
         done = roll_out(
-            RolloutModel(args.model, args.lora, args.mixed_precision, args.single_file_config, args.device, args.base_lora),
+            RolloutModel(
+                args.model,
+                args.lora,
+                args.mixed_precision,
+                args.single_file_config,
+                args.device,
+                args.base_lora,
+                args.without,
+            ),
             prompts,
             args.out,
             per_prompt=args.per_prompt,

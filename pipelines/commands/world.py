@@ -42,6 +42,7 @@ FLOW_OPTIONS: dict[str, tuple[type, str]] = {
     "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
     "ema_decay": (float, "decay of the averaged weights"),
     "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
+    "compile_blocks": (bool, "let torch.compile have the networks: 1.2 times as fast, needs a C compiler"),
 }
 """The fields of ``pipelines.tiny.train_flow.FlowTraining``, in the same way."""
 
@@ -196,6 +197,9 @@ def _add_training(parser: argparse.ArgumentParser, options: dict[str, tuple[type
     parser.add_argument("--overwrite", action="store_true", help="write over what is in the folder")
     for name, (kind, words) in options.items():
         flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=words)
+            continue
         parse = _whole(LEAST.get(name, 1)) if kind is int else _number(1.0 if name in SHARES else math.inf)
         parser.add_argument(flag, type=parse, help=f"{words} (default: as the shipped {what} was made)")
 

@@ -299,6 +299,8 @@ class Family:
         note = {"kind": kind, "family": self.name, "base_model": self.base_model}
         if self.origin and self.origin.base_loras:  # in a LoRA's folder: to be applied as well; in a pipeline's: for the record
             note["base_loras"] = [asdict(lora) for lora in self.origin.base_loras]
+        if self.origin and self.origin.without:  # in the same way
+            note["without"] = list(self.origin.without)
         return {**note, "config": self.origin.config} if self.origin and self.origin.config else note
 
     def _needed_origin(self) -> Origin:

@@ -66,7 +66,7 @@ def sketch(origin: Origin, dtype: torch.dtype) -> Family:
         UserError: a configuration is missing or cannot be read.
     """
     folder, declared = _small_files(origin), registry()[origin.family]
-    left_out = {*declared.LEFT_OUT, *origin.without, *origin.lacks}
+    left_out = {*declared.LEFT_OUT, *origin.parts_left_out, *origin.lacks}
     try:
         with quietly():
             kinds = {name: kind for name, kind in _index(folder).items() if name not in left_out}

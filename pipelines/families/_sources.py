@@ -86,11 +86,11 @@ class Origin:
     rest: str | None = None  # of a network alone: the folder or hub id that has all else
     adapter: str | None = None  # a folder with a LoRA on top
     lacks: tuple[str, ...] = ()  # parts of the pipeline that the checkpoint does not have
-    without: tuple[str, ...] = ()  # parts that it has and that are left out
+    without: tuple[str, ...] = ()  # what it has and is left out, in the words of the family's ``OPTIONAL``
     base_loras: tuple[BaseLora, ...] = ()  # merged into the weights, in this order, below the one on top
 
     def leaving_out(self, words: Sequence[str]) -> Origin:
-        """The same without the parts that the family knows by these ``words``.
+        """The same without the parts that the family knows by these ``words``, nor those that are left out already.
 
         Raises:
             UserError: the family knows no such part, or cannot do without.
@@ -99,7 +99,13 @@ class Origin:
         if odd := [word for word in words if word not in known]:
             may = f"what may be left out is {', '.join(known)}" if known else "nothing may be left out of it"
             raise UserError(f"{self.model} is of the family {self.family}, which cannot do without {odd[0]!r}: {may}.")
-        return replace(self, without=tuple(part for word in words for part in known[word]))
+        return replace(self, without=tuple(dict.fromkeys((*self.without, *words))))
+
+    @property
+    def parts_left_out(self) -> tuple[str, ...]:
+        """The attributes of the pipeline that ``without`` stands for."""
+        known = registry()[self.family].OPTIONAL
+        return tuple(part for word in self.without for part in known[word])
 
     @property
     def scheduler_file(self) -> str:
@@ -189,9 +195,13 @@ def find_loras(where: str | os.PathLike[str]) -> tuple[BaseLora, ...]:
 
 def recorded_loras(folder: Path) -> tuple[BaseLora, ...]:
     """The LoRAs that the result in ``folder`` was trained on top of."""
+    return tuple(BaseLora(**lora) for lora in _note(folder).get("base_loras", ()))
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    """What diffalign wrote beside a result; nothing, if it did not make it."""
     note = folder / NOTE_FILE
-    record = json.loads(note.read_text()) if note.is_file() else {}
-    return tuple(BaseLora(**lora) for lora in record.get("base_loras", ()))
+    return json.loads(note.read_text()) if note.is_file() else {}
 
 
 def _find(name: str, config: str | os.PathLike[str] | None, base: str | None) -> Origin:
@@ -261,8 +271,7 @@ def _family_of(pipeline_class: str, where: Path | str) -> str:
 
 
 def _adapter(path: Path, base: str | None) -> Origin:
-    note = path / NOTE_FILE
-    record = json.loads(note.read_text()) if note.is_file() else {}
+    record = _note(path)
     name = base or record.get("base_model")
     if not name:
         raise UserError(
@@ -275,7 +284,8 @@ def _adapter(path: Path, base: str | None) -> Origin:
         raise UserError(f"{path} is a LoRA on the base model {name}, which cannot be used. {error}") from error
     if found.adapter:
         raise UserError(f"{path} is a LoRA on {name}, which is itself a LoRA; its base must be a whole model.")
-    return replace(found, adapter=str(path), base_loras=recorded_loras(path))
+    whole = replace(found, adapter=str(path), base_loras=recorded_loras(path))
+    return whole.leaving_out(record.get("without", ()))
 
 
 def _in_file(path: Path, config: str | os.PathLike[str] | None) -> Origin:
@@ -408,7 +418,7 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
     from pipelines.families import _lora
 
     declared = registry()[origin.family]
-    left_out = {} if whole else {**declared.LEFT_OUT, **dict.fromkeys(origin.without)}
+    left_out = {} if whole else {**declared.LEFT_OUT, **dict.fromkeys(origin.parts_left_out)}
     options = {**dict.fromkeys(origin.lacks), **left_out, **components}
     try:
         with quietly() as notes:

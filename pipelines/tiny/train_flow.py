@@ -50,12 +50,13 @@ class FlowTraining:
 
     seed: int = 0
     scenes: int = 60_000
-    flow_steps: int = 10_000
+    flow_steps: int = 7_000
     flow_batch: int = 32
     flow_learning_rate: float = 1e-3
     caption_dropout: float = 0.1
     ema_decay: float = 0.999
     guidance_scale: float = 4.0
+    compile_blocks: bool = False
 
 
 class TransformerTraining(NetworkTraining):
@@ -69,6 +70,9 @@ class TransformerTraining(NetworkTraining):
         self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
         self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
         networks = [self.transformer, *self.text_encoders]
+        if config.compile_blocks:
+            for block in (*self.transformer.transformer_blocks, *self.text_encoders):
+                block.compile()
         super().__init__(networks, config.flow_steps, config.flow_learning_rate, config.ema_decay)
 
     def losses(self) -> tuple[Tensor, Tensor]:
