@@ -172,6 +172,9 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     schedule = family.denoiser.schedule
     merged = "".join(f", with {lora.path} merged into it" for lora in family.origin.base_loras)
     say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}{merged}")
+    guidance = getattr(settings.objective, "guidance", None)
+    if guidance not in (None, family.usual_guidance):
+        say(f"trajectories are sampled with guidance {guidance:g}; the model's own pipeline uses {family.usual_guidance:g}")
     family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
     family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))
     return family

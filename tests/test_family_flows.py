@@ -237,6 +237,16 @@ def test_flux_is_told_its_guidance_in_one_call(folders: Path) -> None:
     assert [call["guidance"] for call in heard.calls] == [None]
 
 
+@pytest.mark.parametrize(("name", "usual"), [("sd3", 7.0), ("flux", 3.5), ("sana", 4.5), ("z_image", 6.0)])
+def test_a_run_says_what_guidance_the_model_is_used_with(
+    name: str, usual: float, folders: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for guidance in (usual, 2.0):
+        run(on_disk(name, folders), pairs, "ddpo", tmp_path / str(guidance), adapter="lora", steps=1, guidance=guidance)
+        said = f"trajectories are sampled with guidance 2; the model's own pipeline uses {usual:g}"
+        assert (said in capsys.readouterr().out) == (guidance == 2.0)
+
+
 @pytest.mark.parametrize(("objective", "told"), [("diffusion-dpo", {1.0}), ("d3po", {2.0})])
 def test_flux_is_trained_with_the_guidance_of_its_objective(
     objective: str, told: set[float], folders: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,8 @@ from pipelines.families._encoding import TruncatedPrompt
 from pipelines.families._files import installed_into
 from pipelines.families._names import INDEX_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
-from pipelines.families._sources import Origin, read
+from pipelines.families._sources import Origin, read, registry
+from pipelines.sampling import guidance_of
 
 UNET = "unet"
 
@@ -68,6 +69,11 @@ class Family:
     def base_model(self) -> str:
         """What the checkpoint is called: 'tiny', a hub id or a path; empty if it was built in memory."""
         return self.origin.model if self.origin else ""
+
+    @property
+    def usual_guidance(self) -> float:
+        """What people sample it with, as far as the checkpoint or its pipeline says, in our scale: 1 is none."""
+        return guidance_of(self._pipeline) + 1.0 - registry()[self.name].NO_GUIDANCE
 
     # ------------------------------------------------------------------------------------------------ what is trained
 

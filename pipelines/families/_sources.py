@@ -14,6 +14,7 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     LEFT_OUT        arguments to ``from_pretrained`` that leave out what neither training nor sampling needs
     CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
     OPTIONAL        parts that a person may leave out, by a word for them (may be missing)
+    NO_GUIDANCE     the guidance scale that is none to the pipeline, where that is not 1 (may be missing)
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Declared:
     CALL: Mapping[str, Any] = field(default_factory=dict)
     OPTIONAL: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     NETWORK_CLASS: str = ""
+    NO_GUIDANCE: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ SINGLE_FILE = ("z-image-turbo",)
 NETWORK = "transformer"
 NETWORK_CLASS = "ZImageTransformer2DModel"
 LEFT_OUT = {}
+NO_GUIDANCE = 0.0
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """As Diffusers' script for Z-Image has it: the attention of every block, of those before the stream too."""
 PATCH = 2
