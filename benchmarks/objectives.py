@@ -2,12 +2,13 @@
 
     python benchmarks/objectives.py --out runs/bench [--objectives sft diffusion-dpo ...] [--seeds 0 1 2] [--budget 23040]
     python benchmarks/objectives.py --out runs/bench --noise        (DPO, rDPO, SmPO, ADPO with 0 to 30 % of the labels flipped)
+    python benchmarks/objectives.py --out runs/flow --recipe tiny-flow --objectives diffusion-dpo smpo d3po   (the transformer)
     python benchmarks/objectives.py --out runs/bench --report       (table and plots from what is there)
 
-Every objective starts from its tiny recipe; only the number of steps follows from the budget, in which a sample through the
-network with a gradient counts three forward passes and one without counts one (``Objective().cost``). Models are compared with
-the base on captions of the test split, from the same noise, pooled over seeds; those by which the recipes were tuned (the
-evaluation captions of ``tiny``) are drawn, too, but not counted.
+Every objective starts from its recipe (tiny, a UNet; or tiny-flow, a transformer that follows a flow); only the number of steps
+follows from the budget, in which a sample through the network with a gradient counts three forward passes and one without
+counts one (``Objective().cost``). Models are compared with the base on captions of the test split, from the same noise, pooled
+over seeds; those by which the recipes were tuned (the evaluation captions of ``tiny``) are drawn, too, but not counted.
 
     win rate         by the oracle's utility, over captions, with a prompt-clustered 95 % interval
     taste, faith     the oracle's means: style that the synthetic people like; claims of the caption that are kept
@@ -37,19 +38,18 @@ TUNED_BY = 224
 """Captions of the recipes' own comparison with the base."""
 STEPS, GUIDANCE = 25, 4.0
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3)
+RECIPES = ("tiny", "tiny-flow")
+"""Each is called as the model that it starts from."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table: an objective, and the options that differ from its tiny recipe."""
+    """One line of the table: an objective, and the options that differ from its recipe."""
 
     name: str
     objective: str
     options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        return dict(self.options)
+    recipe: str = RECIPES[0]
 
 
 OBJECTIVES = ("sft", "diffusion-dpo", "ipo", "kto", "mapo", "smpo", "seppo", "diffusion-dro", "d3po", "ddpo")
@@ -71,7 +71,8 @@ def steps_for(budget: float, variant: Variant) -> int:
     from pipelines import config, recipes
 
     objective = objectives.load(variant.objective).Objective
-    tree = config.merge(recipes.load(variant.objective, "tiny"), config.placed({**variant.recipe, "output": "."}, objective))
+    given = config.placed({**dict(variant.options), "output": "."}, objective)
+    tree = config.merge(recipes.load(variant.objective, variant.recipe), given)
     settings = config.resolve(tree, objective)
     pairs = settings.batch.accumulation * (1 if PROMPTS in objective.about.data else settings.batch.batch_size)
     return max(1, round(budget / (pairs * settings.objective.cost.forwards)))
@@ -83,8 +84,8 @@ def train(variant: Variant, seed: int, budget: float, folder: Path, **more: Any)
 
     steps, output = steps_for(budget, variant), folder / "models" / f"{variant.name}-{seed}"
     share = {"warmup_steps": max(1, steps // 6), "validate_every": 0, "checkpoint_every": 0}
-    options = {**variant.recipe, **more, "steps": steps, "seed": seed, "prompts": "none", **share}
-    align(variant.objective, recipe="tiny", output=str(output), overwrite=True, progress=False, **options)
+    options = {**dict(variant.options), **more, "steps": steps, "seed": seed, "prompts": "none", **share}
+    align(variant.objective, recipe=variant.recipe, output=str(output), overwrite=True, progress=False, **options)
     return output, steps
 
 
@@ -113,8 +114,8 @@ def unseen(values: Sequence[float]) -> list[float]:
     return [values[n] for n in counted()]
 
 
-def measure(model: str) -> dict[str, Any]:
-    """Everything about one model's pictures, one number per picture where there is one."""
+def measure(model: str, base: str) -> dict[str, Any]:
+    """Everything about one model's pictures, one number per picture where there is one; ``base`` is what it started from."""
     import reward_models
     from pipelines import families, sampling
 
@@ -133,32 +134,27 @@ def measure(model: str) -> dict[str, Any]:
         "faithfulness": np.asarray(details["faithfulness"]).tolist(),
         "judge": judge.score(pictures, texts).tolist(),
         "diversity": float(apart.mean()),
-        "drift": drift(model),
+        "drift": drift(model, base),
     }
 
 
 @torch.no_grad()
-def drift(model: str, scenes_shown: int = 64) -> float:
+def drift(model: str, base: str, scenes_shown: int = 64) -> float:
     """How far the predictions have moved from the base's, relative to their size."""
     from pipelines import families
     from pipelines.tiny import scenes
 
-    if model == "tiny":
+    if model == base:
         return 0.0
-    base, tuned = families.load_pipeline("tiny"), families.load_pipeline(model)
+    known, tuned = (families.wrap(families.load_pipeline(name)) for name in (base, model))
     shown = [x for x, _ in zip(scenes.stream(CAPTION_SEED, "test", 0.0), range(scenes_shown), strict=False)]
     pixels = torch.stack([torch.from_numpy(np.asarray(scenes.render(scene))).permute(2, 0, 1) for scene, _ in shown])
     generator = torch.Generator().manual_seed(CAPTION_SEED)
-    latents = base.vae.encode(pixels / 127.5 - 1.0).latent_dist.mean * base.vae.config.scaling_factor
+    latents = known.encoder.encode_images(pixels / 127.5 - 1.0)["mean"]
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.randint(1000, (len(latents),), generator=generator)
-    tokens = base.tokenizer(
-        [c for _, c in shown], padding="max_length", max_length=base.tokenizer.model_max_length, return_tensors="pt"
-    )
-    text = base.text_encoder(tokens.input_ids)[0]
-    alpha_bar = base.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    x_t = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-    before, now = (pipe.unet(x_t, t, encoder_hidden_states=text).sample for pipe in (base, tuned))
+    x_t, said = known.denoiser.schedule.add_noise(latents, noise, t), known.encoder.encode_prompts([c for _, c in shown])
+    before, now = (family.denoiser(x_t, t, said) for family in (known, tuned))
     return float((now - before).square().sum() / before.square().sum())
 
 
@@ -167,17 +163,17 @@ def drift(model: str, scenes_shown: int = 64) -> float:
 
 def run(variants: Sequence[Variant], seeds: Sequence[int], budget: float, folder: Path, **more: Any) -> None:
     """Train and measure what has no result yet."""
-    results = folder / "results"
+    results, base = folder / "results", variants[0].recipe
     results.mkdir(parents=True, exist_ok=True)
     if not (results / "base.json").is_file():
-        _write(results / "base.json", measure("tiny"))
+        _write(results / "base.json", measure(base, base))
     for seed in seeds:
         for variant in variants:
             path = results / f"{variant.name}-{seed}.json"
             if path.is_file():
                 continue
             model, steps = train(variant, seed, budget, folder, **more)
-            _write(path, {"name": variant.name, "seed": seed, "steps": steps, "budget": budget, **measure(str(model))})
+            _write(path, {"name": variant.name, "seed": seed, "steps": steps, "budget": budget, **measure(str(model), base)})
             print(f"{path.name} done, {steps} steps", flush=True)
 
 
@@ -370,12 +366,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=23_040, help="forward passes of each run")
     parser.add_argument("--noise", nargs="*", choices=list(NOISY), help="the sweep over flipped labels, of all or of these")
+    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="of which model; has a folder to itself")
     parser.add_argument("--report", action="store_true", help="only the report")
     args = parser.parse_args()
     if args.noise is not None and not args.report:
         run_noise(args.noise or list(NOISY), args.seeds, args.budget, args.out)
     elif not args.report:
-        run([Variant(name, name) for name in args.objectives], args.seeds, args.budget, args.out)
+        run([Variant(name, name, recipe=args.recipe) for name in args.objectives], args.seeds, args.budget, args.out)
     report(args.out)
 
 

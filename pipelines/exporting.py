@@ -165,7 +165,7 @@ def _diffusers(
         header |= {f"{component}.{key}": value for key, value in _peft_config(layers, parts[component]).items()}
     note: dict[str, Any] = {"kind": "lora", "family": origin.family, "base_model": origin.model}
     if origin.base_loras and not joined:
-        note["base_loras"] = [vars(base) for base in origin.base_loras]
+        note["base_loras"] = [base.note() for base in origin.base_loras]
     if origin.without:
         note["without"] = list(origin.without)
     if origin.config:

@@ -153,14 +153,14 @@ class TrainSettings:
 
 
 TOP_LEVEL = {
-    "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
+    "model": "a Diffusers folder, a hub id, a single .safetensors file, tiny or tiny-flow",
     "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
     "preset": "8gb, 12gb, 16gb, 24gb, 48gb or 80gb: switch on what it takes to fit a device of that size (--dry-run says what)",
     "without": "parts of the model to leave out: t5, of SD3",
     "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
     "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
     "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
-    "base_lora": "a LoRA of any making (a .safetensors file or a folder with one) that becomes part of the frozen start",
+    "base_lora": "a LoRA of any making, part of the frozen start: a .safetensors file, a folder with one, or org/name on the hub",
     "start_lora": "a LoRA that diffalign trained, to go on from; the frozen start stays the base model",
     "output": "folder of the run",
     "adapter": "train a LoRA or the whole network",

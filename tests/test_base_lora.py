@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -27,7 +28,7 @@ from diffalign.errors import UserError
 from pipelines import families, lora_layouts
 from pipelines.cli import main
 from pipelines.families._encoding import digest
-from pipelines.families._loras import read_lora
+from pipelines.families._loras import checked, read_lora
 from pipelines.families._names import LORA_FILE, METADATA, NOTE_FILE
 from pipelines.families._quiet import quietly
 from pipelines.families._sources import find, find_loras
@@ -114,6 +115,29 @@ def refused(capsys: pytest.CaptureFixture, *parts: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_one_of_the_hub_is_found_by_name_and_known_by_content(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local copy of the hub, as its library lays it out; the hub itself cannot be reached."""
+    repo = tmp_path / "hub" / "models--somebody--style"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(
+        inputs.kohya.parent, snapshot := repo / "snapshots" / ("0" * 40), ignore=lambda *_: {"base", "data", "result"}
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (plain,) = find_loras(inputs.kohya)
+    for name in ("somebody/style", "somebody/style/old.safetensors"):
+        (found,) = find_loras(name)
+        assert (found.sha256, found.hub) == (plain.sha256, "somebody/style/old.safetensors")
+    moved = replace(found, path="/gone/old.safetensors")  # on another machine
+    assert checked(moved) == str(snapshot / "old.safetensors")
+    (snapshot / "old.safetensors").write_bytes(b"another")
+    with pytest.raises(UserError, match="was changed since"):
+        checked(moved)
 
 
 def test_it_is_merged_as_diffusers_merges_it(inputs: Inputs) -> None:
@@ -212,6 +236,8 @@ def test_what_is_no_lora_of_this_model_is_refused(inputs: Inputs, tmp_path: Path
 
     refuse(r"There is no LoRA at .*: 0 .safetensors files")
     refuse(r"There is no LoRA at .*: no such file or folder", tmp_path / "nothing")
+    refuse(r"There is no LoRA at nobody/nothing here, and the hub could not give one", "nobody/nothing")
+    refuse(r"There is no LoRA at nobody/nothing/one.safetensors here, and the hub", "nobody/nothing/one.safetensors")
     file, some = tmp_path / "it.safetensors", load_file(inputs.kohya)
     file.write_bytes(b"no")
     refuse(r"it.safetensors cannot be read as a .safetensors file")
@@ -266,7 +292,7 @@ def test_resuming_with_another_lora_is_refused(
 
 def test_the_result_is_loaded_with_both(inputs: Inputs, result: Path, wanted: torch.Tensor) -> None:
     note = json.loads((result / NOTE_FILE).read_text())
-    assert note["base_loras"] == [vars(find_loras(inputs.kohya)[0])]
+    assert note["base_loras"] == [find_loras(inputs.kohya)[0].note()]
     same(sample(families.load_pipeline(result, device="cpu")), wanted)
 
 

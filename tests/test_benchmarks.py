@@ -94,7 +94,7 @@ def test_the_sweep_is_named_by_what_it_runs(bench: Any) -> None:
         bench.noisy("dpo", 0.0).name == bench.noisy("rdpo", 0.0).name == "diffusion-dpo" and bench.noisy("smpo", 0).name == "smpo"
     )
     told = bench.noisy("rdpo", 0.2)
-    assert told.name == "noise20-rdpo" and told.recipe == {"loss": "rdpo", "loss_options": {"noise": 0.2}}
+    assert told.name == "noise20-rdpo" and dict(told.options) == {"loss": "rdpo", "loss_options": {"noise": 0.2}}
     assert bench.noisy("adpo", 0.0).name == "noise00-adpo"
 
 

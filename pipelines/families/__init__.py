@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffalign.errors import UserError
-from pipelines.families._sources import find, read, registry, torch_dtype
+from pipelines.families._sources import family_of, find, read, registry, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.families._family import Family
     from pipelines.families._lora import SavedAdapter
 
-__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter", "sketch"]
+__all__ = ["detect", "load_family", "load_pipeline", "names", "read_adapter", "sketch", "wrap"]
 
 Model = str | os.PathLike[str]
 
@@ -51,13 +51,14 @@ def load_pipeline(
     (A checker that blackens pictures would spoil every comparison; load with Diffusers itself to have it.)
 
     Args:
-        model: 'tiny', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
+        model: 'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
             whose LoRA is then applied to its base, and to the LoRAs that were part of that.
         device: None takes a CUDA device if there is one, else the CPU.
         config: a Diffusers folder with configuration and tokenizer, for single files without access to the hub.
         base: the base model of a LoRA folder, if not the one on record.
         without: parts to leave out, by the words of the family's ``OPTIONAL``: SD3 can do without "t5".
-        base_lora: a LoRA of any making, to merge into a whole model: a .safetensors file or a folder with one.
+        base_lora: a LoRA of any making, to merge into a whole model: a .safetensors file, a folder with one, or on the hub
+            org/name or org/name/FILE.
 
     Raises:
         UserError: the model does not exist, is of no known family, or cannot be read.
@@ -99,6 +100,16 @@ def load_family(
     pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32)
     module = importlib.import_module(f"{__name__}.{origin.family}")
     return module.build(pipe, prediction_type=prediction_type, origin=origin)
+
+
+def wrap(pipe: DiffusionPipeline) -> Family:
+    """A pipeline that is in memory, with whatever LoRA it carries, as a family: to ask its denoiser and encoder.
+
+    Raises:
+        UserError: it is of no known family.
+    """
+    name = family_of(type(pipe).__name__, "the pipeline")
+    return importlib.import_module(f"{__name__}.{name}").build(pipe)
 
 
 def sketch(model: Model, *, dtype: str = "float32", config: Model | None = None, without: Sequence[str] = ()) -> Family:

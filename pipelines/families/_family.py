@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +303,7 @@ class Family:
     def _note(self, kind: str) -> dict[str, Any]:
         note = {"kind": kind, "family": self.name, "base_model": self.base_model}
         if self.origin and self.origin.base_loras:  # in a LoRA's folder: to be applied as well; in a pipeline's: for the record
-            note["base_loras"] = [asdict(lora) for lora in self.origin.base_loras]
+            note["base_loras"] = [lora.note() for lora in self.origin.base_loras]
         if self.origin and self.origin.without:  # in the same way
             note["without"] = list(self.origin.without)
         return {**note, "config": self.origin.config} if self.origin and self.origin.config else note

@@ -200,10 +200,11 @@ def checked(base: BaseLora) -> str:
     Raises:
         UserError: it is gone, or another.
     """
-    if not Path(base.path).is_file():
+    file = base.local()
+    if not file.is_file():
         raise UserError(f"The LoRA {base.path}, which this result was trained on top of, is not there any more.")
-    if file_digest(base.path) != base.sha256:
+    if file_digest(file) != base.sha256:
         raise UserError(
             f"The LoRA {base.path}, which this result was trained on top of, was changed since: train anew, or put it back."
         )
-    return base.path
+    return str(file)

@@ -1,9 +1,9 @@
 """What a person may call a model, and how each kind is found and read.
 
-``tiny``; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in the original layout;
-a file of a transformer alone (``.safetensors``, or quantised ``.gguf``), the rest coming from a Diffusers folder or the hub;
-or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base, and the LoRAs that it was trained on
-top of). Those, and any that a run names as part of its base, are merged into the weights when the model is read.
+``tiny`` and ``tiny-flow``, which ship; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in
+the original layout; a file of a transformer alone (``.safetensors``, or quantised ``.gguf``), the rest coming from a Diffusers
+folder or the hub; or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base, and the LoRAs that it
+was trained on top of). Those, and any that a run names as part of its base, are merged into the weights when the model is read.
 
 The folder ``families`` is the registry. A family's file declares, as literals:
 
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffalign.errors import UserError
 from pipelines.families._names import INDEX_FILE, LORA_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
+from pipelines.tiny.shipped import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,15 @@ class BaseLora:
 
     path: str  # the file, absolute
     sha256: str  # of the file
+    hub: str = ""  # org/name/FILE, if it came from there
+
+    def note(self) -> dict[str, str]:
+        """As it goes into a result's note."""
+        return {name: value for name, value in vars(self).items() if value}
+
+    def local(self) -> Path:
+        """The file, fetched again where a copy of the hub's is gone. It need not be there, nor be the same."""
+        return _from_hub(self.hub) if self.hub and not Path(self.path).is_file() else Path(self.path)
 
 
 @dataclass(frozen=True)
@@ -179,20 +189,50 @@ def find(
 def find_loras(where: str | os.PathLike[str]) -> tuple[BaseLora, ...]:
     """A LoRA in a .safetensors file or a folder with one; before it those that it was trained on top of, if it says so.
 
+    Args:
+        where: a path, or on the hub ``org/name`` or ``org/name/FILE``.
+
     Raises:
         UserError: there is none, or there are several.
     """
-    path = Path(where).expanduser()
+    path, hub = Path(where).expanduser(), ""
+    if not path.exists() and not path.parent.exists() and _LORA_ON_HUB.fullmatch(os.fspath(where)):
+        path, hub = _from_hub(os.fspath(where)), os.fspath(where)
     files = (
         [path] if path.is_file() else [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
     )
     if len(files) != 1 or files[0].suffix != ".safetensors":
-        found = f"{len(files)} .safetensors files" if path.is_dir() else "no such file or folder"
+        names = ", ".join(file.name for file in files)
+        found = f"{len(files)} .safetensors files {names}".rstrip() if path.is_dir() else "no such file or folder"
         raise UserError(f"There is no LoRA at {where}: {found}. Name a .safetensors file, or a folder with one.")
     file = files[0].absolute()
+    hub = f"{hub}/{file.name}" if hub and not hub.endswith(file.name) else hub
     with open(file, "rb") as opened:
-        found = BaseLora(str(file), hashlib.file_digest(opened, "sha256").hexdigest())
+        found = BaseLora(str(file), hashlib.file_digest(opened, "sha256").hexdigest(), hub)
     return (*recorded_loras(file.parent), found) if file.name == LORA_FILE else (found,)
+
+
+_LORA_ON_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(/(?P<file>.+\.safetensors))?")
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a file on the hub, or of a repository's LoRA files.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
+
+    asked = _LORA_ON_HUB.fullmatch(name)
+    try:
+        if asked["file"]:
+            return Path(hf_hub_download(asked["repo"], asked["file"]))
+        return Path(snapshot_download(asked["repo"], allow_patterns=["*.safetensors", NOTE_FILE]))
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        raise UserError(
+            f"There is no LoRA at {name} here, and the hub could not give one: {' '.join(str(error).split())[:300]} "
+            "Name a .safetensors file, a folder with one, or org/name or org/name/FILE on the hub."
+        ) from error
 
 
 def recorded_loras(folder: Path) -> tuple[BaseLora, ...]:
@@ -207,10 +247,8 @@ def _note(folder: Path) -> dict[str, Any]:
 
 
 def _find(name: str, config: str | os.PathLike[str] | None, base: str | None) -> Origin:
-    if name == "tiny":
-        from pipelines.tiny.model import checkpoint_path
-
-        return _in_folder(checkpoint_path(), called="tiny", base=None)
+    if name in CHECKPOINTS:
+        return _in_folder(CHECKPOINTS[name], called=name, base=None)
     path = Path(name).expanduser()
     if path.is_dir():
         return _in_folder(path, called=str(path.absolute()), base=base)
@@ -227,7 +265,7 @@ def _missing(name: str, path: Path) -> str:
     beside = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, beside, n=3) or beside[:5]
     there = f"{path.parent} holds {', '.join(near)}" if near else f"{path.parent} is empty"
-    kinds = "a Diffusers folder, a .safetensors file, a hub id (org/name) or 'tiny'"
+    kinds = "a Diffusers folder, a .safetensors file, a hub id (org/name), 'tiny' or 'tiny-flow'"
     return f"There is no model {name}: {there}. A model is {kinds}."
 
 
@@ -248,7 +286,7 @@ def _in_folder(path: Path, *, called: str, base: str | None) -> Origin:
 def _of_index(index: Path, called: str, place: str, kind: Literal["folder", "hub"]) -> Origin:
     content = _index(index)
     name = content["_class_name"]
-    family = _family_of(name, index if kind == "folder" else f"{place}/{INDEX_FILE}")
+    family = family_of(name, index if kind == "folder" else f"{place}/{INDEX_FILE}")
     lacks = tuple(part for part, what in content.items() if what == [None, None])
     return Origin(called, place, kind, family, name, lacks=lacks)
 
@@ -263,7 +301,7 @@ def _index(index: Path) -> dict[str, Any]:
     return content
 
 
-def _family_of(pipeline_class: str, where: Path | str) -> str:
+def family_of(pipeline_class: str, where: Path | str) -> str:
     families = registry()
     for name, declared in families.items():
         if pipeline_class in declared.PIPELINES:
