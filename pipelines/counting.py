@@ -35,7 +35,7 @@ def forward_pass(
 
     Args:
         size: (C, h, w) of a latent.
-        autocast: what a network of float32 weights computes in, if not in float32.
+        autocast: what the network computes in, if not in float32; adapters are float32 in a network of any precision.
     """
     keeping = _Keeping(family.network)
     with shapes_only(family.network, *family.encoder.networks()):

@@ -29,8 +29,8 @@ from pipelines.run import PRECISIONS
 
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
-_LIBRARIES = int(1.2 * 2**30)
-_BUFFERS = 0.1
+_LIBRARIES = int(1.0 * 2**30)
+_BUFFERS = 0.05
 """Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; both from the resident
 memory of SD1.5's LoRA runs on a CPU. (``pytest -m slow -k real_image`` compares.)"""
 GIB = 2**30
@@ -142,7 +142,7 @@ def size_of(settings: TrainSettings) -> Sized:
     pixels = settings.data.resolution or family.resolution
     size = family.latent_shape(pixels)
     rows = max(1, round(settings.objective.cost.at_once))
-    autocast = getattr(torch, precision) if full and precision != "float32" else None
+    autocast = None if precision == "float32" else getattr(torch, precision)
     one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
     own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
     return Sized(

@@ -79,8 +79,8 @@ def test_every_family_is_counted_as_it_is(name: str, tmp_path: Path) -> None:
     assert guess.bytes["activations"] > 0 and guess.seconds_per_step > 0
 
 
-def kept_in_truth(family, size: tuple[int, int, int], rows: int) -> int:
-    """What autograd keeps of a forward pass that is really made."""
+def kept_in_truth(family, size: tuple[int, int, int], rows: int, half: bool = False) -> int:
+    """What autograd keeps of a forward pass that is really made, by a network as training wraps it."""
     own, kept = {p.untyped_storage().data_ptr() for p in family.network.parameters()}, {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,19 +91,21 @@ def kept_in_truth(family, size: tuple[int, int, int], rows: int) -> int:
 
     told = {k: v.expand(rows, *v.shape[1:]) for k, v in family.encoder.encode_prompts(["a"]).items()}
     t = torch.full((rows,), 500.0 if family.denoiser.schedule.continuous else 500)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    wrapped = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with wrapped, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         family.denoiser(torch.randn(rows, *size), t, told)
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["stable_diffusion", "pixart", "sd3"])
-def test_activations_are_those_of_a_real_pass(name: str, tmp_path: Path) -> None:
-    folder = MINIATURES[name].save(tmp_path / "model")
-    family = load_family(folder)
+def test_activations_are_those_of_a_real_pass(name: str, precision: str, tmp_path: Path) -> None:
+    folder, half = MINIATURES[name].save(tmp_path / "model"), precision == "bf16"
+    family = load_family(folder, dtype="bfloat16" if half else "float32")
     family.attach_lora(rank=2)
     size = family.latent_shape(PIXELS)
-    guess = estimate(settings(model=str(folder), rank=2, resolution=PIXELS, batch_size=1))
-    assert guess.bytes["activations"] == pytest.approx(kept_in_truth(family, size, 2), rel=0.02)
+    guess = estimate(settings(model=str(folder), rank=2, resolution=PIXELS, batch_size=1, mixed_precision=precision))
+    assert guess.bytes["activations"] == pytest.approx(kept_in_truth(family, size, 2, half), rel=0.02)
 
 
 def test_recomputed_blocks_are_counted_apart(tmp_path: Path) -> None:
