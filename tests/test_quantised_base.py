@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,22 +75,29 @@ def off(found: torch.Tensor, true: torch.Tensor) -> float:
 LEFT = {
     "stable_diffusion": {"time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj"},
     "sdxl": {"add_embedding.linear_1", "down_blocks.1.resnets.0.time_emb_proj"},
-    "sd3": {"context_embedder", "proj_out", "norm_out.linear", "transformer_blocks.0.norm1.linear"},
-    "flux": {"x_embedder", "context_embedder", "proj_out", "single_transformer_blocks.0.norm.linear"},
+    "sd3": {"context_embedder", "proj_out", "norm_out.linear"},
+    "flux": {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"},
     "pixart": {"adaln_single.linear", "caption_projection.linear_1", "proj_out"},
     "sana": {"caption_projection.linear_1", "time_embed.linear", "proj_out"},
     "z_image": {
         "cap_embedder.1",
         "t_embedder.mlp.0",
-        "layers.0.adaLN_modulation.0",
         "all_x_embedder.2-1",
         "all_final_layer.2-1.linear",
     },
 }
 
 
+ADAPTIVE = {
+    "sd3": {"transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear"},
+    "flux": {"transformer_blocks.0.norm1.linear", "single_transformer_blocks.0.norm.linear"},
+    "z_image": {"layers.0.adaLN_modulation.0"},
+}
+"""Scales and shifts of a block's norms (adaLN). PixArt and Sana make those of all blocks at once, before the blocks."""
+
+
 @pytest.mark.parametrize("name", families.names())
-def test_attention_and_feed_forward_are_quantised_and_nothing_else(name: str) -> None:
+def test_attention_feed_forward_and_adaptive_norms_are_quantised_and_nothing_else(name: str) -> None:
     pipe = MINIATURES[name].build()
     network = getattr(pipe, "unet", None) or pipe.transformer
     linear, chosen = {n for n, m in network.named_modules() if isinstance(m, nn.Linear)}, quantisable(network)
@@ -98,8 +106,10 @@ def test_attention_and_feed_forward_are_quantised_and_nothing_else(name: str) ->
     forward = {
         n for n in linear if ".ff.net." in n or ".ff_context.net." in n or ".feed_forward.w" in n or n.endswith(("proj_mlp",))
     }
-    assert attention and attention | forward <= chosen.keys()
-    assert all(".attn" in n or ".attention" in n or n in forward or n.endswith((".proj_in", ".proj_out")) for n in chosen)
+    norms = {n for n in linear if re.search(r"\d\.(norm\w*\.linear|adaLN_modulation\.\d)$", n)}
+    assert ADAPTIVE.get(name, set()) <= norms and attention and attention | forward | norms <= chosen.keys()
+    rest = chosen.keys() - forward - norms
+    assert all(".attn" in n or ".attention" in n or n.endswith((".proj_in", ".proj_out")) for n in rest)
 
 
 # ---------------------------------------------------------------------------------------------------------- a network
