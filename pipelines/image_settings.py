@@ -30,7 +30,9 @@ class DataSettings:
     """Which pairs, and what is done to them before the network sees them."""
 
     resolution: int | None = option(None, "pixels per side; by default the model's own", ge=8)
-    crop: Literal["center", "random"] = option("center", "one crop for both pictures of a pair")
+    crop: Literal["center", "random", "fit"] = option(
+        "center", "one crop for both pictures of a pair; fit: none, where proportions are within 10 % (see buckets)"
+    )
     flip: bool = option(False, "mirror half of the visits, both pictures together")
     buckets: bool = option(False, "cut pairs to the shape nearest to the winner's, of resolution squared pixels, not to squares")
     bucket_step: int = option(64, "pixels of which the sides of a bucket are multiples", ge=1)

@@ -83,6 +83,22 @@ def test_a_picture_is_resized_to_just_cover_its_bucket_and_cut_to_it() -> None:
     assert transform.apply(image.crop((0, 0, 60, 60)), CENTER, False, (24, 40)).shape == (3, 24, 40)
 
 
+@pytest.mark.parametrize(("resolution", "step"), [(512, 32), (1024, 64)])
+def test_nothing_of_a_winner_is_cut_off_where_it_is_to_fit(resolution: int, step: int) -> None:
+    """Both sides are resized to the bucket's; a picture of quite another shape, a loser's say, is cut as ever."""
+    fit, cut = (Transform(resolution, buckets=True, bucket_step=step, crop=crop) for crop in ("fit", "center"))
+    for width, height in product(range(500, 2001, 125), repeat=2):  # ratios up to 4:1
+        target = fit.target((width, height))
+        assert fit.framings((width, height), CENTER, target) == [(height, width, 0, 0, *target)]
+    square, wide = (resolution, resolution), fit.target((1600, 900))
+    assert (
+        fit.framings(square, CENTER, wide) == cut.framings(square, CENTER, wide) and cut.framings(square, CENTER, wide)[0][2] > 0
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 103, 3), dtype=np.uint8))
+    expected = np.asarray(image.resize(square, Image.Resampling.BILINEAR), dtype=np.float32) / 127.5 - 1
+    torch.testing.assert_close(fit.apply(image, CENTER, False), torch.from_numpy(expected).permute(2, 0, 1))
+
+
 def test_without_buckets_nothing_is_new() -> None:
     assert "buckets" not in Transform(32).describe() and "bucket_step" in Transform(32, **HOW).describe()
     with pytest.raises(UserError, match="bucket_step is 64; it must be from 1 to the resolution, 32"):

@@ -19,6 +19,9 @@ Position = tuple[float, float]
 
 CENTER: Position = (0.5, 0.5)
 
+FIT = 1.1
+"""The most by which ``crop="fit"`` changes the ratio of a picture's sides."""
+
 Framing = tuple[int, int, int, int, int, int]
 """What was done to a picture: height and width of the original; top and left of the crop, in pixels after resizing; height and
 width of what is left. SDXL is trained with these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
@@ -30,7 +33,10 @@ class Transform:
     shape nearest to the winner's (see ``buckets``) and cut to that.
 
     Bilinear resizing with antialiasing, as in the released Diffusion-DPO script. ``crop="random"`` draws one relative
-    position per pair from (seed, pair index), so that it is known before anything is encoded and never changes.
+    position per pair from (seed, pair index), so that it is known before anything is encoded and never changes. ``crop="fit"``
+    cuts nothing of a picture whose proportions are within ``FIT`` of the shape's: it is resized to it, either side by itself.
+    With buckets of one sixteenth of the resolution that holds for every winner, up to the widest bucket; others are cut at the
+    centre.
     ``flip`` means that both orientations are encoded and whoever draws a batch chooses one for the whole pair.
     """
 
@@ -44,14 +50,14 @@ class Transform:
     def __post_init__(self) -> None:
         if self.resolution < 8:
             raise UserError(f"resolution is {self.resolution}; it must be at least 8 pixels.")
-        if self.crop not in ("center", "random"):
-            raise UserError(f"crop is {self.crop!r}; it must be 'center' or 'random'.")
+        if self.crop not in ("center", "random", "fit"):
+            raise UserError(f"crop is {self.crop!r}; it must be 'center', 'random' or 'fit'.")
         if self.buckets and not 1 <= self.bucket_step <= self.resolution:
             raise UserError(f"bucket_step is {self.bucket_step}; it must be from 1 to the resolution, {self.resolution}.")
 
     def position(self, index: int) -> Position:
         """The crop position of pair ``index``, the same for both of its pictures."""
-        if self.crop == "center":
+        if self.crop != "random":
             return CENTER
         top, left = np.random.default_rng((self.seed, index)).random(2)
         return float(top), float(left)
@@ -83,15 +89,16 @@ class Transform:
         A mirrored view is a crop of the mirrored picture: what was left of the crop is now right of it.
         """
         target = target or self.square
-        width, _ = _resized(size, target)
-        top, left = _corner(size, target, position)
-        lefts = [left, width - target[1] - left] if self.flip else [left]
+        resized = self._resized(size, target)
+        top, left = _corner(resized, target, position)
+        lefts = [left, resized[0] - target[1] - left] if self.flip else [left]
         return [(size[1], size[0], top, x, *target) for x in lefts]
 
     def apply(self, image: Image.Image, position: Position, flipped: bool, target: Shape | None = None) -> Tensor:
         """An RGB picture -> float32 [3, H, W] in [-1, 1], the square if no ``target`` (H, W) is given."""
         high, wide = target = target or self.square
-        resized, (top, left) = _resized(image.size, target), _corner(image.size, target, position)
+        resized = self._resized(image.size, target)
+        top, left = _corner(resized, target, position)
         if resized != image.size:
             image = image.resize(resized, Image.Resampling.BILINEAR)
         pixels = np.asarray(image.crop((left, top, left + wide, top + high)), dtype=np.float32)
@@ -101,21 +108,22 @@ class Transform:
     def describe(self) -> dict[str, Any]:
         """Everything the encoded pixels depend on, as plain values. The seed counts only where something is drawn."""
         found = asdict(self) | {"resize": "bilinear, antialiased"}
-        if self.crop == "center":
+        if self.crop != "random":
             del found["seed"]
         if not self.buckets:
             del found["buckets"], found["bucket_step"]
         return found
 
+    def _resized(self, size: tuple[int, int], target: Shape) -> tuple[int, int]:
+        """(width, height) of a picture of ``size`` (width, height) that just covers ``target`` (height, width), or fits it."""
+        (width, height), (high, wide) = size, target
+        scales = high / height, wide / width
+        if self.crop == "fit" and max(scales) <= FIT * min(scales):
+            return wide, high
+        return max(wide, round(width * max(scales))), max(high, round(height * max(scales)))
 
-def _resized(size: tuple[int, int], target: Shape) -> tuple[int, int]:
-    """(width, height) of a picture of ``size`` (width, height) that just covers ``target`` (height, width)."""
-    (width, height), (high, wide) = size, target
-    scale = max(high / height, wide / width)
-    return max(wide, round(width * scale)), max(high, round(height * scale))
 
-
-def _corner(size: tuple[int, int], target: Shape, position: Position) -> tuple[int, int]:
-    """Top and left of the crop after resizing."""
-    width, height = _resized(size, target)
+def _corner(resized: tuple[int, int], target: Shape, position: Position) -> tuple[int, int]:
+    """Top and left of the crop of a picture of (width, height) pixels."""
+    width, height = resized
     return round(position[0] * (height - target[0])), round(position[1] * (width - target[1]))
