@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sd15
@@ -12,18 +14,31 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from pipelines.tiny import model as tiny
 
 
+@contextmanager
+def _in_bfloat16() -> Iterator[None]:
+    """Files as many download them; of those in float32 the pages would count as resident while they are read."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def save_sd15(folder: Path) -> None:
+    """In bfloat16."""
+    with _in_bfloat16():
+        sd15.save_random(folder)
+
+
 def save_sdxl(folder: Path) -> None:
     """2.57 B (UNet), 0.12 and 0.69 B (text encoders) and 84 M (autoencoder) parameters, saved in bfloat16; the tiny world's
     tokenizer, padded to 77."""
     torch.manual_seed(0)
     tokenizer = tiny.build_tokenizer()
     tokenizer.model_max_length = 77
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with _in_bfloat16():
         parts = {"unet": _unet(), "vae": _vae(), "text_encoder": _text(tokenizer), "text_encoder_2": _larger_text(tokenizer)}
-    finally:
-        torch.set_default_dtype(before)
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     StableDiffusionXLPipeline(
         **parts, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, force_zeros_for_empty_prompt=True
@@ -79,4 +94,4 @@ def _config(tokenizer, width: int, layers: int, heads: int) -> CLIPTextConfig:
     )
 
 
-SAVE = {"sd15": sd15.save_random, "sdxl": save_sdxl}
+SAVE = {"sd15": save_sd15, "sdxl": save_sdxl}

@@ -103,17 +103,13 @@ def _see_packages_of_this_environment(environment: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "limit", "off"),
-    [
-        ("sd15", ["--recipe", "tiny"], 16, 0.25),
-        ("sd15", ["--batch-size", "4"], 16, 0.15),
-        ("sdxl", ["--batch-size", "1"], 20, 0.15),
-    ],
+    ("name", "more", "limit"),
+    [("sd15", ["--recipe", "tiny"], 16), ("sd15", ["--batch-size", "4"], 16), ("sdxl", ["--batch-size", "1"], 20)],
     ids=["sd15 by the tiny recipe", "sd15", "sdxl"],
 )
-def test_a_lora_run_on_a_real_image_configuration(name: str, more: list[str], limit: int, off: float, tmp_path: Path) -> None:
-    """SD1.5 (860 million parameters) and SDXL (2.6 billion), bf16, 256 pixels, within 16 and 20 GB; the estimate within 15 %,
-    and within 25 % over several micro-steps, between which a CPU's heap keeps some of what is free."""
+def test_a_lora_run_on_a_real_image_configuration(name: str, more: list[str], limit: int, tmp_path: Path) -> None:
+    """SD1.5 (860 million parameters; three micro-steps of 8 pairs, and one of 4) and SDXL (2.6 billion), bf16, 256 pixels, within
+    16 and 20 GB; the estimate within 15 %."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import full_size_images as full; "
         "full.SAVE[sys.argv[2]](Path(sys.argv[3])); import sd15; sd15.save_pairs(Path(sys.argv[4]), 12)"
@@ -125,7 +121,7 @@ def test_a_lora_run_on_a_real_image_configuration(name: str, more: list[str], li
     peak = peak_of([*DIFFALIGN, *words, *asked, "--quiet"], tmp_path)
     guessed = max(float(found) for found in re.findall(r"(?:together|beside the network:) +([\d.]+) GiB", dry))
     print(f"{name}: {guessed:.1f} GiB announced, {peak:.1f} GiB taken")  # shown by pytest -s
-    assert peak < limit and (1 - off) * peak < guessed < (1 + off) * peak
+    assert peak < limit and 0.85 * peak < guessed < 1.15 * peak
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "train"] == [1]
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from torch import nn
 from torch.nn import functional as F
+from transformers import CLIPTextModel
 
 from pipelines import cli, families
 from pipelines.commands import world
@@ -48,6 +50,34 @@ def test_training_learns_and_a_killed_one_goes_on_to_the_bit(scenes: tuple, vae:
     for one, other in ((whole.transformer, second.transformer), (whole.text_encoders[0], second.text_encoders[0])):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(start, whole.text_encoders[1].parameters(), strict=True))
+    known = flow_model.build_text_encoders(whole.tokenizer)[0]
+    assert all(torch.equal(a, b) for a, b in zip(known.parameters(), whole.text_encoders[0].parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_the_first_text_encoder_says_what_stable_diffusions_says() -> None:
+    tokenizer = model.build_tokenizer()
+    ids = tokenizer(["a red circle", "a blue star above a green cross"], padding="max_length", return_tensors="pt").input_ids
+    theirs = CLIPTextModel.from_pretrained(shipped.CHECKPOINT, subfolder="text_encoder", torch_dtype=torch.float32).eval()(ids)
+    ours = flow_model.build_text_encoders(tokenizer)[0].eval()(ids, output_hidden_states=True)
+    normed = ours.hidden_states[-2] / flow_model.CALMER
+    torch.testing.assert_close(theirs.last_hidden_state, theirs_norm(normed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.text_embeds, theirs.pooler_output, rtol=1e-4, atol=1e-4)
+
+
+def theirs_norm(states: torch.Tensor) -> torch.Tensor:
+    encoder = CLIPTextModel.from_pretrained(shipped.CHECKPOINT, subfolder="text_encoder", torch_dtype=torch.float32)
+    return encoder.final_layer_norm(states)
+
+
+@torch.no_grad()
+def test_the_transformer_begins_with_blocks_that_do_nothing() -> None:
+    torch.manual_seed(0)
+    transformer, x = flow_model.build_transformer(), torch.randn(2, 64, 128)
+    block, words, time = transformer.transformer_blocks[0], torch.randn(2, 7, 128), torch.randn(2, 128)
+    same_words, same = block(x, words, time)
+    assert torch.equal(same, x) and torch.equal(same_words, words)
+    assert not transformer.proj_out.weight.any()
 
 
 @torch.no_grad()
@@ -55,6 +85,9 @@ def test_one_zero_that_counts_as_many_is_many_zeros() -> None:
     tokenizer = model.build_tokenizer()
     torch.manual_seed(0)
     encoders, transformer = flow_model.build_text_encoders(tokenizer), flow_model.build_transformer()
+    for layer in transformer.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()  # so that blocks do something
     ids = tokenizer(["a red circle", "a blue star above a green cross"], padding="max_length", return_tensors="pt").input_ids
     text, pooled = encode_captions(encoders, ids)
     x, t = torch.randn(2, 4, 16, 16), torch.tensor([200.0, 900.0])

@@ -1,6 +1,6 @@
 """How the shipped miniature of Stable Diffusion 3 was made: ``diffalign world train-flow --output DIR``.
 
-Transformer and both text encoders together, on the scenes and with the autoencoder of the miniature SD: conditional
+Transformer and second text encoder together, on the scenes and with the autoencoder of the miniature SD: conditional
 flow matching (Lipman et al. 2022, arXiv 2210.02747) on straight paths x_s = (1 - s) x_0 + s eps, velocity eps - x_0 predicted,
 s from a logit-normal (Esser et al. 2024, arXiv 2403.03206), 10 % of the captions dropped for classifier-free guidance, an
 exponential moving average of the weights kept.
@@ -49,8 +49,8 @@ class FlowTraining:
     """Everything that decides the weights."""
 
     seed: int = 0
-    scenes: int = 60_000
-    flow_steps: int = 7_000
+    scenes: int = 30_000
+    flow_steps: int = 5_000
     flow_batch: int = 32
     flow_learning_rate: float = 1e-3
     caption_dropout: float = 0.1
@@ -60,16 +60,17 @@ class FlowTraining:
 
 
 class TransformerTraining(NetworkTraining):
-    """Transformer and text encoders."""
+    """Transformer and second text encoder; the first one stays as it is."""
 
     def __init__(self, config: FlowTraining, vae: nn.Module, pictures: np.ndarray, captions: list[str]) -> None:
         torch.manual_seed(config.seed + 2)
         self.config, self.tokenizer = config, model.build_tokenizer()
-        self.text_encoders = [net.train() for net in flow_model.build_text_encoders(self.tokenizer)]
+        self.text_encoders = flow_model.build_text_encoders(self.tokenizer)
+        self.text_encoders[1].train()
         self.transformer = flow_model.build_transformer().train()
         self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
         self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-        networks = [self.transformer, *self.text_encoders]
+        networks = [self.transformer, self.text_encoders[1]]
         if config.compile_blocks:
             for block in (*self.transformer.transformer_blocks, *self.text_encoders):
                 block.compile()
@@ -152,8 +153,7 @@ def train(output: Path, config: FlowTraining, say: Say = print) -> None:
     def save() -> None:
         with training.average.applied():
             save_half(output, flow_model.assemble(training.tokenizer, training.text_encoders, vae, training.transformer))
-        for net in (*training.text_encoders, training.transformer):
-            net.train()
+        training.text_encoders[1].train(), training.transformer.train()
         (output / "training.json").write_text(json.dumps(_record(config, training), indent=2) + "\n")
         (output / "sampling.json").write_text(json.dumps({"guidance_scale": config.guidance_scale}) + "\n")
         keep_state(training, work / "flow.pt")
