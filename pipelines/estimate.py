@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ class Sized:
     encoding: dict[str, int]
     cached: dict[str, int]
     sampling_flops: float  # of one picture and step at the model's own size, guided
+    copies: int = 0  # bytes of weights in half precision that are kept beside those in float32
 
 
 def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
@@ -144,11 +145,17 @@ def size_of(settings: TrainSettings) -> Sized:
     rows = max(1, round(settings.objective.cost.at_once))
     autocast = None if precision == "float32" else getattr(torch, precision)
     one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
+    copies = 0
+    if full and autocast:  # of weights, in half precision: they are kept as well, and there are no more of them for more samples
+        two = forward_pass(family, size, 2 * rows, settings.compute.gradient_checkpointing, autocast)
+        copies = 2 * one.kept - two.kept
+        one = replace(one, kept=one.kept - copies)
     own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
     return Sized(
         total=base + (0 if full else 4 * trainable),
         trainable=trainable,
         one=one,
+        copies=copies,
         encoding={**encoding_bytes(family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
         cached=_cached(settings, family, size),
         sampling_flops=2 * own / rows,  # guidance asks twice
@@ -162,7 +169,7 @@ def _own_flops(family: Any) -> int:
 def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int]:
     """Bytes while training, with ``times`` what was counted at one time."""
     full = settings.adapter == "full"
-    kept, inner = int(times * sized.one.kept), int(times * sized.one.inner)
+    kept, inner = sized.copies + int(times * sized.one.kept), int(times * sized.one.inner)
     half = PRECISIONS[settings.compute.mixed_precision] != "float32"
     return {
         "weights": sized.total,

@@ -31,6 +31,10 @@ from pipelines.sampling import SAMPLING_FILE
 LAYOUTS = ("diffusers", *lora_layouts.LAYOUTS, "single-file")
 
 
+SINGLE_FILES = ("stable_diffusion", "sdxl")
+"""Families that are written as one file."""
+
+
 @dataclass(frozen=True)
 class Export:
     """What to write.
@@ -97,6 +101,11 @@ def _check(asked: Export, origin: Origin, whole: bool) -> None:
         raise UserError(f"The scale of a LoRA is a number other than 0; got {asked.scale}.")
     if not origin.adapter:
         _check_without_lora(asked, origin)
+    if asked.layout == "single-file" and origin.family not in SINGLE_FILES:
+        raise UserError(
+            f"A single file in the original layout is written for Stable Diffusion 1.x, 2.x and XL; this is a "
+            f"{origin.pipeline_class}. Export the whole pipeline instead: --to diffusers --merge."
+        )
     if asked.merge and asked.layout in lora_layouts.LAYOUTS:
         raise UserError(
             f"A merged model has no LoRA to write in {asked.layout}'s layout: --to diffusers or single-file, or no --merge."
@@ -265,21 +274,19 @@ def _scheduler(origin: Origin) -> Mapping[str, Any]:
     """The scheduler's configuration, where it can be had without reading the model."""
     import diffusers
 
-    place = origin.config or origin.place
-    if origin.kind == "file" and origin.config is None:
+    if origin.configured_at is None:
         return {}
-    return diffusers.DDIMScheduler.load_config(place, subfolder="scheduler")
+    return diffusers.DDIMScheduler.load_config(origin.configured_at, subfolder="scheduler")
 
 
 def _resolution(origin: Origin, network: nn.Module) -> int:
     """Pixels on a side that the network was made for."""
     import diffusers
 
-    place = origin.config or origin.place
     size = network.config.get("sample_size") or 128  # FLUX does not say; it was made for a million pixels
-    if origin.kind == "file" and origin.config is None:
+    if origin.configured_at is None:
         return 8 * size
-    channels = diffusers.AutoencoderKL.load_config(place, subfolder="vae")["block_out_channels"]
+    channels = diffusers.AutoencoderKL.load_config(origin.configured_at, subfolder="vae")["block_out_channels"]
     return size * 2 ** (len(channels) - 1)
 
 

@@ -227,7 +227,7 @@ def _changed(settings: Any) -> list[str]:
 
 def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     """Choices, an adapter, noise levels, rounds of the loop or a curriculum, where the objective has no use for them."""
-    objective, data, loop = whole["objective"], whole["data"], whole["loop"]
+    objective, data, loop, compared = whole["objective"], whole["data"], whole["loop"], whole["evaluation"]
     samples, own = PROMPTS in objective.about.data, getattr(objective, "round_steps", 1)
     out = []
     if whole["feedback"] and not getattr(objective, "learns_from_people", False):
@@ -242,6 +242,8 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out.append("compute.quantise: the trajectories of feedback were made by whole weights; log-densities would not compare")
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
+    if compared.prompts and not compared.judges:
+        out.append("evaluation.judges: prompts are named and nobody to judge the pictures; name a judge, or set prompts to none")
     if data.buckets and hasattr(objective, "rollout_steps"):
         out.append("data.buckets: this objective samples pictures of its own, all of one shape")
     if data.buckets and data.curriculum != "none":

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diffalign import losses
 from diffalign.errors import UserError
 from pipelines.estimate import GIB, Estimate, Sized, estimate, size_of
 from pipelines.image_settings import TrainSettings
+from pipelines.ingredients import samples_itself
 
 SIZES = (8, 12, 16, 24, 48, 80)
 """Of GPUs, in GB as they are sold."""
@@ -33,9 +35,17 @@ def _compute(**changes: Any) -> Callable[[TrainSettings], TrainSettings]:
 
 
 def _one_at_a_time(settings: TrainSettings) -> TrainSettings:
-    """The same pairs for each optimizer step, in smaller parts."""
-    batch = settings.batch
-    return replace(settings, batch=replace(batch, batch_size=1, accumulation=batch.accumulation * batch.batch_size))
+    """The same pairs for each optimizer step, in smaller parts; not where what is learnt from a pair depends on its company."""
+    batch, objective = settings.batch, settings.objective
+    if getattr(objective, "baseline", None) in ("batch", "mismatched") or ((loss := _loss(objective)) and loss.mixes_batch):
+        return settings
+    times = 1 if samples_itself(settings) else batch.batch_size  # of what an objective samples, accumulation counts the pairs
+    return replace(settings, batch=replace(batch, batch_size=1, accumulation=batch.accumulation * times))
+
+
+def _loss(objective: Any) -> losses.Loss | None:
+    name = getattr(objective, "loss", None)
+    return losses.load(name) if name in losses.names() else None
 
 
 def _lora(settings: TrainSettings) -> TrainSettings:
@@ -51,7 +61,7 @@ SWITCHES = (
     Switch("bf16 (mixed_precision bf16)", _compute(mixed_precision="bf16")),
     Switch("one pair at a time, more accumulation (batch_size 1)", _one_at_a_time),
     Switch("gradient checkpointing", _compute(gradient_checkpointing=True)),
-    Switch("a LoRA in place of all weights (adapter lora)", _lora),
+    Switch("a LoRA in place of all weights (adapter lora; it wants a learning rate of about 1e-4)", _lora),
 )
 
 
@@ -100,8 +110,17 @@ def fitted(settings: TrainSettings, size: int) -> Fit:
             return last
     raise UserError(
         f"With all switches on this run still takes about {last.estimate.peak / GIB:.1f} GiB, and a device of {size} GB has "
-        f"{_usable(size) / GIB:.1f} to give. Train smaller pictures (--resolution), or a smaller model."
+        f"{_usable(size) / GIB:.1f} to give. {_more_advice(last)}"
     )
+
+
+def _more_advice(last: Fit) -> str:
+    """What presets do not switch on, by the phase that is too large."""
+    if last.estimate.training < last.estimate.peak:
+        return (
+            "It is the encoders that do not fit: a smaller --resolution or --vae-tiling, or --without t5 where that is the one."
+        )
+    return "Train smaller pictures (--resolution), a smaller model, or a LoRA on a quantised one (--quantise nf4)."
 
 
 def applied(settings: TrainSettings) -> tuple[TrainSettings, str]:

@@ -79,6 +79,7 @@ class RolledOut:
         lines = [f"{counts}{before}, {self.seconds:.0f} s."]
         called, made = self.made.called, self.made
         below = f" --base-lora {called['base_lora']}" if called.get("base_lora") else ""
+        below += f" --single-file-config {called['config']}" if called.get("config") else ""
         below += f" --without {','.join(called['without'])}" if called.get("without") else ""
         lora = below + (f" --start-lora {called['lora']}" if called["lora"] else "")
         precision = made.model["mixed_precision"]
@@ -139,6 +140,7 @@ def roll_out(
             "lora": sampler.lora,
             **({"base_lora": sampler.base_lora} if sampler.base_lora else {}),
             **({"without": list(sampler.without)} if sampler.without else {}),
+            **({"config": str(model.config)} if model.config else {}),
         },
     )
     store = Store.create(folder, made, batch_size)

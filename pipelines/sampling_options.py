@@ -27,6 +27,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
     parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument("--single-file-config", metavar="FOLDER", help="for a single-file model: a Diffusers folder of its kind")
     add_without(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote into the output folder")
 
@@ -45,6 +46,11 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What ``pipelines.sampling.sample`` takes, from the parsed options."""
     names = ("steps", "guidance_scale", "sampler", "batch_size", "height", "width")
     return {name: getattr(args, name) for name in names}
+
+
+def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``families.load_pipeline`` takes, from the parsed options."""
+    return {"dtype": args.dtype, "device": args.device, "without": args.without, "config": args.single_file_config}
 
 
 def whole(least: int) -> Callable[[str], int]:

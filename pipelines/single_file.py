@@ -40,8 +40,17 @@ def tensors(pipe: Any) -> dict[str, Tensor]:
     return {
         **{UNET + unet_name(name, network.config): value for name, value in network.state_dict().items()},
         **{VAE + vae_name(name, pipe.vae.config): _as_convolution(name, value) for name, value in pipe.vae.state_dict().items()},
+        **_marks(pipe, network),
         **dict(_texts(pipe, is_sdxl(network), network.config.cross_attention_dim == 1024)),
     }
+
+
+def _marks(pipe: Any, network: Any) -> dict[str, Tensor]:
+    """By which ComfyUI and its like know that an SDXL predicts v, and that its schedule ends in pure noise."""
+    settings = pipe.scheduler.config
+    if not is_sdxl(network) or settings.get("prediction_type") != "v_prediction":
+        return {}
+    return {"v_pred": torch.tensor([])} | ({"ztsnr": torch.tensor([])} if settings.get("rescale_betas_zero_snr") else {})
 
 
 def _texts(pipe: Any, xl: bool, sd2: bool) -> Iterator[tuple[str, Tensor]]:

@@ -54,10 +54,6 @@ def preflight(settings: TrainSettings, judge: RewardFunction | None = None) -> N
         UserError: an unknown judge, prompts that cannot be read, a package or device that is asked for and not there.
     """
     e, compute = settings.evaluation, settings.compute
-    if e.prompts and not e.judges:
-        raise UserError(
-            "evaluation.prompts is set, but evaluation.judges is empty: name a judge (--judges oracle), or set prompts to none."
-        )
     if e.prompts:
         load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
     ingredients.training_judges(settings, judge)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from miniatures import MINIATURES, PIXELS
 
-from diffalign import objectives
+from diffalign import losses, objectives
 from diffalign.errors import UserError
 from pipelines import config, memory_presets
 from pipelines.estimate import Estimate, estimate
@@ -18,8 +18,8 @@ from pipelines.image_settings import TrainSettings
 from pipelines.tiny.model import checkpoint_path
 
 
-def settings(**options: object) -> TrainSettings:
-    objective = objectives.load("diffusion-dpo").Objective
+def settings(name: str = "diffusion-dpo", **options: object) -> TrainSettings:
+    objective = objectives.load(name).Objective
     given = {"model": "tiny", "pairs": "tiny", "output": "never", "prompts": None, **options}
     return config.resolve(config.placed(given, objective), objective)
 
@@ -108,6 +108,17 @@ def test_activations_are_those_of_a_real_pass(name: str, precision: str, tmp_pat
     assert guess.bytes["activations"] == pytest.approx(kept_in_truth(family, size, 2, half), rel=0.02)
 
 
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_copies_of_weights_in_half_precision_are_counted_once(pairs: int, tmp_path: Path) -> None:
+    """Of all weights that are trained; they do not grow with the batch."""
+    folder = MINIATURES["stable_diffusion"].save(tmp_path / "model")
+    family = load_family(folder)
+    family.train_fully()
+    truth = kept_in_truth(family, family.latent_shape(PIXELS), 2 * pairs, half=True)
+    guess = estimate(settings(model=str(folder), adapter="full", resolution=PIXELS, batch_size=pairs, mixed_precision="bf16"))
+    assert guess.bytes["activations"] == pytest.approx(truth, rel=0.03)
+
+
 def test_recomputed_blocks_are_counted_apart(tmp_path: Path) -> None:
     folder = MINIATURES["stable_diffusion"].save(tmp_path / "model")
     plain, checked = (estimate(settings(model=str(folder), gradient_checkpointing=on)) for on in (False, True))
@@ -126,6 +137,28 @@ def of_size(training: float, encoding: float = 0.0) -> Estimate:
 def test_a_run_fits_where_its_larger_phase_does() -> None:
     assert memory_presets.fits(of_size(7.3), 8) and not memory_presets.fits(of_size(7.4), 8)
     assert not memory_presets.fits(of_size(1.0, encoding=9.0), 8)  # an encoder that is too large alone
+
+
+def test_one_pair_at_a_time_leaves_a_step_as_it_is() -> None:
+    """Of what an objective samples, ``accumulation`` alone counts a step's pairs; some losses need company."""
+
+    def told(name: str, **options: object) -> tuple[int, int]:
+        batch = memory_presets._one_at_a_time(settings(name, batch_size=4, accumulation=8, **options)).batch
+        return batch.batch_size, batch.accumulation
+
+    assert told("diffusion-dpo") == (1, 32) and told("diffusion-dpo", loss="rdpo", loss_options={"noise": 0.1}) == (1, 32)
+    assert told("d3po", pairs=None, train_prompts="tiny", reward=["tiny-pickscore"]) == (1, 8)
+    assert told("kto") == (4, 8) and told("kto", baseline="none") == (1, 32)
+    mixed = next(name for name in losses.names() if losses.load(name).mixes_batch)
+    assert told("diffusion-dpo", loss=mixed) == (4, 8)
+
+
+def test_what_does_not_fit_is_told_by_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_presets, "size_of", lambda given: None)
+    for found, words in ((of_size(9.0), "--quantise nf4"), (of_size(1.0, encoding=9.0), "encoders that do not fit")):
+        monkeypatch.setattr(memory_presets, "estimate", lambda given, sized, found=found: found)
+        with pytest.raises(UserError, match=words):
+            memory_presets.fitted(settings(), 8)
 
 
 def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ def test_flux_is_told_its_guidance_in_one_call(folders: Path) -> None:
     assert [call["guidance"] for call in heard.calls] == [None]
 
 
-@pytest.mark.parametrize(("name", "usual"), [("sd3", 7.0), ("flux", 3.5), ("sana", 4.5), ("z_image", 6.0)])
+@pytest.mark.parametrize(("name", "usual"), [("sd3", 7.0), ("flux", 3.5), ("flux schnell", 1.0), ("sana", 4.5), ("z_image", 6.0)])
 def test_a_run_says_what_guidance_the_model_is_used_with(
     name: str, usual: float, folders: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +361,9 @@ def test_pictures_that_cannot_be_cut_into_patches_are_refused(folders: Path, pai
         families.load_family(saved.folder).latent_shape(36)
     with pytest.raises(UserError, match="sides are multiples of 8 pixels"):
         align("sft", model=str(saved.folder), pairs=str(pairs), output=tmp_path / "run", resolution=36)
+    for name, odd in (("pixart", PIXELS + 4), ("sana", PIXELS + 1)):  # Sana's autoencoder takes whole latent pixels only
+        with pytest.raises(UserError, match="sides are multiples of"):
+            families.load_family(on_disk(name, folders).folder).latent_shape(odd)
 
 
 def test_what_is_no_plain_flow_is_refused(folders: Path) -> None:

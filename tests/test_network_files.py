@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.errors import UserError
-from pipelines import families
+from pipelines import cli, families
+from pipelines.exporting import Export, export
 from pipelines.families._denoiser import working_dtype
 from pipelines.training import align
 
@@ -95,6 +96,17 @@ def test_a_run_on_a_network_alone_is_that_on_the_whole(plain: Path, saved: Saved
     tuned = families.load_pipeline(tmp_path / "a", device="cpu")
     expected = families.load_pipeline(tmp_path / "b", device="cpu")
     torch.testing.assert_close(saved.latents(tuned), saved.latents(expected), rtol=1e-5, atol=1e-5)
+    export(Export(str(tmp_path / "a"), tmp_path / "exported", "diffusers"))
+    again = families.load_pipeline(tmp_path / "exported", device="cpu")
+    torch.testing.assert_close(saved.latents(again), saved.latents(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_commands_sample_a_network_alone(plain: Path, saved: Saved, tmp_path: Path) -> None:
+    sampled = ["--steps", "2", "--height", str(PIXELS), "--width", str(PIXELS), "--device", "cpu", "--prompt", "a red circle"]
+    where = ["--model", str(plain), "--single-file-config", str(saved.folder)]
+    assert cli.main(["generate", *where, "--out", str(tmp_path / "a"), *sampled]) == 0
+    assert cli.main(["generate", "--model", str(saved.folder), "--out", str(tmp_path / "b"), *sampled]) == 0
+    assert (tmp_path / "a" / "00000.png").read_bytes() == (tmp_path / "b" / "00000.png").read_bytes()
 
 
 def test_a_network_of_another_family_than_its_folder_is_refused(plain: Path, folders: Path) -> None:

@@ -96,6 +96,15 @@ def test_diffusers_reads_the_file_as_it_was(saved: Path, tmp_path: Path, dtype: 
         torch.testing.assert_close(picture(read), picture(pipe), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("ends_in_noise", [False, True])
+def test_an_sdxl_that_predicts_v_says_so_as_comfyui_reads_it(ends_in_noise: bool) -> None:
+    pipe = miniature("sdxl")
+    assert not {"v_pred", "ztsnr"} & single_file.tensors(pipe).keys()
+    pipe.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=ends_in_noise)
+    marks = {"v_pred", "ztsnr"} & single_file.tensors(pipe).keys()
+    assert marks == ({"v_pred", "ztsnr"} if ends_in_noise else {"v_pred"})
+
+
 @pytest.mark.parametrize("name, kind", [("sd15", "v1"), ("sd21", "v2"), ("sdxl", "xl_base")])
 def test_the_real_configurations_have_the_published_names(name: str, kind: str) -> None:
     """On the meta device: Diffusers' converters know the file's type, and give back every name and shape of the networks."""

@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.judge_options import judges_from
     from pipelines.progress import Bar
     from pipelines.prompts import read_prompts
-    from pipelines.sampling_options import sampling_arguments
+    from pipelines.sampling_options import loading_arguments, sampling_arguments
 
     def load(name: str) -> Any:
         lora = args.base_lora if name == base else None
         called = args.base if name == base else name
-        return load_pipeline(called, dtype=args.dtype, device=args.device, base_lora=lora, without=args.without)
+        return load_pipeline(called, base_lora=lora, **loading_arguments(args))
 
     base = f"{args.base} with {Path(args.base_lora).name}" if args.base_lora else args.base
     prompts = read_prompts(args.prompts, args.column)[: args.n]

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.generation import generate
     from pipelines.progress import Bar
     from pipelines.prompts import read_prompts
-    from pipelines.sampling_options import sampling_arguments
+    from pipelines.sampling_options import loading_arguments, sampling_arguments
 
     prompts = args.prompt if args.prompt else read_prompts(args.prompts, args.column)
     with Bar(unit="picture") as bar:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             prompts[: args.n],
             args.out,
-            load=partial(load_pipeline, dtype=args.dtype, device=args.device, base_lora=args.lora, without=args.without),
+            load=partial(load_pipeline, base_lora=args.lora, **loading_arguments(args)),
             images_per_prompt=args.n_per_prompt,
             seed=args.seed,
             overwrite=args.overwrite,

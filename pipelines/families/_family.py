@@ -45,6 +45,7 @@ class Family:
         origin: Origin | None = None,
         *,
         patch: int = 1,
+        whole: bool = False,
     ) -> None:
         self.name, self.denoiser, self.encoder, self.origin = name, denoiser, encoder, origin
         self.resolution = resolution  # pixels on a side that the network was made for
@@ -52,6 +53,7 @@ class Family:
         self._pipeline, self._network_name, self._lora_targets = pipeline, network_name, tuple(lora_targets)
         self._latents = pipeline.vae.config.latent_channels, pipeline.vae_scale_factor  # kept: the autoencoder may be let go
         self._patch = patch  # latent pixels on a side of what the network takes for one
+        self._whole = whole  # whether the autoencoder takes sides of whole latent pixels only; others cut off what is over
         self._released = False
 
     @property
@@ -72,6 +74,8 @@ class Family:
     @property
     def usual_guidance(self) -> float:
         """What people sample it with, as far as the checkpoint or its pipeline says, in our scale: 1 is none."""
+        if not getattr(self.network.config, "guidance_embeds", True):  # FLUX.1 [schnell], which its pipeline tells nothing
+            return 1.0
         return guidance_of(self._pipeline) + 1.0 - registry()[self.name].NO_GUIDANCE
 
     # ------------------------------------------------------------------------------------------------ what is trained
@@ -190,7 +194,7 @@ class Family:
         """
         channels, factor = self._latents
         side = resolution // factor
-        if side % self._patch:
+        if side % self._patch or (self._whole and resolution % factor):
             step = factor * self._patch
             near = f"{resolution // step * step} or {(resolution // step + 1) * step}"
             raise UserError(f"{self.name} takes pictures whose sides are multiples of {step} pixels, {near}; got {resolution}.")

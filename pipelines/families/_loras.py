@@ -120,12 +120,13 @@ def hollow_parts(origin: Origin) -> dict[str, nn.Module]:
 
     cls = getattr(diffusers, origin.pipeline_class)
     names = getattr(cls, "_lora_loadable_modules", [registry()[origin.family].NETWORK])
-    if origin.kind == "file":  # a single file has no configuration of its own
+    place = origin.configured_at
+    if origin.kind == "file" or place is None:  # a single file has no configuration of its own
         pipe = read(origin, dtype=torch.float32, others=torch.float32)
         return parts_of(pipe)
     try:
-        index = cls.load_config(origin.place)
-        return {n: _from_configuration(origin.place, n, *index[n]) for n in names if (index.get(n) or [None])[0]}
+        index = cls.load_config(place)
+        return {n: _from_configuration(place, n, *index[n]) for n in names if (index.get(n) or [None])[0]}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{origin.place} cannot be read: {' '.join(str(error).split())[:300]}") from error
 

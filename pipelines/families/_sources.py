@@ -32,6 +32,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from diffalign.errors import UserError
 from pipelines.families._names import INDEX_FILE, LORA_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
@@ -120,9 +122,14 @@ class Origin:
         return tuple(part for word in self.without for part in known[word])
 
     @property
+    def configured_at(self) -> str | None:
+        """The Diffusers folder or hub id that has the configurations of all parts; None of a single file by itself."""
+        return self.config or self.rest or (None if self.kind == "file" else self.place)
+
+    @property
     def scheduler_file(self) -> str:
         """The file that says what the network predicts."""
-        return str(Path(self.config or self.place) / "scheduler" / "scheduler_config.json")
+        return str(Path(self.configured_at or self.place) / "scheduler" / "scheduler_config.json")
 
 
 def registry() -> dict[str, Declared]:
@@ -377,7 +384,6 @@ def _single_file_type(path: Path, shapes: Mapping[str, torch.Tensor]) -> str:
 def _shapes(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file by name, without their values where that can be helped."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     if path.suffix == ".gguf":
         return _gguf_shapes(path)
@@ -453,8 +459,6 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
     Raises:
         UserError: a part is missing, incomplete or unreadable.
     """
-    from safetensors import SafetensorError
-
     from pipelines.families import _lora
 
     declared = registry()[origin.family]
@@ -469,11 +473,21 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
                 _loras.merge_into(pipe, origin.base_loras, frozenset(components))
             if origin.adapter:
                 _lora.put_on(pipe, declared.NETWORK, origin.adapter)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise UserError(_unreadable(origin, error)) from error
+    except Exception as error:
+        if type(error).__name__ != "SingleFileComponentError":  # a plain Exception of Diffusers', named in a private module
+            raise
+        raise UserError(
+            f"{origin.place} lacks a part of a {origin.pipeline_class}: {' '.join(str(error).split())[:300]} "
+            "Take the model as a Diffusers folder, or a file with all parts."
+        ) from error
     _refuse_invented_weights(origin, notes)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError)
 
 
 def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:

@@ -110,4 +110,5 @@ def build(pipeline: Any, *, prediction_type: str | None = None, origin: Origin |
     encoder = PixArtEncoder(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, length)
     told = bool(transformer.use_additional_conditions)
     denoiser = PixArtDenoiser(schedule, transformer.requires_grad_(False), factor, told)
-    return Family("pixart", pipeline, denoiser, encoder, NETWORK, LORA_TARGETS, transformer.config.sample_size * factor, origin)
+    side, patch = transformer.config.sample_size, transformer.config.patch_size
+    return Family("pixart", pipeline, denoiser, encoder, NETWORK, LORA_TARGETS, side * factor, origin, patch=patch)

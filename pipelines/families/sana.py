@@ -130,4 +130,6 @@ def build(pipeline: Any, *, prediction_type: str | None = None, origin: Origin |
     )
     whole = bool(pipeline.scheduler.config.get("use_flow_sigmas"))
     denoiser = SanaDenoiser(schedule, transformer.requires_grad_(False), whole, settings.timestep_scale)
-    return Family("sana", pipeline, denoiser, encoder, NETWORK, LORA_TARGETS, side * pipeline.vae_scale_factor, origin)
+    return Family(
+        "sana", pipeline, denoiser, encoder, NETWORK, LORA_TARGETS, side * pipeline.vae_scale_factor, origin, whole=True
+    )

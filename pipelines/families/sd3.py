@@ -2,7 +2,8 @@
 text encoders and T5, a KL autoencoder of 16 channels, straight paths.
 
 T5 is optional, as the paper trained for it (section 5.3.3): without ``text_encoder_3`` its states are zeros, as in the pipeline.
-A checkpoint may lack it, or it may be left out on loading (``without=("t5",)``), which spares 9 GB of host memory.
+A checkpoint may lack it, or it may be left out on loading (``without=("t5",)``), which spares 19 GB while
+prompts are encoded.
 
 Noise levels: the paper's best, logit-normal(0, 1), bent by the scheduler's ``shift`` (3 at 1024 pixels) in training as in
 sampling (sections 3.1 and 5.3.2). The paper's pre-training at 256 pixels had no shift: ``--level-shift 1`` for small pictures.
