@@ -47,8 +47,7 @@ def tensors(pipe: Any) -> dict[str, Tensor]:
 
 def _marks(pipe: Any, network: Any) -> dict[str, Tensor]:
     """By which ComfyUI and its like know that an SDXL predicts v, and that its schedule ends in pure noise."""
-    settings = pipe.scheduler.config
-    if not is_sdxl(network) or settings.get("prediction_type") != "v_prediction":
+    if not is_sdxl(network) or (settings := pipe.scheduler.config).get("prediction_type") != "v_prediction":
         return {}
     return {"v_pred": torch.tensor([])} | ({"ztsnr": torch.tensor([])} if settings.get("rescale_betas_zero_snr") else {})
 

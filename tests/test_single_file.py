@@ -116,7 +116,7 @@ def test_the_real_configurations_have_the_published_names(name: str, kind: str) 
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
         )
-    file = single_file.tensors(SimpleNamespace(**parts, vae=vae))
+    file = single_file.tensors(SimpleNamespace(**parts, vae=vae, scheduler=tiny.build_scheduler()))
     assert infer_diffusers_model_type(file) == kind
 
     def like(found: dict, network: nn.Module) -> None:
