@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from transformers import CLIPTextModel
 from pipelines import cli
 from pipelines.commands import world
 from pipelines.tiny import flow_model, model, shipped
-from pipelines.tiny.train import WorldTraining, draw_training_set
-from pipelines.tiny.train_flow import ZEROS, FlowTraining, TransformerTraining, alike_once, encode_captions, train
+from pipelines.tiny.train import WorldTraining, draw_training_set, encode
+from pipelines.tiny.train_flow import ZEROS, FlowTraining, Teacher, TransformerTraining, alike_once, encode_captions, train
 
 SMALL = FlowTraining(scenes=24, flow_steps=3, flow_batch=4)
 
@@ -102,6 +103,46 @@ def test_one_zero_that_counts_as_many_is_many_zeros() -> None:
     words, _, theirs, _ = pipe.encode_prompt(["a red circle", "a blue star above a green cross"], None, None)
     torch.testing.assert_close(words, F.pad(text[:, :-1], (0, 0, 0, ZEROS)), rtol=0, atol=1e-6)
     torch.testing.assert_close(theirs, pooled, rtol=0, atol=1e-6)
+
+
+def test_the_teacher_is_asked_at_levels_that_it_knows() -> None:
+    asked = torch.tensor([0.002, 0.1, 0.5, 0.9, 0.99])
+    s, t = Teacher().nearest(asked)
+    alpha_bar = model.build_scheduler().alphas_cumprod[t]
+    ratio = (1 - s) / s  # of signal to noise, which is what decides
+    torch.testing.assert_close(ratio[:4], (alpha_bar / (1 - alpha_bar)).sqrt()[:4], rtol=1e-4, atol=0)
+    assert (s - asked)[1:].abs().max() < 2e-3 and s[-1] == asked[-1] and t[-1] == 999  # noisier than any it knows
+
+
+def test_noise_that_is_known_gives_the_true_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, x_0, noise = Teacher(), torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
+    s, t = teacher.nearest(torch.tensor([0.1, 0.5, 0.89]))
+    x_s, seen = torch.lerp(x_0, noise, s.view(-1, 1, 1, 1)), []
+
+    def knows(x_t: torch.Tensor, t: torch.Tensor, words: None) -> SimpleNamespace:
+        seen.append(x_t)
+        return SimpleNamespace(sample=noise)
+
+    monkeypatch.setattr(teacher, "_unet", knows)
+    torch.testing.assert_close(teacher.velocity(x_s, s, t, None), noise - x_0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0], model.build_scheduler().add_noise(x_0, noise, t), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_teacher_knows_what_a_caption_asks_for(scenes: tuple, vae: AutoencoderKL) -> None:
+    """At half noise: its velocities are nearer to the truth for the right captions than for others, and explain most of it."""
+    pictures, captions = scenes
+    x_0, teacher, tokenizer = encode(vae, pictures)[0] * vae.config.scaling_factor, Teacher(), model.build_tokenizer()
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    s, t = teacher.nearest(torch.full((len(x_0),), 0.5))
+    knowing = flow_model.build_text_encoders(tokenizer)[0].eval()
+
+    def error(texts: list[str]) -> float:
+        words = knowing(tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids)
+        said = teacher.velocity(torch.lerp(x_0, noise, s.view(-1, 1, 1, 1)), s, t, words.last_hidden_state)
+        return float((said - (noise - x_0)).square().mean())
+
+    assert error(captions) < 0.3 and error(captions) < 0.9 * error(captions[1:] + captions[:1])
 
 
 def test_what_is_written_loads_with_diffusers_and_draws(tmp_path: Path) -> None:
