@@ -74,9 +74,10 @@ class Family:
     @property
     def usual_guidance(self) -> float:
         """What people sample it with, as far as the checkpoint or its pipeline says, in our scale: 1 is none."""
-        if not getattr(self.network.config, "guidance_embeds", True):  # FLUX.1 [schnell], which its pipeline tells nothing
+        declared = registry()[self.name]
+        if declared.TOLD_GUIDANCE and not self.network.config.guidance_embeds:  # FLUX.1 [schnell]
             return 1.0
-        return guidance_of(self._pipeline) + 1.0 - registry()[self.name].NO_GUIDANCE
+        return guidance_of(self._pipeline) + 1.0 - declared.NO_GUIDANCE
 
     # ------------------------------------------------------------------------------------------------ what is trained
 

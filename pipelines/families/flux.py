@@ -39,6 +39,7 @@ PIPELINES = ("FluxPipeline",)
 SINGLE_FILE = ("flux-dev", "flux-schnell")
 NETWORK = "transformer"
 NETWORK_CLASS = "FluxTransformer2DModel"
+TOLD_GUIDANCE = True
 LEFT_OUT = {"image_encoder": None, "feature_extractor": None}
 LORA_TARGETS = (
     "attn.to_q",
