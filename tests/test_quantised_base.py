@@ -106,7 +106,7 @@ def test_attention_feed_forward_and_adaptive_norms_are_quantised_and_nothing_els
     forward = {
         n for n in linear if ".ff.net." in n or ".ff_context.net." in n or ".feed_forward.w" in n or n.endswith(("proj_mlp",))
     }
-    norms = {n for n in linear if re.search(r"\d\.(norm\w*\.linear|adaLN_modulation\.\d)$", n)}
+    norms = {n for n in linear if re.search(r"\.\d+\.(norm\w*\.linear|adaLN_modulation\.\d)$", n)}
     assert ADAPTIVE.get(name, set()) <= norms and attention and attention | forward | norms <= chosen.keys()
     rest = chosen.keys() - forward - norms
     assert all(".attn" in n or ".attention" in n or n.endswith((".proj_in", ".proj_out")) for n in rest)
