@@ -56,7 +56,7 @@ def conditioning_of(family: Family) -> dict[str, torch.Tensor]:
 
 def picture_bytes(family: Family, resolution: int, batch: int) -> int:
     """The most that lies in memory at one time while the autoencoder encodes ``batch`` pictures, beside its weights."""
-    live = _Living()
+    live = _Living(*family.encoder.networks())
     with shapes_only(*family.encoder.networks()):
         pixels = torch.zeros(batch, 3, resolution, resolution)
         with torch.no_grad(), live:
@@ -64,13 +64,37 @@ def picture_bytes(family: Family, resolution: int, batch: int) -> int:
     return live.most
 
 
-class _Living(TorchDispatchMode):
-    """While it is entered: the most bytes that results of operations hold at one time."""
+def decoding_bytes(family: Family, size: tuple[int, int, int], pictures: int) -> int:
+    """The most that lies in memory at one time while latents (C, h, w) of ``pictures`` are decoded, beside the weights."""
+    live = _Living(*family.encoder.networks())
+    with shapes_only(*family.encoder.networks()), live:
+        family.encoder.decode(torch.zeros(pictures, *size))
+    return live.most
 
-    def __init__(self) -> None:
+
+def asking_bytes(family: Family, size: tuple[int, int, int], rows: int) -> int:
+    """The same while the network answers for ``rows`` latents (C, h, w) without a gradient."""
+    live = _Living(family.network)
+    with shapes_only(family.network, *family.encoder.networks()):
+        conditioning = {name: value.expand(rows, *value.shape[1:]) for name, value in conditioning_of(family).items()}
+        t = torch.zeros(rows, dtype=torch.float32 if family.denoiser.schedule.continuous else torch.int64)
+        with torch.no_grad(), live:
+            family.denoiser(torch.zeros(rows, *size), t, conditioning)
+    return live.most
+
+
+class _Living(TorchDispatchMode):
+    """While it is entered: the most bytes that results of operations hold at one time, views of the networks' weights aside."""
+
+    def __init__(self, *networks: nn.Module) -> None:
         super().__init__()
+        self._networks, self._own = networks, frozenset()
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
         self.most = 0
+
+    def __enter__(self) -> _Living:
+        self._own = {_storage(p) for network in self._networks for p in (*network.parameters(), *network.buffers())}
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -78,7 +102,8 @@ class _Living(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 held = tensor.untyped_storage()
-                self._held.setdefault(held._cdata, (StorageWeakRef(held), held.nbytes()))
+                if held._cdata not in self._own:
+                    self._held.setdefault(held._cdata, (StorageWeakRef(held), held.nbytes()))
         self.most = max(self.most, sum(size for _, size in self._held.values()))
         return out
 

@@ -4,8 +4,10 @@ Nothing is loaded: networks are built from their configurations without numbers 
 pass of one pair. Activations are what autograd keeps of it; operations are counted by PyTorch; the machine's speed is that of a
 short matrix product.
 
-A run has two phases. First encoders fill the cache, one network at a time on the device; then they are let go, and the network is
-trained. The larger phase is what the device must hold. The host holds all networks at once while the cache is filled.
+A run has up to four phases. First encoders fill the cache, one network at a time on the device; then they are let go, and the
+network is trained; objectives that make their own pictures sample and decode them in between; at the end the result is compared
+with its base, again one network at a time. The largest phase is what the device must hold. The host holds all networks at once
+while the cache is filled and while it compares. Judges are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ import torch
 
 from diffalign.errors import UserError
 from pipelines import families
-from pipelines.counting import Pass, conditioning_bytes, encoding_bytes, forward_pass, picture_bytes
+from pipelines.counting import (
+    Pass,
+    asking_bytes,
+    conditioning_bytes,
+    decoding_bytes,
+    encoding_bytes,
+    forward_pass,
+    picture_bytes,
+)
 from pipelines.families import _quantised
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
@@ -27,6 +37,7 @@ from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
 from pipelines.run import PRECISIONS
 
+_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
 _LIBRARIES = int(1.0 * 2**30)
@@ -35,6 +46,7 @@ _BUFFERS = 0.05
 memory of SD1.5's LoRA runs on a CPU. (``pytest -m slow -k real_image`` compares.)"""
 GIB = 2**30
 PICTURES = "pictures on their way"
+DECODER = "autoencoder"
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Estimate:
     steps: int
     encoding: dict[str, int] = field(default_factory=dict)  # of the networks that encode, by name, and of pictures on their way
     cached: dict[str, int] = field(default_factory=dict)  # on disk: of a picture, of a prompt
+    sampling: int = 0  # while an objective samples its own pictures, on the device
+    comparing: Comparing | None = None
     unknown: str | None = None
 
     @property
@@ -57,16 +71,18 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Bytes that the device must hold: training, or the largest network that encodes."""
+        """Bytes that the device must hold: training, sampling, comparing, or the largest network that encodes."""
         networks = {name: size for name, size in self.encoding.items() if name not in (VAE, PICTURES)}
         pictures = self.encoding.get(VAE, 0) + self.encoding.get(PICTURES, 0)
-        return max(self.training, _LIBRARIES + max(pictures, *networks.values(), 0))
+        comparing = self.comparing.peak if self.comparing else 0
+        return max(self.training, self.sampling, comparing, _LIBRARIES + max(pictures, *networks.values(), 0))
 
     @property
     def host(self) -> int:
         """Bytes of a host without another device: all networks are there at once while the cache is filled."""
         weights = self.bytes.get("weights", 0) + self.bytes.get("average of weights", 0)
-        return max(self.training, _LIBRARIES + weights + sum(self.encoding.values()))
+        comparing = self.comparing.host if self.comparing else 0
+        return max(self.training, self.sampling, comparing, _LIBRARIES + weights + sum(self.encoding.values()))
 
     def to_text(self) -> str:
         if self.unknown:
@@ -76,8 +92,13 @@ class Estimate:
         lines.append(_line("together", self.training))
         lines.append("While the cache is filled, one after the other:")
         lines += _listed(self.encoding)
-        if self.host > self.training:
-            lines.append(f"On a host without a GPU all of these lie beside the network: {self.host / GIB:.2f} GiB.")
+        if self.sampling:
+            lines.append(f"While pictures are sampled and decoded (judges are not counted): {self.sampling / GIB:.2f} GiB.")
+        if self.comparing:
+            size = self.comparing.peak / GIB
+            lines.append(f"While the result is compared with its base (judges are not counted): {size:.2f} GiB.")
+        if self.host > self.peak:
+            lines.append(f"On a host without a GPU all networks lie there at once: {self.host / GIB:.2f} GiB.")
         if self.cached:
             kinds = ", ".join(f"{size / 2**20:.2f} MiB a {name}" for name, size in self.cached.items())
             lines.append(f"The cache takes on disk: {kinds}.")
@@ -97,6 +118,27 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Comparing:
+    """Bytes while a model samples for the comparison, in the run's precision."""
+
+    network: int
+    decoder: int
+    encoders: dict[str, int]
+    asked: int  # what the network holds while it answers
+    decoded: int  # what the decoder holds for one picture
+
+    @property
+    def peak(self) -> int:
+        """On a device that holds one network at a time."""
+        return _LIBRARIES + max(self.network + self.asked, self.decoder + self.decoded, *self.encoders.values(), 0)
+
+    @property
+    def host(self) -> int:
+        """All networks together."""
+        return _LIBRARIES + self.network + self.decoder + sum(self.encoders.values()) + max(self.asked, self.decoded)
+
+
+@dataclass(frozen=True)
 class Sized:
     """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and those of memory."""
 
@@ -106,6 +148,8 @@ class Sized:
     encoding: dict[str, int]
     cached: dict[str, int]
     sampling_flops: float  # of one picture and step at the model's own size, guided
+    sampled: int = 0  # bytes while an objective samples or decodes its own pictures, beside weights; 0 where there are none
+    comparing: Comparing | None = None
     copies: int = 0  # bytes of weights in half precision that are kept beside those in float32
 
 
@@ -125,7 +169,9 @@ def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     seconds = sized.one.flops / sized.one.rows * passes / _speed(settings.compute.mixed_precision)
     parts = _parts(settings, sized, cost.at_once * batch / sized.one.rows)
     comparing = _seconds_comparing(settings, sized)
-    return Estimate(parts, sized.trainable, seconds, comparing, steps, sized.encoding, sized.cached)
+    still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", DECODER))
+    sampling = _LIBRARIES + still + sized.sampled if samples_itself(settings) and not settings.feedback else 0
+    return Estimate(parts, sized.trainable, seconds, comparing, steps, sized.encoding, sized.cached, sampling, sized.comparing)
 
 
 def size_of(settings: TrainSettings) -> Sized:
@@ -156,9 +202,40 @@ def size_of(settings: TrainSettings) -> Sized:
         trainable=trainable,
         one=one,
         copies=copies,
-        encoding={**encoding_bytes(family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
+        encoding={**_encoding(settings, family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
         cached=_cached(settings, family, size),
         sampling_flops=2 * own / rows,  # guidance asks twice
+        sampled=_sampled(settings, family, size) if samples_itself(settings) else 0,
+        comparing=_comparing(settings) if settings.evaluation.prompts else None,
+    )
+
+
+def _encoding(settings: TrainSettings, family: Any) -> dict[str, int]:
+    """Bytes of each network that encodes; they are sketched in float32."""
+    text = _SIZE[settings.data.text_precision]
+    return {name: size * (4 if name == VAE else text) // 4 for name, size in encoding_bytes(family).items()}
+
+
+def _sampled(settings: TrainSettings, family: Any, size: tuple[int, int, int]) -> int:
+    pictures, guidance = settings.reward.rollout_batch, getattr(settings.objective, "guidance", 1.0)
+    return max(
+        asking_bytes(family, size, pictures * (1 if guidance == 1.0 else 2)),
+        decoding_bytes(family, size, 1 if settings.data.vae_slicing else pictures),
+    )
+
+
+def _comparing(settings: TrainSettings) -> Comparing:
+    """Of the model's own size; guidance asks twice."""
+    precision = PRECISIONS[settings.compute.mixed_precision]
+    family = families.sketch(settings.model, dtype=precision, config=settings.single_file_config, without=settings.without)
+    size = family.latent_shape(family.resolution)
+    encoders = {name: numbers * _SIZE[precision] // 4 for name, numbers in encoding_bytes(family).items()}
+    return Comparing(
+        network=_quantised.quantised_bytes(family.network, settings.compute.quantise),
+        decoder=encoders.pop(VAE),
+        encoders=encoders,
+        asked=asking_bytes(family, size, 2 * settings.evaluation.sampling_batch),
+        decoded=decoding_bytes(family, size, 1) * _SIZE[precision] // 4,
     )
 
 
@@ -177,6 +254,7 @@ def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int
         "gradients": sized.trainable * 4,
         "optimizer": sized.trainable * (2 if settings.optimiser.eight_bit else 8),
         "average of weights": sized.trainable * 4 if settings.loop.ema_decay else 0,
+        DECODER: sized.encoding[VAE] if samples_itself(settings) and not settings.feedback else 0,
         "activations": kept,
         "a block gone through again": inner,
         "libraries and buffers": _LIBRARIES + int(_BUFFERS * (inner or kept)),

@@ -57,6 +57,7 @@ class DataSettings:
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
     cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
     encode_batch: int = option(8, "pictures encoded at a time", ge=1)
+    text_precision: Literal["float32", "bfloat16"] = option("float32", "of text encoders: T5-XXL takes 18 GiB or 9")
     vae_tiling: bool = option(
         False, "pictures larger than the autoencoder's own size go through it in tiles: less memory, somewhat other latents"
     )

@@ -168,6 +168,7 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
         config=settings.single_file_config,
         without=settings.without,
         base_lora=settings.base_lora,
+        text_dtype=settings.data.text_precision,
     )
     schedule = family.denoiser.schedule
     merged = "".join(f", with {lora.path} merged into it" for lora in family.origin.base_loras)

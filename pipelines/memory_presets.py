@@ -56,8 +56,21 @@ def _small_encoding(settings: TrainSettings) -> TrainSettings:
     return replace(settings, data=replace(settings.data, encode_batch=1))
 
 
+def _small_text(settings: TrainSettings) -> TrainSettings:
+    return replace(settings, data=replace(settings.data, text_precision="bfloat16"))
+
+
+def _small_sampling(settings: TrainSettings) -> TrainSettings:
+    fewer = (
+        replace(settings, evaluation=replace(settings.evaluation, sampling_batch=1)) if settings.evaluation.prompts else settings
+    )
+    return replace(fewer, reward=replace(settings.reward, rollout_batch=1)) if samples_itself(settings) else fewer
+
+
 SWITCHES = (
     Switch("pictures encoded one at a time (encode_batch 1)", _small_encoding),
+    Switch("pictures sampled and decoded one at a time (sampling_batch, rollout_batch 1)", _small_sampling),
+    Switch("text encoders in bf16 (text_precision bfloat16)", _small_text),
     Switch("bf16 (mixed_precision bf16)", _compute(mixed_precision="bf16")),
     Switch("one pair at a time, more accumulation (batch_size 1)", _one_at_a_time),
     Switch("gradient checkpointing", _compute(gradient_checkpointing=True)),
@@ -92,7 +105,13 @@ def rungs(settings: TrainSettings) -> Iterator[Fit]:
 
 def _estimated(settings: TrainSettings, sizes: dict[tuple[Any, ...], Sized]) -> Estimate:
     compute = settings.compute
-    key = (settings.adapter, compute.mixed_precision, compute.gradient_checkpointing, settings.data.encode_batch)
+    encoded = (
+        settings.data.text_precision,
+        settings.data.encode_batch,
+        settings.reward.rollout_batch,
+        settings.evaluation.sampling_batch,
+    )
+    key = (settings.adapter, compute.mixed_precision, compute.gradient_checkpointing, *encoded)
     if key not in sizes:
         sizes[key] = size_of(settings)
     return estimate(settings, sizes[key])

@@ -15,7 +15,10 @@ from pipelines.progress import TrainingBar
 
 Say = Callable[[str], None]
 Report = Callable[..., None]
-LEAVE_NO_TRACE = ("cache", "encode_batch", "vae_slicing", "embed_batch", "max_unreadable", "max_left_out", "validation_draws")
+LEAVE_NO_TRACE = (
+    *("cache", "encode_batch", "vae_slicing", "text_precision"),
+    *("embed_batch", "max_unreadable", "max_left_out", "validation_draws"),
+)
 """Settings of the data that change how they are read and not what is learnt; or that the data's digest holds."""
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -26,7 +26,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
+    quantise = "the network's layers in int8 (torchao) or nf4 (bitsandbytes), as in training (default none)"
+    parser.add_argument("--quantise", choices=("none", "int8", "nf4"), default="none", help=quantise)
     parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
+    offload = "each part of the model is on the device only while it works, and pictures are decoded one at a time: less memory"
+    parser.add_argument("--offload", action="store_true", help=offload)
     parser.add_argument("--single-file-config", metavar="FOLDER", help="for a single-file model: a Diffusers folder of its kind")
     add_without(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote into the output folder")
@@ -50,7 +54,8 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What ``families.load_pipeline`` takes, from the parsed options."""
-    return {"dtype": args.dtype, "device": args.device, "without": args.without, "config": args.single_file_config}
+    names = ("dtype", "device", "without", "offload", "quantise")
+    return {"config": args.single_file_config, **{name: getattr(args, name) for name in names}}
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
 from pipelines.families import _quantised
-from pipelines.families._sources import find_loras
+from pipelines.families._sources import BaseLora, find_loras
 from pipelines.image_settings import EvaluationSettings, TrainSettings
 from pipelines.ingredients import Prepared
 from pipelines.judge_options import load_judges
@@ -104,15 +105,14 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         "start_lora": prepared.start_lora,
         **({"quantise": settings.compute.quantise} if settings.compute.quantise != _quantised.NONE else {}),
         "error_as": settings.error_as,
-        **base_loras(prepared),
+        **base_loras(prepared.family.origin.base_loras),
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
     }
 
 
-def base_loras(prepared: Prepared) -> dict[str, list[str]]:
+def base_loras(found: Sequence[BaseLora]) -> dict[str, list[str]]:
     """The LoRAs that are part of the frozen start, by their digests; nothing where there are none."""
-    found = prepared.family.origin.base_loras
     return {"base_loras": [lora.sha256 for lora in found]} if found else {}
 
 
@@ -147,16 +147,50 @@ def train(
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
     for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
         say(remark)
+    claim = partial(claim_output, settings.output, to_yaml(f"train {name}", settings), resume=resume, overwrite=overwrite)
+    trained = _train_and_export(name, settings, accelerator, claim, resume, say, progress, judge)
+    accelerator.free_memory()
+    if accelerator.is_main_process and not trained.finished.interrupted:
+        finish(name, settings, trained, time.perf_counter() - start, say, progress)
+    return run.close(accelerator, trained.finished, say)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a summary and a card tell of a training whose networks are gone."""
+
+    finished: Finished
+    base_digest: str
+    data_digest: str
+    base_loras: list[BaseLora]
+    stats: dict[str, Any]
+    pipeline_class: str
+
+
+def _train_and_export(
+    name: str,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    claim: Callable[[], None],
+    resume: bool,
+    say: Say,
+    progress: bool,
+    judge: RewardFunction | None,
+) -> Trained:
+    """Everything that needs the networks, which are let go when it returns: what follows needs the memory."""
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
     if accelerator.is_main_process:
-        claim_output(settings.output, to_yaml(f"train {name}", settings), resume=resume, overwrite=overwrite)
+        claim()
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
     build = partial(build_trainer, name, settings, prepared, accelerator)
     trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
     if accelerator.is_main_process and not finished.interrupted:
-        finish(name, settings, prepared, trainer, time.perf_counter() - start, say, progress)
-    return run.close(accelerator, finished, say)
+        with trainer.ema.applied() if trainer.ema else nullcontext():
+            _export(settings, family)
+        say(f"saved {settings.output}")
+    loras = family.origin.base_loras
+    return Trained(finished, prepared.base_digest, prepared.data_digest, loras, prepared.stats(), family.pipeline_class)
 
 
 def align(
@@ -194,14 +228,19 @@ def align(
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-def finish(
-    name: str, settings: TrainSettings, prepared: Prepared, trainer: Trainer, seconds: float, say: Say, progress: bool = True
-) -> None:
-    """Export the result, compare it with the base, write curves, summary and card."""
-    with trainer.ema.applied() if trainer.ema else nullcontext():
-        _export(settings, prepared.family)
-    say(f"saved {settings.output}")
-    scores = _compare(settings, say, progress) if settings.evaluation.prompts else {}
+def finish(name: str, settings: TrainSettings, trained: Trained, seconds: float, say: Say, progress: bool = True) -> None:
+    """Write curves, summary and card; compare the result with its base, and write summary and card again.
+
+    Raises:
+        UserError: the comparison does not fit into the memory. What was trained is complete without it.
+    """
+    _write_record(name, settings, trained, seconds, {})
+    if settings.evaluation.prompts:
+        _write_record(name, settings, trained, seconds, _compare(settings, say, progress))
+
+
+def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds: float, scores: dict[str, Any]) -> None:
+    """Summary, curves and card; ``scores`` is what the comparison found, empty without one."""
     summary = {
         "objective": name,
         "model": settings.model,
@@ -210,15 +249,15 @@ def finish(
         "train_prompts": settings.train_prompts,
         "feedback": str(settings.feedback) if settings.feedback else None,
         "adapter": settings.adapter,
-        "steps": trainer.step,
+        "steps": trained.finished.step,
         "seconds": round(seconds + scores.get("seconds", 0.0), 1),
         "seconds_training": round(seconds, 1),
-        "fingerprint": {"reference": prepared.base_digest, "data": prepared.data_digest, **base_loras(prepared)},
+        "fingerprint": {"reference": trained.base_digest, "data": trained.data_digest, **base_loras(trained.base_loras)},
         **{key: scores[key] for key in ("prompts", "judges", "faithfulness", "notes") if key in scores},
     }
     write_json(settings.output / SUMMARY_FILE, summary)
     curves = draw_curves(settings.output / METRICS_FILE, settings.output / "curves.png")
-    _card(name, settings, prepared, scores, curves)
+    _card(name, settings, trained, scores, curves)
 
 
 def _export(settings: TrainSettings, family: Any) -> None:
@@ -234,7 +273,7 @@ def _export(settings: TrainSettings, family: Any) -> None:
 def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any]:
     """The comparison with the base, in ``evaluation/``; the pictures side by side also become the card's."""
     e, folder = settings.evaluation, settings.output / "evaluation"
-    with Bar(progress, "picture") as bar:
+    with Bar(progress, "picture") as bar, _enough_memory(settings):
         result = evaluate(
             base_of(settings),
             str(settings.output),
@@ -254,6 +293,19 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
     return result.values
 
 
+@contextmanager
+def _enough_memory(settings: TrainSettings) -> Iterator[None]:
+    """Within: a device that is full ends in advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The result is saved in {settings.output}, but its comparison with the base does not fit into the device's memory "
+            f"({str(error).splitlines()[0]}). Compare later: diffalign evaluate --base {base_of(settings)} --tuned "
+            f"{settings.output} --prompts {settings.evaluation.prompts} --batch-size 1 --offload --out FOLDER"
+        ) from error
+
+
 def base_of(settings: TrainSettings) -> str:
     """What the result is compared with, in words."""
     return f"{settings.model} with {settings.base_lora.name}" if settings.base_lora else settings.model
@@ -261,13 +313,19 @@ def base_of(settings: TrainSettings) -> str:
 
 def _load(settings: TrainSettings, name: str) -> Any:
     """One of the two that are compared; the result knows what it was trained on top of."""
-    how = {"config": settings.single_file_config, "without": settings.without}
+    how = {"config": settings.single_file_config, "without": settings.without, **_like_training(settings)}
     if name != base_of(settings):
         return families.load_pipeline(name, **how)
     return families.load_pipeline(settings.model, **how, base_lora=settings.base_lora)
 
 
-def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[str, Any], curves: Path | None) -> None:
+def _like_training(settings: TrainSettings) -> dict[str, Any]:
+    """How to sample with no more memory than training had: in its precision, parts that do not work waiting on the CPU."""
+    compute = settings.compute
+    return {"dtype": run.PRECISIONS[compute.mixed_precision], "offload": True, "quantise": compute.quantise}
+
+
+def _card(name: str, settings: TrainSettings, trained: Trained, scores: dict[str, Any], curves: Path | None) -> None:
     keys = ("win_rate", "win_rate_interval", "sign_test_p")
     table = {
         judge: {"base": r["base"]["mean"], "tuned": r["tuned"]["mean"], **{k: r[k] for k in keys}}
@@ -278,14 +336,14 @@ def _card(name: str, settings: TrainSettings, prepared: Prepared, scores: dict[s
         objective=name,
         paper=f"arXiv {objectives.load(name).ABOUT.paper}",
         base=settings.model,
-        base_loras=[lora.path for lora in prepared.family.origin.base_loras],
+        base_loras=[lora.path for lora in trained.base_loras],
         recipe=config.as_tree(settings),
         data={
             "source": str(settings.feedback or settings.pairs or settings.train_prompts),
-            **prepared.stats(),
-            "fingerprint": prepared.data_digest,
+            **trained.stats,
+            "fingerprint": trained.data_digest,
         },
         scores=table or None,
         curves=curves,
-        pipeline_class=prepared.family.pipeline_class,
+        pipeline_class=trained.pipeline_class,
     )

@@ -38,11 +38,13 @@ FLOW_OPTIONS: dict[str, tuple[type, str]] = {
     "scenes": (int, "different scenes drawn before training"),
     "flow_steps": (int, "steps of transformer and text encoders"),
     "flow_batch": (int, "pictures per step"),
-    "flow_learning_rate": (float, "peak learning rate"),
+    "flow_learning_rate": (float, "peak learning rate of AdamW"),
+    "muon_learning_rate": (float, "peak learning rate of Muon, for the matrices in the blocks"),
+    "stages_weight": (float, "weight of what the UNet knows on its way"),
     "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
     "ema_decay": (float, "decay of the averaged weights"),
     "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
-    "compile_blocks": (bool, "let torch.compile have the networks: 1.2 times as fast, needs a C compiler"),
+    "compile_blocks": (bool, "let torch.compile have the networks: 1.7 times as fast, needs a C compiler"),
 }
 """The fields of ``pipelines.tiny.train_flow.FlowTraining``, in the same way."""
 

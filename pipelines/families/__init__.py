@@ -45,6 +45,8 @@ def load_pipeline(
     base: str | None = None,
     without: Sequence[str] = (),
     base_lora: Model | None = None,
+    offload: bool = False,
+    quantise: str = "none",
 ) -> DiffusionPipeline:
     """A pipeline to sample from, in evaluation mode, without progress bars and without safety checker.
 
@@ -59,6 +61,8 @@ def load_pipeline(
         without: parts to leave out, by the words of the family's ``OPTIONAL``: SD3 can do without "t5".
         base_lora: a LoRA of any making, to merge into a whole model: a .safetensors file, a folder with one, or on the hub
             org/name or org/name/FILE.
+        offload: each part is on the device only while it works, and pictures are decoded one at a time: slower, and less memory.
+        quantise: the network's layers in "int8" or "nf4", as training does it; the LoRA on top stays as it is.
 
     Raises:
         UserError: the model does not exist, is of no known family, or cannot be read.
@@ -67,8 +71,15 @@ def load_pipeline(
 
     chosen = torch_dtype(dtype)
     origin = find(model, config=config, base=base, base_lora=base_lora).leaving_out(without)
-    pipe = read(origin, dtype=chosen, others=chosen)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe = read(origin, dtype=chosen, others=chosen, quantise=None if quantise == "none" else (quantise, place))
+    if not offload:
+        return pipe.to(place)
+    if hasattr(pipe.vae, "use_slicing"):
+        pipe.vae.enable_slicing()
+    if place.type != "cpu":
+        pipe.enable_model_cpu_offload(device=place)
+    return pipe
 
 
 def load_family(
@@ -79,8 +90,9 @@ def load_family(
     config: Model | None = None,
     without: Sequence[str] = (),
     base_lora: Model | None = None,
+    text_dtype: str = "float32",
 ) -> Family:
-    """A checkpoint to train, on the CPU: the network in ``dtype``, the encoders in float32.
+    """A checkpoint to train, on the CPU: the network in ``dtype``, the text encoders in ``text_dtype``, all else in float32.
 
     Args:
         prediction_type: what the network is believed to predict; None goes by the checkpoint's scheduler.
@@ -97,7 +109,7 @@ def load_family(
         raise UserError(
             f"{origin.adapter} is a LoRA on {origin.model}. Training starts from a whole model: name {origin.model} instead."
         )
-    pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32)
+    pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32, text=torch_dtype(text_dtype))
     module = importlib.import_module(f"{__name__}.{origin.family}")
     return module.build(pipe, prediction_type=prediction_type, origin=origin)
 

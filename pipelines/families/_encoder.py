@@ -56,8 +56,15 @@ class FrozenEncoder(ABC):
                 **{name: value for name, value in settings.items() if value is not None},
                 **_tiles(vae),
                 **self.about_text(),
+                **self._precisions(),
             }
         return self._fingerprint
+
+    def _precisions(self) -> dict[str, Any]:
+        """The part of the fingerprint for networks that do not work in float32: their weights may be the same to the bit."""
+        dtypes = {name: str(next(network.parameters()).dtype).removeprefix("torch.") for name, network in self._networks.items()}
+        other = {name: dtype for name, dtype in dtypes.items() if dtype != "float32"}
+        return {"precisions": other} if other else {}
 
     def set_vae_memory(self, *, tiling: bool = False, slicing: bool = False) -> None:
         """Less memory for large pictures. Call before the fingerprint is taken.

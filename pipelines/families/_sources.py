@@ -450,29 +450,41 @@ def _on_hub(name: str) -> Origin:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool = False, **components: Any) -> DiffusionPipeline:
+def read(
+    origin: Origin,
+    *,
+    dtype: torch.dtype,
+    others: torch.dtype,
+    text: torch.dtype | None = None,
+    whole: bool = False,
+    quantise: tuple[str, torch.device] | None = None,
+    **components: Any,
+) -> DiffusionPipeline:
     """Load the pipeline, in evaluation mode, on the CPU, with the LoRAs of its base merged into the weights.
 
     Args:
-        dtype: of the network; ``others`` is that of everything else.
+        dtype: of the network; ``text`` is that of text encoders, and ``others`` of everything else, or of them as well.
         whole: with the parts that neither training nor sampling needs (the safety checker, say), and those left out by choice.
+        quantise: how (see ``_quantised``) and where the network's layers are quantised, before an adapter is put on.
         components: parts to use instead of those on disk, by name, as they are.
 
     Raises:
         UserError: a part is missing, incomplete or unreadable.
     """
-    from pipelines.families import _lora
+    from pipelines.families import _lora, _quantised
 
     declared = registry()[origin.family]
     left_out = {} if whole else {**declared.LEFT_OUT, **dict.fromkeys(origin.parts_left_out)}
     options = {**dict.fromkeys(origin.lacks), **left_out, **components}
     try:
         with quietly() as notes:
-            pipe = _load(origin, options, {declared.NETWORK: dtype, "default": others})
+            pipe = _load(origin, options, {declared.NETWORK: dtype, **dict.fromkeys(_TEXT, text or others), "default": others})
             if origin.base_loras:
                 from pipelines.families import _loras  # which reads models itself
 
                 _loras.merge_into(pipe, origin.base_loras, frozenset(components))
+            if quantise:
+                _quantised.quantise(getattr(pipe, declared.NETWORK), *quantise)
             if origin.adapter:
                 _lora.put_on(pipe, declared.NETWORK, origin.adapter)
     except _UNREADABLE as error:
@@ -492,6 +504,10 @@ def read(origin: Origin, *, dtype: torch.dtype, others: torch.dtype, whole: bool
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError)
 
 
+_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Whatever a family's text encoders are, pipelines call them so."""
+
+
 def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
     import diffusers
 
@@ -505,9 +521,9 @@ def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype
         return cls.from_pretrained(origin.place, dtype=dtypes, variant=variant, **options)
     place = {} if origin.config is None else {"config": origin.config, "local_files_only": True}
     pipe = cls.from_single_file(origin.place, dtype=dtypes["default"], **place, **options)
-    network, dtype = next(iter(dtypes.items()))
-    if network not in options:
-        getattr(pipe, network).to(dtype)
+    for name, dtype in dtypes.items():
+        if name not in options and getattr(pipe, name, None) is not None:
+            getattr(pipe, name).to(dtype)
     return pipe
 
 

@@ -22,6 +22,13 @@ LAYERS = (3, 2)
 CALMER = 0.25
 """What the first one's states are multiplied with. Stable Diffusion reads them behind a norm, SD3 does not."""
 HEADS, HEAD_WIDTH, BLOCKS, PATCH = 4, 32, 6, 2
+MAX_TOKENS = 28
+"""Of a caption; the world's longest have 23. Each costs as much as a patch of the picture."""
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """The miniature Stable Diffusion's, for shorter captions."""
+    return model.build_tokenizer(MAX_TOKENS)
 
 
 def build_text_encoders(tokenizer: CLIPTokenizer) -> list[CLIPTextModelWithProjection]:

@@ -31,14 +31,14 @@ def vocabulary() -> list[str]:
     return sorted({*grammar, *relations, *style, "a", "an", "the", "and", "on", "background", "picture", "very", ","})
 
 
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """A CLIP tokenizer in which each word of the world is one token; any other text falls apart into bytes."""
     symbols = sorted(ByteLevel.alphabet())
     merges = _merges(vocabulary())
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), START, END]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(
-        vocab=ids, merges=merges, model_max_length=MAX_TOKENS, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+        vocab=ids, merges=merges, model_max_length=max_tokens, bos_token=START, eos_token=END, unk_token=END, pad_token=END
     )
 
 

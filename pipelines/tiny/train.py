@@ -72,9 +72,9 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Up for a twentieth of the steps, then down along a cosine."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, max(steps, 40), pct_start=0.05)
+    """Up for a twentieth of the steps, then down along a cosine; AdamW's momentum goes the other way."""
+    rates, cycled = [group["lr"] for group in optimizer.param_groups], isinstance(optimizer, torch.optim.AdamW)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, max(steps, 40), pct_start=0.05, cycle_momentum=cycled)
 
 
 def _edges(x: Tensor) -> Tensor:
@@ -178,14 +178,18 @@ def encode(vae: nn.Module, pictures: np.ndarray, batch: int = 128) -> tuple[Tens
     return torch.cat(means), torch.cat(stds)
 
 
+def adamw(learning_rate: float, *networks: nn.Module) -> torch.optim.AdamW:
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
+
+
 class NetworkTraining(ABC):
     """Networks with everything that changes while they are trained, so that a killed training can go on."""
 
-    def __init__(self, networks: Sequence[nn.Module], steps: int, learning_rate: float, ema_decay: float) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], steps: int, ema_decay: float) -> None:
         self.steps, self.done, self.seconds = steps, 0, 0.0
-        self._parameters = [parameter for network in networks for parameter in network.parameters()]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=1e-2)
-        self._schedule = _schedule(self._optimizer, steps)
+        self._optimizers, self._schedules = optimizers, [_schedule(optimizer, steps) for optimizer in optimizers]
+        self._parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         self.average = Ema(self._parameters, ema_decay)
 
     @abstractmethod
@@ -198,9 +202,10 @@ class NetworkTraining(ABC):
         loss, error = self.losses()
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad()
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         self.average.update()
         self.done += 1
         self.seconds += time.perf_counter() - start
@@ -209,8 +214,8 @@ class NetworkTraining(ABC):
     def state_dict(self) -> dict[str, Any]:
         return {
             "weights": [p.detach() for p in self._parameters],
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
             "average": self.average.state_dict(),
             "random": torch.get_rng_state(),
             "done": self.done,
@@ -221,8 +226,9 @@ class NetworkTraining(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for parameter, value in zip(self._parameters, state["weights"], strict=True):
             parameter.copy_(value)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+        for name, things in (("optimizers", self._optimizers), ("schedules", self._schedules)):
+            for thing, value in zip(things, state[name], strict=True):
+                thing.load_state_dict(value)
         self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"])
         self.done, self.seconds = state["done"], state["seconds"]
@@ -239,7 +245,7 @@ class UNetTraining(NetworkTraining):
         self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
         self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
         self._noise = model.build_scheduler()
-        super().__init__([self.unet, self.text_encoder], config.unet_steps, config.unet_learning_rate, config.ema_decay)
+        super().__init__([adamw(config.unet_learning_rate, self.unet, self.text_encoder)], config.unet_steps, config.ema_decay)
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """Errors of the predicted noise."""
