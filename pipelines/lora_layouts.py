@@ -4,6 +4,8 @@ kohya     ``lora_unet_`` and the layer's name with underscores. SD 1.x and 2.x b
           names of the original network (SDXL ``input_blocks_4_1_...``, SD3 ``joint_blocks_0_x_block_attn_qkv``, FLUX
           ``double_blocks_0_img_attn_qkv``). Text encoders ``lora_te_``, or ``lora_te1_`` and ``lora_te2_``.
 comfyui   ``diffusion_model.`` and the original name with dots; ``text_encoders.clip_l.transformer.`` for text encoders.
+          Z-Image by Diffusers' names, as all its trainers write it: q, k and v stay apart, and Diffusers reads the file as well.
+          (ComfyUI maps those; of kohya's layout it knows fused names, Diffusers others, so there is none for Z-Image.)
 
 Both have ``.lora_down.weight`` [r, in], ``.lora_up.weight`` [out, r] and ``.alpha`` for each layer: the change is
 alpha / r · up · down. Where the original fuses n projections (q, k, v), their LoRAs become one of rank n · r: the downs one
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diffalign.errors import UserError
 from pipelines.low_rank import Layers, Lora, LowRank
 from pipelines.original_names import Place, places
 
@@ -51,6 +54,15 @@ def is_sdxl(network: nn.Module) -> bool:
     return getattr(network.config, "addition_embed_type", None) == "text_time"
 
 
+def layouts_of(network: nn.Module) -> tuple[str, ...]:
+    """The layouts that other programs read LoRAs of this network in, if there are any at all (``places`` knows)."""
+    return ("comfyui",) if _by_diffusers_names(network) else LAYOUTS
+
+
+def _by_diffusers_names(network: nn.Module) -> bool:
+    return type(network).__name__ == "ZImageTransformer2DModel"
+
+
 def slots(parts: Parts, layout: str) -> dict[str, list[Slot]]:
     """Every name that a file in this layout may have for these networks, with the layers that stand there, in order.
 
@@ -58,15 +70,25 @@ def slots(parts: Parts, layout: str) -> dict[str, list[Slot]]:
         UserError: networks of this class have no such layout.
     """
     network = network_of(parts)
+    if layout not in layouts_of(parts[network]):
+        raise UserError(
+            f"LoRAs of a {type(parts[network]).__name__} have no layout of {layout}'s; take --to comfyui or diffusers."
+        )
     out: dict[str, list[Slot]] = {}
-    for layer, place in places(parts[network]).items():
+    for layer, place in _places(parts[network]).items():
         out.setdefault(_network_name(layout, parts[network], layer, place), []).append(Slot(network, layer, place))
-    for component in (c for c in TEXT_ENCODERS if c in parts):
+    for component in (c for c in TEXT_ENCODERS if c in parts and type(parts[c]).__name__.startswith("CLIP")):
         for layer, module in parts[component].named_modules():
             if isinstance(module, nn.Linear):
                 name = _text_name(layout, parts, component, layer)
                 out[name] = [Slot(component, layer, Place(name))]
     return {name: sorted(found, key=lambda slot: slot.place.part) for name, found in out.items()}
+
+
+def _places(network: nn.Module) -> dict[str, Place]:
+    if not _by_diffusers_names(network):
+        return places(network)
+    return {name: Place(name) for name, module in network.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _network_name(layout: str, network: nn.Module, layer: str, place: Place) -> str:
@@ -146,7 +168,7 @@ def parsed(tensors: Mapping[str, Tensor], parts: Parts) -> Lora | None:
     Raises:
         UserError: networks of this class have no such layout.
     """
-    for layout in LAYOUTS:
+    for layout in layouts_of(parts[network_of(parts)]):
         known = slots(parts, layout)
         names = {_stem(key) for key in tensors}
         if names and names <= known.keys() and all(_whole(tensors, name) for name in names):

@@ -43,6 +43,8 @@ def kind_of(network: Any, prediction_type: str) -> Kind:
     if name == "FluxTransformer2DModel":
         which = "flux-1-dev" if network.config.guidance_embeds else "flux-1-schnell"
         return Kind("flux1", which, "https://github.com/black-forest-labs/flux", "networks.lora_flux")
+    if name == "ZImageTransformer2DModel":
+        return Kind("zimage", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image", "networks.lora_zimage")
     if name != "UNet2DConditionModel":
         raise UserError(f"The headers of kohya's and ComfyUI's files have no words for a {name}.")
     words = "v" if v else "epsilon"

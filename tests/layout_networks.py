@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -137,6 +137,7 @@ _REAL = {
         )
     },
     "flux": lambda: {"transformer": FluxTransformer2DModel(guidance_embeds=True)},
+    "z_image": lambda: {"transformer": ZImageTransformer2DModel()},
 }
 
 

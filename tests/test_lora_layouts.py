@@ -17,9 +17,11 @@ from diffusers import (
     SanaTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from layout_networks import answer, attached, flux, random_layers, real, sd1, sd3, sdxl, text_config
+from miniatures import z_image
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -72,6 +74,7 @@ TRAINED = {  # what sd-scripts trains by default
     "sdxl_text": lambda component, layer: component != "unet" and layer != "text_projection",
     "sd3": lambda component, layer: layer.startswith("transformer_blocks."),
     "flux": lambda component, layer: "transformer_blocks." in layer,
+    "z_image": lambda component, layer: ".attention." in layer or ".feed_forward." in layer,
 }
 
 
@@ -180,6 +183,33 @@ def test_diffusers_reads_fluxs_single_stream_at_its_real_width(keep: tuple[str, 
         torch.testing.assert_close(up @ (down @ x), layer.scale * layer.up @ (layer.down @ x), atol=1e-4, rtol=1e-4)
     changed = {key.removeprefix("transformer.").partition(".lora_")[0] for key, v in found.items() if v.abs().max() > 0}
     assert set(layers) <= changed
+
+
+def test_diffusers_reads_comfyuis_layout_of_z_image() -> None:
+    torch.manual_seed(0)
+    network = z_image().transformer
+
+    @torch.no_grad()
+    def answer(network: nn.Module) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(5)
+        said, latent = torch.randn(5, 16, generator=rng), torch.randn(8, 1, 8, 8, generator=rng)
+        return network([latent], torch.tensor([0.3]), [said], return_dict=False)[0][0]
+
+    layers = random_layers(network, lambda n: ".attention." in n or ".feed_forward." in n)
+    tensors = lora_layouts.written({"transformer": layers}, {"transformer": network}, "comfyui")
+    assert {float(value) for key, value in tensors.items() if key.endswith(ALPHA)} == {7.0}
+    pipe = bare(ZImagePipeline, transformer=copy.deepcopy(network))
+    with quietly() as notes:
+        pipe.load_lora_weights(dict(tensors))
+    assert not [note for note in notes if "unexpected keys" in note]
+    found = lora_layouts.parsed(tensors, {"transformer": network})["transformer"]
+    assert found.keys() == layers.keys()
+    torch.testing.assert_close(found[next(iter(layers))].delta(), layers[next(iter(layers))].delta())
+    before, wanted = answer(network), answer(attached(network, layers))
+    torch.testing.assert_close(answer(pipe.transformer), wanted, atol=1e-5, rtol=1e-5)
+    assert (wanted - before).abs().max() > 0.01
+    with pytest.raises(UserError, match="no layout of kohya's; take --to comfyui"):
+        lora_layouts.written({"transformer": layers}, {"transformer": network}, "kohya")
 
 
 @pytest.mark.parametrize("dual", [(), (0, 1)], ids=["3-medium", "3.5-medium"])
