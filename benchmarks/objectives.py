@@ -2,9 +2,10 @@
 
     python benchmarks/objectives.py --out runs/bench [--objectives sft diffusion-dpo ...] [--seeds 0 1 2] [--budget 23040]
     python benchmarks/objectives.py --out runs/bench --noise        (DPO, rDPO, SmPO, ADPO with 0 to 30 % of the labels flipped)
+    python benchmarks/objectives.py --out runs/flow --recipe tiny-flow --objectives diffusion-dpo smpo d3po   (the transformer)
     python benchmarks/objectives.py --out runs/bench --report       (table and plots from what is there)
 
-Every objective starts from its recipe; only the number of steps
+Every objective starts from its recipe (tiny, a UNet; or tiny-flow, a transformer that follows a flow); only the number of steps
 follows from the budget, in which a sample through the network with a gradient counts three forward passes and one without
 counts one (``Objective().cost``). Models are compared with the base on captions of the test split, from the same noise, pooled
 over seeds; those by which the recipes were tuned (the evaluation captions of ``tiny``) are drawn, too, but not counted.
@@ -37,7 +38,7 @@ TUNED_BY = 224
 """Captions of the recipes' own comparison with the base."""
 STEPS, GUIDANCE = 25, 4.0
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3)
-RECIPES = ("tiny",)
+RECIPES = ("tiny", "tiny-flow")
 """Each is called as the model that it starts from."""
 
 

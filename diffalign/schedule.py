@@ -373,6 +373,10 @@ class FlowSchedule(Schedule):
     def __post_init__(self) -> None:
         if self.train_steps < 1:
             raise ValueError(f"train_steps should be at least 1; got {self.train_steps}")
+        if isinstance(self.sigmas, FlowGrid) and self.sigmas.train_steps != self.train_steps:
+            raise ValueError(
+                f"the grid was made for {self.sigmas.train_steps} steps of training, the schedule for {self.train_steps}"
+            )
         self._check()
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,18 @@ class Pass:
     flops: int
 
 
+Encoded = Mapping[str, tuple[torch.Size, torch.dtype]]
+"""What one prompt becomes, with a dimension of 1 for the batch."""
+
+
+def encoded_prompt(family: Family) -> Encoded:
+    """By the family's own text encoders, as ``families.sketch`` makes them."""
+    with shapes_only(family.network, *family.encoder.networks()):
+        return {name: (value.shape, value.dtype) for name, value in family.encoder.encode_prompts(["a"]).items()}
+
+
 def forward_pass(
-    family: Family, size: tuple[int, int, int], rows: int, checkpointing: bool, autocast: torch.dtype | None
+    family: Family, prompt: Encoded, size: tuple[int, int, int], rows: int, checkpointing: bool, autocast: torch.dtype | None
 ) -> Pass:
     """Of a family as ``families.sketch`` makes it, whose parameters to train require a gradient.
 
@@ -39,7 +49,7 @@ def forward_pass(
     """
     keeping = _Keeping(family.network)
     with shapes_only(family.network, *family.encoder.networks()):
-        conditioning = {name: value.expand(rows, *value.shape[1:]) for name, value in conditioning_of(family).items()}
+        conditioning = _conditioning(family, prompt, rows)
         x_t = torch.zeros(rows, *size)
         t = torch.zeros(rows, dtype=torch.float32 if family.denoiser.schedule.continuous else torch.int64)
         half = torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)
@@ -48,10 +58,10 @@ def forward_pass(
     return Pass(rows, keeping.bytes, keeping.inner, counter.get_total_flops())
 
 
-def conditioning_of(family: Family) -> dict[str, torch.Tensor]:
-    """What one prompt becomes, as shapes; every token counts, so masks are left out where a network can do without."""
-    found = family.encoder.encode_prompts(["a"])
-    return {name: value for name, value in found.items() if not family.denoiser.can_do_without(name)}
+def _conditioning(family: Family, prompt: Encoded, rows: int) -> dict[str, torch.Tensor]:
+    """Of ``rows`` samples; every token counts, so masks are left out where a network can do without."""
+    needed = {name: value for name, value in prompt.items() if not family.denoiser.can_do_without(name)}
+    return {name: torch.zeros(rows, *shape[1:], dtype=dtype) for name, (shape, dtype) in needed.items()}
 
 
 def picture_bytes(family: Family, resolution: int, batch: int) -> int:
@@ -72,11 +82,11 @@ def decoding_bytes(family: Family, size: tuple[int, int, int], pictures: int) ->
     return live.most
 
 
-def asking_bytes(family: Family, size: tuple[int, int, int], rows: int) -> int:
+def asking_bytes(family: Family, prompt: Encoded, size: tuple[int, int, int], rows: int) -> int:
     """The same while the network answers for ``rows`` latents (C, h, w) without a gradient."""
     live = _Living(family.network)
     with shapes_only(family.network, *family.encoder.networks()):
-        conditioning = {name: value.expand(rows, *value.shape[1:]) for name, value in conditioning_of(family).items()}
+        conditioning = _conditioning(family, prompt, rows)
         t = torch.zeros(rows, dtype=torch.float32 if family.denoiser.schedule.continuous else torch.int64)
         with torch.no_grad(), live:
             family.denoiser(torch.zeros(rows, *size), t, conditioning)
@@ -114,12 +124,10 @@ def encoding_bytes(family: Family) -> dict[str, int]:
     return {name: weights_bytes(network) for name, network in named}
 
 
-def conditioning_bytes(family: Family, of_a_number: int) -> int:
+def prompt_bytes(prompt: Encoded, of_a_number: int) -> int:
     """Bytes of one encoded prompt whose floats take ``of_a_number``."""
-    with shapes_only(family.network, *family.encoder.networks()):
-        found = family.encoder.encode_prompts(["a"]).values()
-        sizes = [(of_a_number if value.is_floating_point() else value.element_size()) * value.numel() for value in found]
-    return sum(sizes)
+    each = ((shape.numel(), of_a_number if dtype.is_floating_point else dtype.itemsize) for shape, dtype in prompt.values())
+    return sum(count * size for count, size in each)
 
 
 def weights_bytes(network: nn.Module) -> int:

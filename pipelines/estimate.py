@@ -1,8 +1,6 @@
 """What a run will take, before it takes it: memory by counting in shapes, time by counting operations.
 
-Nothing is loaded: networks are built from their configurations without numbers (``families.sketch``), and go through one forward
-pass of one pair. Activations are what autograd keeps of it; operations are counted by PyTorch; the machine's speed is that of a
-short matrix product.
+Nothing is loaded: ``sizing`` counts a network of shapes. The machine's speed is that of a short matrix product.
 
 A run has up to four phases. First encoders fill the cache, one network at a time on the device; then they are let go, and the
 network is trained; objectives that make their own pictures sample and decode them in between; at the end the result is compared
@@ -14,30 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from diffalign.errors import UserError
-from pipelines import families
-from pipelines.counting import (
-    Pass,
-    asking_bytes,
-    conditioning_bytes,
-    decoding_bytes,
-    encoding_bytes,
-    forward_pass,
-    picture_bytes,
-)
-from pipelines.families import _quantised
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
 from pipelines.run import PRECISIONS
+from pipelines.sizing import PICTURES, Comparing, Sized, Sizing, asked_once
 
-_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole step reaches; a rule of thumb."""
 _LIBRARIES = int(1.0 * 2**30)
@@ -45,7 +31,6 @@ _BUFFERS = 0.05
 """Torch and its friends, and what a step holds for a moment beside the activations, as a share of them; both from the resident
 memory of SD1.5's LoRA runs on a CPU. (``pytest -m slow -k real_image`` compares.)"""
 GIB = 2**30
-PICTURES = "pictures on their way"
 DECODER = "autoencoder"
 
 
@@ -74,14 +59,14 @@ class Estimate:
         """Bytes that the device must hold: training, sampling, comparing, or the largest network that encodes."""
         networks = {name: size for name, size in self.encoding.items() if name not in (VAE, PICTURES)}
         pictures = self.encoding.get(VAE, 0) + self.encoding.get(PICTURES, 0)
-        comparing = self.comparing.peak if self.comparing else 0
+        comparing = _LIBRARIES + self.comparing.on_device if self.comparing else 0
         return max(self.training, self.sampling, comparing, _LIBRARIES + max(pictures, *networks.values(), 0))
 
     @property
     def host(self) -> int:
         """Bytes of a host without another device: all networks are there at once while the cache is filled."""
         weights = self.bytes.get("weights", 0) + self.bytes.get("average of weights", 0)
-        comparing = self.comparing.host if self.comparing else 0
+        comparing = _LIBRARIES + self.comparing.on_host if self.comparing else 0
         return max(self.training, self.sampling, comparing, _LIBRARIES + weights + sum(self.encoding.values()))
 
     def to_text(self) -> str:
@@ -95,7 +80,7 @@ class Estimate:
         if self.sampling:
             lines.append(f"While pictures are sampled and decoded (judges are not counted): {self.sampling / GIB:.2f} GiB.")
         if self.comparing:
-            size = self.comparing.peak / GIB
+            size = (_LIBRARIES + self.comparing.on_device) / GIB
             lines.append(f"While the result is compared with its base (judges are not counted): {size:.2f} GiB.")
         if self.host > self.peak:
             lines.append(f"On a host without a GPU all networks lie there at once: {self.host / GIB:.2f} GiB.")
@@ -117,50 +102,15 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
     return [_line(name, size) for name, size in sizes.items() if size]
 
 
-@dataclass(frozen=True)
-class Comparing:
-    """Bytes while a model samples for the comparison, in the run's precision."""
-
-    network: int
-    decoder: int
-    encoders: dict[str, int]
-    asked: int  # what the network holds while it answers
-    decoded: int  # what the decoder holds for one picture
-
-    @property
-    def peak(self) -> int:
-        """On a device that holds one network at a time."""
-        return _LIBRARIES + max(self.network + self.asked, self.decoder + self.decoded, *self.encoders.values(), 0)
-
-    @property
-    def host(self) -> int:
-        """All networks together."""
-        return _LIBRARIES + self.network + self.decoder + sum(self.encoders.values()) + max(self.asked, self.decoded)
-
-
-@dataclass(frozen=True)
-class Sized:
-    """A model as far as an estimate needs it; the same for all settings but precision, adapter, size and those of memory."""
-
-    total: int  # bytes of the network's weights
-    trainable: int  # numbers
-    one: Pass  # of one pair
-    encoding: dict[str, int]
-    cached: dict[str, int]
-    sampling_flops: float  # of one picture and step at the model's own size, guided
-    sampled: int = 0  # bytes while an objective samples or decodes its own pictures, beside weights; 0 where there are none
-    comparing: Comparing | None = None
-    copies: int = 0  # bytes of weights in half precision that are kept beside those in float32
-
-
 def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     """The estimate for a run; ``unknown`` is set where the model's configuration cannot be read without loading it."""
     steps = settings.loop.steps
     try:
-        sized = sized or size_of(settings)
+        sized = sized or Sizing().of(settings)
     except UserError as error:
         return Estimate({}, 0, 0.0, 0.0, steps, unknown=str(error))
-    cost = settings.objective.cost_of_stored if settings.feedback else settings.objective.cost
+    objective = asked_once(settings.objective) if sized.told_guidance else settings.objective
+    cost = objective.cost_of_stored if settings.feedback else objective.cost
     batch, accumulation = settings.batch.batch_size, settings.batch.accumulation
     backward = 2 if settings.adapter == "full" else 1.1  # LoRA: activation gradients, little else
     backward += 1 if settings.compute.gradient_checkpointing else 0
@@ -172,75 +122,6 @@ def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", DECODER))
     sampling = _LIBRARIES + still + sized.sampled if samples_itself(settings) and not settings.feedback else 0
     return Estimate(parts, sized.trainable, seconds, comparing, steps, sized.encoding, sized.cached, sampling, sized.comparing)
-
-
-def size_of(settings: TrainSettings) -> Sized:
-    """Count the model of a run. Raises UserError where its configuration is not here."""
-    full, precision = settings.adapter == "full", PRECISIONS[settings.compute.mixed_precision]
-    dtype = "float32" if full else precision
-    family = families.sketch(settings.model, dtype=dtype, config=settings.single_file_config, without=settings.without)
-    family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
-    base = _quantised.quantised_bytes(family.network, settings.compute.quantise)
-    if full:
-        family.train_fully()
-    else:
-        family.attach_lora(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
-    trainable = sum(p.numel() for p in family.denoiser.trainable_parameters())
-    pixels = settings.data.resolution or family.resolution
-    size = family.latent_shape(pixels)
-    rows = max(1, round(settings.objective.cost.at_once))
-    autocast = None if precision == "float32" else getattr(torch, precision)
-    one = forward_pass(family, size, rows, settings.compute.gradient_checkpointing, autocast)
-    copies = 0
-    if full and autocast:  # of weights, in half precision: they are kept as well, and there are no more of them for more samples
-        two = forward_pass(family, size, 2 * rows, settings.compute.gradient_checkpointing, autocast)
-        copies = 2 * one.kept - two.kept
-        one = replace(one, kept=one.kept - copies)
-    own = one.flops if size == family.latent_shape(family.resolution) else _own_flops(family)
-    return Sized(
-        total=base + (0 if full else 4 * trainable),
-        trainable=trainable,
-        one=one,
-        copies=copies,
-        encoding={**_encoding(settings, family), PICTURES: picture_bytes(family, pixels, settings.data.encode_batch)},
-        cached=_cached(settings, family, size),
-        sampling_flops=2 * own / rows,  # guidance asks twice
-        sampled=_sampled(settings, family, size) if samples_itself(settings) else 0,
-        comparing=_comparing(settings) if settings.evaluation.prompts else None,
-    )
-
-
-def _encoding(settings: TrainSettings, family: Any) -> dict[str, int]:
-    """Bytes of each network that encodes; they are sketched in float32."""
-    text = _SIZE[settings.data.text_precision]
-    return {name: size * (4 if name == VAE else text) // 4 for name, size in encoding_bytes(family).items()}
-
-
-def _sampled(settings: TrainSettings, family: Any, size: tuple[int, int, int]) -> int:
-    pictures, guidance = settings.reward.rollout_batch, getattr(settings.objective, "guidance", 1.0)
-    return max(
-        asking_bytes(family, size, pictures * (1 if guidance == 1.0 else 2)),
-        decoding_bytes(family, size, 1 if settings.data.vae_slicing else pictures),
-    )
-
-
-def _comparing(settings: TrainSettings) -> Comparing:
-    """Of the model's own size; guidance asks twice."""
-    precision = PRECISIONS[settings.compute.mixed_precision]
-    family = families.sketch(settings.model, dtype=precision, config=settings.single_file_config, without=settings.without)
-    size = family.latent_shape(family.resolution)
-    encoders = {name: numbers * _SIZE[precision] // 4 for name, numbers in encoding_bytes(family).items()}
-    return Comparing(
-        network=_quantised.quantised_bytes(family.network, settings.compute.quantise),
-        decoder=encoders.pop(VAE),
-        encoders=encoders,
-        asked=asking_bytes(family, size, 2 * settings.evaluation.sampling_batch),
-        decoded=decoding_bytes(family, size, 1) * _SIZE[precision] // 4,
-    )
-
-
-def _own_flops(family: Any) -> int:
-    return forward_pass(family, family.latent_shape(family.resolution), 1, False, None).flops
 
 
 def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int]:
@@ -261,19 +142,13 @@ def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int
     }
 
 
-def _cached(settings: TrainSettings, family: Any, size: tuple[int, int, int]) -> dict[str, int]:
-    """Bytes on disk of one picture and one prompt."""
-    each = {"float16": 2, "float32": 4}["float16"]
-    channels, height, width = size
-    return {"picture": 2 * channels * height * width * each, "prompt": conditioning_bytes(family, each)}
-
-
 def _seconds_comparing(settings: TrainSettings, sized: Sized) -> float:
-    """Sampling by base and tuned model, in float32 and at the model's own size; judging is not counted."""
+    """Sampling by base and tuned model at the model's own size; judging is not counted."""
     e = settings.evaluation
     if not e.prompts:
         return 0.0
-    return 2 * len(held_out_prompts(e.prompts, e.prompt_count)) * e.sampling_steps * sized.sampling_flops / _speed("no")
+    flops = 2 * len(held_out_prompts(e.prompts, e.prompt_count)) * e.sampling_steps * sized.sampling_flops
+    return flops / _speed(settings.compute.mixed_precision)
 
 
 def _speed(precision: str, side: int = 1024, seconds: float = 0.2) -> float:

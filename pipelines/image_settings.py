@@ -156,7 +156,7 @@ class TrainSettings:
 
 
 TOP_LEVEL = {
-    "model": "a Diffusers folder, a hub id, a single .safetensors file, or tiny",
+    "model": "a Diffusers folder, a hub id, a single .safetensors file, tiny or tiny-flow",
     "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
     "preset": "8gb, 12gb, 16gb, 24gb, 48gb or 80gb: switch on what it takes to fit a device of that size (--dry-run says what)",
     "without": "parts of the model to leave out: t5, of SD3",

@@ -1,7 +1,8 @@
 """What to switch on so that a run fits into the memory there is: found by estimating, from what costs least to what costs most.
 
 ``--preset 12gb`` applies as many of the switches as it takes for the estimate to fit; ``--dry-run`` says for each usual size of a
-GPU what that would be. Nothing changes what is learnt from a pair but precision and, at the end of the list, the adapter.
+GPU what that would be. Nothing changes what is learnt from a pair but precision and, at the end of the list, the adapter and the
+bits of its base.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 from diffalign import losses
 from diffalign.errors import UserError
-from pipelines.estimate import GIB, Estimate, Sized, estimate, size_of
+from pipelines.estimate import GIB, Estimate, estimate
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
+from pipelines.sizing import Sizing
 
 SIZES = (8, 12, 16, 24, 48, 80)
 """Of GPUs, in GB as they are sold."""
@@ -52,6 +54,17 @@ def _lora(settings: TrainSettings) -> TrainSettings:
     return replace(settings, adapter="lora")
 
 
+def _quantised(kind: str) -> Callable[[TrainSettings], TrainSettings]:
+    """Not where it is refused: pictures that whole weights have made; and never back from 4 bits to 8."""
+
+    def on(settings: TrainSettings) -> TrainSettings:
+        if settings.feedback or settings.compute.quantise == "nf4":
+            return settings
+        return _compute(quantise=kind)(settings)
+
+    return on
+
+
 def _small_encoding(settings: TrainSettings) -> TrainSettings:
     return replace(settings, data=replace(settings.data, encode_batch=1))
 
@@ -75,6 +88,8 @@ SWITCHES = (
     Switch("one pair at a time, more accumulation (batch_size 1)", _one_at_a_time),
     Switch("gradient checkpointing", _compute(gradient_checkpointing=True)),
     Switch("a LoRA in place of all weights (adapter lora; it wants a learning rate of about 1e-4)", _lora),
+    Switch("the frozen base in 8 bits (quantise int8)", _quantised("int8")),
+    Switch("4 bits in place of 8 (quantise nf4)", _quantised("nf4")),
 )
 
 
@@ -93,28 +108,13 @@ def rungs(settings: TrainSettings) -> Iterator[Fit]:
     Raises:
         UserError: the model's configuration cannot be read, so there is no estimate.
     """
-    sizes: dict[tuple[Any, ...], Sized] = {}
-    switched: tuple[str, ...] = ()
-    yield Fit(settings, switched, _estimated(settings, sizes))
+    sizing, switched = Sizing(), ()
+    yield Fit(settings, switched, estimate(settings, sizing.of(settings)))
     for switch in SWITCHES:
         changed = switch.on(settings)
         if changed != settings:
             settings, switched = changed, (*switched, switch.name)
-            yield Fit(settings, switched, _estimated(settings, sizes))
-
-
-def _estimated(settings: TrainSettings, sizes: dict[tuple[Any, ...], Sized]) -> Estimate:
-    compute = settings.compute
-    encoded = (
-        settings.data.text_precision,
-        settings.data.encode_batch,
-        settings.reward.rollout_batch,
-        settings.evaluation.sampling_batch,
-    )
-    key = (settings.adapter, compute.mixed_precision, compute.gradient_checkpointing, *encoded)
-    if key not in sizes:
-        sizes[key] = size_of(settings)
-    return estimate(settings, sizes[key])
+            yield Fit(settings, switched, estimate(settings, sizing.of(settings)))
 
 
 def fitted(settings: TrainSettings, size: int) -> Fit:
@@ -139,7 +139,7 @@ def _more_advice(last: Fit) -> str:
         return (
             "It is the encoders that do not fit: a smaller --resolution or --vae-tiling, or --without t5 where that is the one."
         )
-    return "Train smaller pictures (--resolution), a smaller model, or a LoRA on a quantised one (--quantise nf4)."
+    return "Train smaller pictures (--resolution) or a smaller model."
 
 
 def applied(settings: TrainSettings) -> tuple[TrainSettings, str]:

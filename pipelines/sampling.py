@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def sample(
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     asked = {**_own_size(pipe), **size, **call_options(type(pipe).__name__)}
     images: list[Image.Image] = []
-    with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe):
+    with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe), _few_zeros(pipe):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             out = pipe(
@@ -190,6 +190,16 @@ def _evaluation_mode(pipe: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _few_zeros(pipe: Any) -> AbstractContextManager[None]:
+    """Within this context SD3 without its T5 is quicker, and answers the same."""
+    if type(pipe).__name__ != "StableDiffusion3Pipeline" or pipe.text_encoder_3 is not None:
+        return nullcontext()
+    from pipelines.families._encoding import default_length
+    from pipelines.families._joint_attention import few_zeros_while_sampling
+
+    return few_zeros_while_sampling(pipe.transformer, default_length(pipe))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def kept_in_truth(family, size: tuple[int, int, int], rows: int, half: bool = Fa
             kept[place.data_ptr()] = place.nbytes()
         return tensor
 
-    told = {k: v.expand(rows, *v.shape[1:]) for k, v in family.encoder.encode_prompts(["a"]).items()}
+    told = family.encoder.encode_prompts(["a"] * rows)
     t = torch.full((rows,), 500.0 if family.denoiser.schedule.continuous else 500)
     wrapped = torch.autocast("cpu", torch.bfloat16, enabled=half)
     with wrapped, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -127,6 +127,16 @@ def test_recomputed_blocks_are_counted_apart(tmp_path: Path) -> None:
     assert checked.seconds_per_step > plain.seconds_per_step
 
 
+def test_a_network_that_is_told_its_guidance_is_asked_once(tmp_path: Path) -> None:
+    folder = MINIATURES["flux"].save(tmp_path / "model")
+    own = {"model": str(folder), "pairs": None, "train_prompts": "tiny", "reward": ["tiny-pickscore"], "resolution": PIXELS}
+    guided, plain = (estimate(settings("d3po", **own, guidance=scale)) for scale in (3.5, 1.0))
+    assert guided.bytes == plain.bytes and guided.sampling == plain.sampling
+    folder = MINIATURES["sd3"].save(tmp_path / "other")
+    guided, plain = (estimate(settings("d3po", **{**own, "model": str(folder)}, guidance=scale)) for scale in (3.5, 1.0))
+    assert guided.bytes["activations"] > 1.5 * plain.bytes["activations"] and guided.sampling > plain.sampling
+
+
 # ----------------------------------------------------------------------------------------------------------------- presets
 
 
@@ -154,8 +164,8 @@ def test_one_pair_at_a_time_leaves_a_step_as_it_is() -> None:
 
 
 def test_what_does_not_fit_is_told_by_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_presets, "size_of", lambda given: None)
-    for found, words in ((of_size(9.0), "--quantise nf4"), (of_size(1.0, encoding=9.0), "encoders that do not fit")):
+    monkeypatch.setattr(memory_presets.Sizing, "of", lambda self, given: None)
+    for found, words in ((of_size(9.0), "smaller pictures"), (of_size(1.0, encoding=9.0), "encoders that do not fit")):
         monkeypatch.setattr(memory_presets, "estimate", lambda given, sized, found=found: found)
         with pytest.raises(UserError, match=words):
             memory_presets.fitted(settings(), 8)
@@ -167,16 +177,23 @@ def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatc
     def told(given: TrainSettings, sized: object) -> Estimate:
         total = 60.0 if given.adapter == "full" else 20.0
         total -= 8.0 * (given.compute.mixed_precision == "bf16") + 6.0 * given.compute.gradient_checkpointing
+        total -= {"none": 0.0, "int8": 1.0, "nf4": 1.5}[given.compute.quantise]
         return of_size(total + given.batch.batch_size)
 
     monkeypatch.setattr(memory_presets, "estimate", told)
-    monkeypatch.setattr(memory_presets, "size_of", lambda given: None)
+    monkeypatch.setattr(memory_presets.Sizing, "of", lambda self, given: None)
     enough = memory_presets.fitted(wide, 80)
     assert enough.settings == wide and enough.switched == ()
     less = memory_presets.fitted(wide, 48)  # 60 - 8 - 6 + 1 is too much: a LoRA it is
     assert less.settings.adapter == "lora" and (less.settings.batch.batch_size, less.settings.batch.accumulation) == (1, 4)
-    assert [name.split(" ")[0] for name in less.switched] == ["pictures", "bf16", "one", "gradient", "a"]
-    with pytest.raises(UserError, match=r"still takes about 6.5 GiB, and a device of 5 GB has 4.3"):
+    assert [name.split(" ")[0] for name in less.switched] == ["pictures", "text", "bf16", "one", "gradient", "a"]
+    fewest = memory_presets.fitted(wide, 6)  # 20 - 8 - 6 + 1 is too much, and 8 bits save 1
+    assert fewest.settings.compute.quantise == "nf4" and fewest.switched[-1].startswith("4 bits in place of 8")
+    of_bits = memory_presets.fitted(replace(less.settings, compute=fewest.settings.compute), 6)
+    assert of_bits.settings.compute.quantise == "nf4" and not of_bits.switched  # never back to 8
+    fed_back = replace(less.settings, feedback=Path("rounds"))
+    assert list(memory_presets.rungs(fed_back))[-1].settings.compute.quantise == "none"
+    with pytest.raises(UserError, match=r"still takes about 5.1 GiB, and a device of 5 GB has 4.3"):
         memory_presets.fitted(wide, 5)
     lines = memory_presets.advice(wide)
     assert lines[-1] == "  80 GB  nothing (59.6 GiB)" and lines[1].startswith("   8 GB  pictures encoded")

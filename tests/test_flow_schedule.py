@@ -99,6 +99,12 @@ def test_zero_and_below_are_the_clean_end_and_beyond_T_is_nothing() -> None:
         NoiseSchedule(sd_alpha_bar(), "velocity")
 
 
+def test_a_grid_and_its_schedule_are_of_one_training() -> None:
+    assert len(FlowSchedule(train_steps=500, sigmas=FlowGrid(train_steps=500))) == 500
+    with pytest.raises(ValueError, match="made for 1000 steps of training, the schedule for 500"):
+        FlowSchedule(train_steps=500)
+
+
 def test_half_precision_latents_keep_their_level() -> None:
     """t = 999 of 1000 in bfloat16 would be 1000: pure noise."""
     a, s = FlowSchedule().coefficients(torch.tensor([999.0]), torch.zeros(1, 1, dtype=torch.bfloat16))

@@ -22,7 +22,7 @@ from diffalign import objectives
 from diffalign.errors import StaleCacheError, UserError
 from diffalign.optimisation import OptimiserSettings, build_optimizer
 from pipelines import config, families, run_folder
-from pipelines.estimate import PICTURES, size_of
+from pipelines.sizing import PICTURES, Sizing
 from pipelines.tiny import scenes
 
 LARGE = 3 * PIXELS
@@ -139,7 +139,7 @@ def settings(saved: Saved, **more: object) -> object:
 def test_the_estimate_knows_that_less_lies_in_memory_at_once(tmp_path: Path) -> None:
     saved = on_disk("stable_diffusion", tmp_path)
     whole, tiled, sliced = (
-        size_of(settings(saved, **more)).encoding[PICTURES] for more in ({}, {"vae_tiling": True}, {"vae_slicing": True})
+        Sizing().of(settings(saved, **more)).encoding[PICTURES] for more in ({}, {"vae_tiling": True}, {"vae_slicing": True})
     )
     assert tiled < 0.5 * whole and sliced < 0.5 * whole
 

@@ -22,9 +22,9 @@ from torch import nn
 from diffalign import objectives
 from diffalign.errors import UserError
 from pipelines import config, families
-from pipelines.estimate import size_of
 from pipelines.families._denoiser import working_dtype
 from pipelines.families._quantised import LIBRARIES, held_bytes, quantisable, quantised_bytes
+from pipelines.sizing import Sizing
 
 KINDS = list(LIBRARIES)
 ERROR = {"int8": 0.02, "nf4": 0.15}
@@ -287,7 +287,7 @@ def test_the_estimate_counts_what_a_loaded_network_holds(saved: Saved, kind: str
     family = families.load_family(saved.folder)
     family.quantise(kind)
     family.attach_lora(rank=16)
-    assert size_of(settings(saved, quantise=kind)).total == held_bytes(family.network) < size_of(settings(saved)).total
+    assert Sizing().of(settings(saved, quantise=kind)).total == held_bytes(family.network) < Sizing().of(settings(saved)).total
 
 
 def test_full_fine_tuning_is_refused(saved: Saved) -> None:

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_sampling_options, whole
 
-    model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--base", required=True, metavar="MODEL", help=f"the model before: {model}")
     parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")
     parser.add_argument("--tuned", required=True, metavar="MODEL", help="the model after, named the same way")

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_sampling_options, whole
 
-    model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--model", required=True, help=model)
     parser.add_argument("--lora", metavar="PATH", help="a LoRA of any making to merge into it: a .safetensors file, or a folder")
     source = parser.add_mutually_exclusive_group(required=True)

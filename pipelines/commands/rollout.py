@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "goes on where a stopped one was. Choices go into choices.jsonl in the folder; `diffalign train d3po --feedback FOLDER` "
         "learns from them."
     )
-    model = "'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
     parser.add_argument("--model", required=True, help=model)
     parser.add_argument("--lora", metavar="FOLDER", help="a LoRA that diffalign trained, to sample with: the next round's model")
     parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")

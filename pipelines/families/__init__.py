@@ -53,7 +53,7 @@ def load_pipeline(
     (A checker that blackens pictures would spoil every comparison; load with Diffusers itself to have it.)
 
     Args:
-        model: 'tiny', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
+        model: 'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
             whose LoRA is then applied to its base, and to the LoRAs that were part of that.
         device: None takes a CUDA device if there is one, else the CPU.
         config: a Diffusers folder with configuration and tokenizer, for single files without access to the hub.

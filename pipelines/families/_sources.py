@@ -1,6 +1,6 @@
 """What a person may call a model, and how each kind is found and read.
 
-``tiny``, which ships; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in
+``tiny`` and ``tiny-flow``, which ship; a Diffusers folder; a hub id ``org/name``; a single ``.safetensors`` or ``.ckpt`` file in
 the original layout; a file of a transformer alone (``.safetensors``, or quantised ``.gguf``), the rest coming from a Diffusers
 folder or the hub; or a folder that diffalign wrote (a whole pipeline, or a LoRA that remembers its base, and the LoRAs that it
 was trained on top of). Those, and any that a run names as part of its base, are merged into the weights when the model is read.
@@ -274,7 +274,7 @@ def _missing(name: str, path: Path) -> str:
     beside = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, beside, n=3) or beside[:5]
     there = f"{path.parent} holds {', '.join(near)}" if near else f"{path.parent} is empty"
-    kinds = "a Diffusers folder, a .safetensors file, a hub id (org/name) or 'tiny'"
+    kinds = "a Diffusers folder, a .safetensors file, a hub id (org/name), 'tiny' or 'tiny-flow'"
     return f"There is no model {name}: {there}. A model is {kinds}."
 
 

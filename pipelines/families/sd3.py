@@ -16,6 +16,7 @@ Shapes: B = batch, latents [B, 16, h, w], pixels [B, 3, 8h, 8w] (the factor is t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from pipelines.families._denoiser import NetworkDenoiser
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt, about_clip, about_t5, default_length, tokenized, truncated_prompts
 from pipelines.families._family import Family
+from pipelines.families._joint_attention import JointAttention, with_few_zeros
 from pipelines.families._schedules import flow_schedule_of
 from pipelines.families._sources import Origin
 
@@ -53,12 +55,18 @@ T5Shape = tuple[int, int]
 """Tokens that T5 reads, and the width of its states."""
 
 
+@dataclass(frozen=True)
 class SD3Denoiser(NetworkDenoiser):
     """The transformer, asked with ``encoder_hidden_states`` [B, L, D] and ``pooled_projections`` [B, P]."""
 
+    zeros: int = 0
+    """How many of the L are zeros at the end, in T5's place."""
+    patch: int = 2
+
     def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        said = {name: conditioning[name].to(x_t.dtype) for name in ("encoder_hidden_states", "pooled_projections")}
-        return self.network(hidden_states=x_t, timestep=t, **said).sample
+        states, pooled = (conditioning[name].to(x_t.dtype) for name in ("encoder_hidden_states", "pooled_projections"))
+        told = with_few_zeros(states, self.zeros, x_t.shape[-2] * x_t.shape[-1] // self.patch**2)
+        return self.network(hidden_states=x_t, timestep=t, pooled_projections=pooled, **told).sample
 
 
 class SD3Encoder(FrozenEncoder):
@@ -136,5 +144,9 @@ def build(pipeline: Any, *, prediction_type: str | None = None, origin: Origin |
         (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3),
         (default_length(pipeline), settings.joint_attention_dim),
     )
-    denoiser = SD3Denoiser(schedule, transformer.requires_grad_(False))
+    zeros = 0
+    if encoders["text_encoder_3"] is None:
+        zeros = default_length(pipeline)
+        transformer.set_attn_processor(JointAttention())
+    denoiser = SD3Denoiser(schedule, transformer.requires_grad_(False), zeros, settings.patch_size)
     return Family("sd3", pipeline, denoiser, encoder, NETWORK, LORA_TARGETS, side * factor, origin, patch=settings.patch_size)

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from pipelines.families._quiet import quietly
 from pipelines.tiny import model, scenes, shipped
 
 WIDTHS = (model.WIDTH, 32)
@@ -41,7 +42,9 @@ def build_text_encoders(tokenizer: CLIPTokenizer) -> list[CLIPTextModelWithProje
 @torch.no_grad()
 def _as_in_stable_diffusion(encoder: CLIPTextModelWithProjection) -> CLIPTextModelWithProjection:
     """Its weights are the trained ones; the states of its last layer but one are the trained one's last, times ``CALMER``."""
-    trained, own = CLIPTextModel.from_pretrained(shipped.CHECKPOINT, subfolder="text_encoder").state_dict(), encoder.text_model
+    with quietly():
+        trained = CLIPTextModel.from_pretrained(shipped.CHECKPOINT, subfolder="text_encoder").state_dict()
+    own = encoder.text_model
     own.load_state_dict(trained, strict=False)
     layers = own.encoder.layers
     own.embeddings.token_embedding.weight.mul_(CALMER)

@@ -7,7 +7,9 @@ from pathlib import Path
 NAME = "tiny"
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """Stable Diffusion in miniature, a folder in the usual Diffusers layout."""
-CHECKPOINTS = {NAME: CHECKPOINT}
+FLOW = Path(__file__).parent / "flow_checkpoint"
+"""Stable Diffusion 3 in miniature, without T5, in the same layout."""
+CHECKPOINTS = {NAME: CHECKPOINT, "tiny-flow": FLOW}
 """By the names that commands know them by."""
 PAIRS = Path(__file__).parent / "pairs.parquet"
 """The preference pairs of the tiny world, in the format of Pick-a-Pic v2."""

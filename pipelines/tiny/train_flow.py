@@ -2,7 +2,7 @@
 
 Transformer and second text encoder together, on the scenes and with the autoencoder of the miniature SD: conditional
 flow matching (Lipman et al. 2022, arXiv 2210.02747) on straight paths x_s = (1 - s) x_0 + s eps, velocity eps - x_0 predicted,
-s from a logit-normal (Esser et al. 2024, arXiv 2403.03206), 10 % of the captions dropped for classifier-free guidance, an
+s from a logit-normal (Esser et al. 2024, arXiv 2403.03206), 15 % of the captions dropped for classifier-free guidance, an
 exponential moving average of the weights kept.
 
 The velocity eps - x_0 of one draw is mostly noise: most of its error cannot be learnt. The miniature SD knows its mean, so
@@ -15,9 +15,7 @@ The matrices in the blocks follow Muon (Jordan et al. 2024; torch.optim.Muon, ra
 After 700 steps AdamW alone is where the two are after 500. Networks compute in bfloat16, attention in float32: half the time
 where the CPU has matrix units for it.
 
-SD3 without its T5 puts 256 zeros behind a caption. They have no places of their own, so they are alike in every layer, and 256
-keys that are alike are one key whose logit is larger by log 256: training asks for one, sampling sees 256, and the answer is the
-same. It takes a third of the time.
+The 256 zeros that SD3 without its T5 puts behind a caption are shown as two (``families._joint_attention``): a third of the time.
 
 B = batch, latents are [B, 4, 16, 16], captions are [B, 28] token ids.
 """
@@ -25,7 +23,6 @@ B = batch, latents are [B, 4, 16, 16], captions are [B, 28] token ids.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 from collections.abc import Sequence
@@ -39,6 +36,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipelines.families._joint_attention import KEPT, JointAttention
 from pipelines.tiny import flow_model, model, scenes, shipped
 from pipelines.tiny.train import (
     NetworkTraining,
@@ -63,7 +61,7 @@ class FlowTraining:
 
     seed: int = 0
     scenes: int = 30_000
-    flow_steps: int = 10_000
+    flow_steps: int = 7_000
     flow_batch: int = 32
     flow_learning_rate: float = 1e-3
     muon_learning_rate: float = 2e-3
@@ -83,6 +81,7 @@ class TransformerTraining(NetworkTraining):
         self.text_encoders = flow_model.build_text_encoders(self.tokenizer)
         self.text_encoders[1].train()
         self.transformer = flow_model.build_transformer().train()
+        self.transformer.set_attn_processor(JointAttention())
         self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
         self._teacher = Teacher()
         self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -114,8 +113,8 @@ class TransformerTraining(NetworkTraining):
         x_s = torch.lerp(x_0, noise, s.view(-1, 1, 1, 1))
         taught = self._teacher.velocity(x_s, s, t, self.text_encoders[0](self._ids[index]).last_hidden_state)
         velocity = torch.where(s.view(-1, 1, 1, 1) < TAUGHT_BELOW, taught, noise - x_0)
-        with alike_once(self.transformer, ZEROS):
-            said = self.transformer(x_s, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * s).sample
+        told = {"encoder_hidden_states": text, "pooled_projections": pooled, "joint_attention_kwargs": {"alike": ZEROS}}
+        said = self.transformer(x_s, timestep=1000 * s, **told).sample
         error = (said.float() - velocity).square().mean(dim=(1, 2, 3))
         return error.mean() + self.config.stages_weight * self._stages.error(self._teacher.stages), error
 
@@ -179,50 +178,10 @@ class Stages(nn.Module):
 
 
 def encode_captions(text_encoders: list[nn.Module], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, 28 + 1, D] with one zero in T5's place, and pooled embeddings [B, P], as SD3 puts them together."""
+    """Hidden states [B, 28 + 2, D] with ``KEPT`` zeros in T5's place, and pooled embeddings [B, P], as SD3 puts them together."""
     said = [net(ids, output_hidden_states=True) for net in text_encoders]
     words = torch.cat([one.hidden_states[-2] for one in said], dim=2)
-    return F.pad(words, (0, 0, 0, 1)), torch.cat([one.text_embeds for one in said], dim=1)
-
-
-class alike_once:
-    """Within: the last token behind a caption counts as often as ``times`` tokens like it."""
-
-    def __init__(self, transformer: nn.Module, times: int) -> None:
-        self._transformer, self._times = transformer, times
-
-    def __enter__(self) -> None:
-        self._before = self._transformer.attn_processors
-        self._transformer.set_attn_processor(_Weighted(math.log(self._times)))
-
-    def __exit__(self, *_: object) -> None:
-        self._transformer.set_attn_processor(self._before)
-
-
-class _Weighted:
-    """SD3's joint attention, in which the last key has a larger logit."""
-
-    def __init__(self, more: float) -> None:
-        self._more = more
-
-    def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
-            x = x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            return x if norm is None else norm(x)
-
-        x, c = hidden_states, encoder_hidden_states
-        q = torch.cat([heads(attn.to_q(x), attn.norm_q), heads(attn.add_q_proj(c), attn.norm_added_q)], dim=2)
-        k = torch.cat([heads(attn.to_k(x), attn.norm_k), heads(attn.add_k_proj(c), attn.norm_added_k)], dim=2)
-        v = torch.cat([heads(attn.to_v(x)), heads(attn.add_v_proj(c))], dim=2)
-        bias = torch.zeros(k.shape[2])
-        bias[-1] = self._more
-        with torch.autocast("cpu", enabled=False):  # in bfloat16 its way back takes five times as long
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias.expand(q.shape[2], -1))
-        out = out.transpose(1, 2).flatten(2).to(x.dtype)
-        of_x, of_c = out[:, : x.shape[1]], out[:, x.shape[1] :]
-        return attn.to_out[1](attn.to_out[0](of_x)), of_c if attn.context_pre_only else attn.to_add_out(of_c)
+    return F.pad(words, (0, 0, 0, KEPT)), torch.cat([one.text_embeds for one in said], dim=1)
 
 
 def train(output: Path, config: FlowTraining, say: Say = print) -> None:
