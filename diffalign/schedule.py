@@ -257,6 +257,19 @@ class Schedule(ABC):
         deviation = self.ddim_deviation(t.reshape(-1).cpu(), t_previous.reshape(-1).cpu(), like)
         return (eta * deviation > 0).reshape(t.shape).to(t.device)
 
+    def gradient_shares(self, t: Tensor, t_previous: Tensor, eta: float) -> Tensor:
+        """How the energy of log-densities' gradients divides over transitions ``t`` [S] to ``t_previous`` [S]; float64, sum 1.
+
+        Of the gradient with respect to the prediction, for samples that the model itself drew: with the mean linear in the
+        prediction, mean = ... + c prediction, it is c / deviation times a standard normal. A step without noise has no share.
+        """
+        x, one = torch.zeros(len(t), 1, dtype=torch.float64), torch.ones(len(t), 1, dtype=torch.float64)
+        at = (t.cpu(), t_previous.cpu(), eta)
+        mean, deviation = self.ddim_mean_and_deviation(x, one, *at)
+        c = mean - self.ddim_mean_and_deviation(x, 0 * one, *at)[0]
+        energy = torch.where(deviation > 0, c / deviation, 0.0).square().flatten()
+        return energy / energy.sum()
+
 
 @dataclass(frozen=True)
 class NoiseSchedule(Schedule):

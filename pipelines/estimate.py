@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from diffalign.errors import UserError
+from diffalign.objectives._about import FROZEN_START, NOBODY
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
@@ -32,6 +33,7 @@ _BUFFERS = 0.05
 memory of SD1.5's LoRA runs on a CPU. (``pytest -m slow -k real_image`` compares.)"""
 GIB = 2**30
 DECODER = "autoencoder"
+PAST = "weights of the past"
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,18 @@ class Estimate:
         return sum(self.bytes.values())
 
     @property
-    def peak(self) -> int:
-        """Bytes that the device must hold: training, sampling, comparing, or the largest network that encodes."""
+    def phases(self) -> dict[str, int]:
+        """Bytes that the device must hold in each: encoding has one network at a time."""
         networks = {name: size for name, size in self.encoding.items() if name not in (VAE, PICTURES)}
         pictures = self.encoding.get(VAE, 0) + self.encoding.get(PICTURES, 0)
         comparing = _LIBRARIES + self.comparing.on_device if self.comparing else 0
-        return max(self.training, self.sampling, comparing, _LIBRARIES + max(pictures, *networks.values(), 0))
+        encoding = _LIBRARIES + max(pictures, *networks.values(), 0)
+        return {"training": self.training, "encoding": encoding, "sampling": self.sampling, "comparing": comparing}
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the device must hold."""
+        return max(self.phases.values())
 
     @property
     def host(self) -> int:
@@ -119,9 +127,15 @@ def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     seconds = sized.one.flops / sized.one.rows * passes / _speed(settings.compute.mixed_precision)
     parts = _parts(settings, sized, cost.at_once * batch / sized.one.rows)
     comparing = _seconds_comparing(settings, sized)
-    still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", DECODER))
+    still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", PAST, DECODER))
     sampling = _LIBRARIES + still + sized.sampled if samples_itself(settings) and not settings.feedback else 0
     return Estimate(parts, sized.trainable, seconds, comparing, steps, sized.encoding, sized.cached, sampling, sized.comparing)
+
+
+def keeps_a_past(settings: TrainSettings) -> bool:
+    """Whether the policy as it once was is kept beside what it is: by rounds, past checkpoints and delayed walkers."""
+    about, renewed = settings.objective.about, settings.loop.round_reference == "round"
+    return renewed or about.reference not in (FROZEN_START, NOBODY) or hasattr(settings.objective, "walk_every")
 
 
 def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int]:
@@ -135,6 +149,7 @@ def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int
         "gradients": sized.trainable * 4,
         "optimizer": sized.trainable * (2 if settings.optimiser.eight_bit else 8),
         "average of weights": sized.trainable * 4 if settings.loop.ema_decay else 0,
+        PAST: sized.trainable * 4 if keeps_a_past(settings) else 0,
         DECODER: sized.encoding[VAE] if samples_itself(settings) and not settings.feedback else 0,
         "activations": kept,
         "a block gone through again": inner,

@@ -241,6 +241,8 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out.append("compute.quantise: quantised weights cannot be trained, and adapter is full; train a LoRA, or set it to none")
     if whole["compute"].quantise != "none" and whole["feedback"]:
         out.append("compute.quantise: the trajectories of feedback were made by whole weights; log-densities would not compare")
+    if data.text_precision != "float32" and whole["feedback"]:
+        out.append("data.text_precision: the prompts of feedback were encoded in float32; leave it out")
     if whole["start_lora"] and whole["adapter"] == "full":
         out.append("start_lora: an adapter to go on from, and adapter is full; train a LoRA, or leave it out")
     if compared.prompts and not compared.judges:

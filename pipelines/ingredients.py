@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from diffalign.objectives._about import PROMPTS
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Frozen, Past
 from diffalign.schedule import Schedule
+from diffalign.sources.rounds import ruling_transition
 from diffalign.sources.stored import Stored
 from diffalign.weights import TrainedWeights
 from pipelines import families, feedback
@@ -178,9 +180,25 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
     guidance = getattr(settings.objective, "guidance", None)
     if guidance not in (None, family.usual_guidance):
         say(f"trajectories are sampled with guidance {guidance:g}; the model's own pipeline uses {family.usual_guidance:g}")
+    if line := _ruled_by_one(settings, family):
+        say(line)
     family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
     family.denoiser = replace(family.denoiser, schedule=replace(schedule, error_as=settings.error_as))
     return family
+
+
+def _ruled_by_one(settings: TrainSettings, family: Any) -> str:
+    """A line on a transition that would drown the others; empty where there is none, or no density."""
+    objective = settings.objective
+    if not hasattr(objective, "timestep_fraction") or settings.feedback:
+        return ""
+    shape = family.latent_shape(settings.data.resolution or family.resolution)
+    found = ruling_transition(family.denoiser.schedule, objective.sampling, shape, objective.timestep_fraction)
+    if found is None:
+        return ""
+    part, calmer = found
+    advice = "more --rollout-steps spread it" if math.isnan(calmer) else f"--timestep-fraction {calmer:.4g} leaves it out"
+    return f"one transition near the clean end has {part:.2%} of the gradient's energy, so it rules what is learnt: {advice}"
 
 
 def _weights_dtype(settings: TrainSettings) -> str:

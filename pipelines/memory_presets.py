@@ -7,7 +7,7 @@ bits of its base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,19 @@ class Switch:
     on: Callable[[TrainSettings], TrainSettings]
 
 
-def _compute(**changes: Any) -> Callable[[TrainSettings], TrainSettings]:
-    return lambda settings: replace(settings, compute=replace(settings.compute, **changes))
+def _compute(settings: TrainSettings, **changes: Any) -> TrainSettings:
+    return replace(settings, compute=replace(settings.compute, **changes))
+
+
+def _checkpointing(settings: TrainSettings) -> TrainSettings:
+    return _compute(settings, gradient_checkpointing=True)
+
+
+def _bf16(settings: TrainSettings) -> TrainSettings:
+    """Not in place of fp16, which is as small, nor of the precision in which people's trajectories were made."""
+    if settings.compute.mixed_precision != "no" or settings.feedback:
+        return settings
+    return _compute(settings, mixed_precision="bf16")
 
 
 def _one_at_a_time(settings: TrainSettings) -> TrainSettings:
@@ -55,12 +66,11 @@ def _lora(settings: TrainSettings) -> TrainSettings:
 
 
 def _quantised(kind: str) -> Callable[[TrainSettings], TrainSettings]:
-    """Not where it is refused: pictures that whole weights have made; and never back from 4 bits to 8."""
+    """Not where it is refused: trajectories that whole weights have made, a file that is quantised; never from 4 bits to 8."""
 
     def on(settings: TrainSettings) -> TrainSettings:
-        if settings.feedback or settings.compute.quantise == "nf4":
-            return settings
-        return _compute(quantise=kind)(settings)
+        refused = settings.feedback or settings.model.endswith(".gguf")
+        return settings if refused or settings.compute.quantise == "nf4" else _compute(settings, quantise=kind)
 
     return on
 
@@ -70,26 +80,28 @@ def _small_encoding(settings: TrainSettings) -> TrainSettings:
 
 
 def _small_text(settings: TrainSettings) -> TrainSettings:
-    return replace(settings, data=replace(settings.data, text_precision="bfloat16"))
+    """Not for people's trajectories, whose prompts were encoded in float32."""
+    return settings if settings.feedback else replace(settings, data=replace(settings.data, text_precision="bfloat16"))
 
 
 def _small_sampling(settings: TrainSettings) -> TrainSettings:
     fewer = (
         replace(settings, evaluation=replace(settings.evaluation, sampling_batch=1)) if settings.evaluation.prompts else settings
     )
-    return replace(fewer, reward=replace(settings.reward, rollout_batch=1)) if samples_itself(settings) else fewer
+    sampling = samples_itself(settings) and not settings.feedback
+    return replace(fewer, reward=replace(settings.reward, rollout_batch=1)) if sampling else fewer
 
 
 SWITCHES = (
     Switch("pictures encoded one at a time (encode_batch 1)", _small_encoding),
     Switch("pictures sampled and decoded one at a time (sampling_batch, rollout_batch 1)", _small_sampling),
     Switch("text encoders in bf16 (text_precision bfloat16)", _small_text),
-    Switch("bf16 (mixed_precision bf16)", _compute(mixed_precision="bf16")),
+    Switch("bf16 (mixed_precision bf16)", _bf16),
     Switch("one pair at a time, more accumulation (batch_size 1)", _one_at_a_time),
-    Switch("gradient checkpointing", _compute(gradient_checkpointing=True)),
+    Switch("gradient checkpointing", _checkpointing),
     Switch("a LoRA in place of all weights (adapter lora; it wants a learning rate of about 1e-4)", _lora),
     Switch("the frozen base in 8 bits (quantise int8)", _quantised("int8")),
-    Switch("4 bits in place of 8 (quantise nf4)", _quantised("nf4")),
+    Switch("the frozen base in 4 bits (quantise nf4)", _quantised("nf4")),
 )
 
 
@@ -98,35 +110,58 @@ class Fit:
     """Settings with switches on, and what they would take."""
 
     settings: TrainSettings
-    switched: tuple[str, ...]
+    switches: tuple[Switch, ...]
     estimate: Estimate
 
+    @property
+    def switched(self) -> tuple[str, ...]:
+        return tuple(switch.name for switch in self.switches)
 
-def rungs(settings: TrainSettings) -> Iterator[Fit]:
-    """The settings as they are, then with one switch more each time; switches that are on already, or do nothing, are not named.
 
-    Raises:
-        UserError: the model's configuration cannot be read, so there is no estimate.
-    """
-    sizing, switched = Sizing(), ()
-    yield Fit(settings, switched, estimate(settings, sizing.of(settings)))
-    for switch in SWITCHES:
-        changed = switch.on(settings)
-        if changed != settings:
-            settings, switched = changed, (*switched, switch.name)
-            yield Fit(settings, switched, estimate(settings, sizing.of(settings)))
+class Ladder:
+    """The switches tried on one run; what was counted for one rung is not counted again for the next."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self._settings, self._sizing = settings, Sizing()
+
+    def rungs(self) -> Iterator[Fit]:
+        """The run as it is, then with one switch more each time; those that are on already, or do nothing, are left out.
+
+        Raises:
+            UserError: the model's configuration cannot be read, so there is no estimate.
+        """
+        fit = self._with(())
+        yield fit
+        for switch in SWITCHES:
+            if switch.on(fit.settings) != fit.settings:
+                fit = self._with((*fit.switches, switch))
+                yield fit
+
+    def pruned(self, fit: Fit, size: int) -> Fit:
+        """Without the switches, those that cost most first, that it does not need to fit a device of ``size`` GB."""
+        for switch in reversed(fit.switches):
+            fewer = self._with(tuple(one for one in fit.switches if one is not switch))
+            if fits(fewer.estimate, size):
+                fit = fewer
+        return fit
+
+    def _with(self, switches: Sequence[Switch]) -> Fit:
+        settings = self._settings
+        for switch in switches:
+            settings = switch.on(settings)
+        return Fit(settings, tuple(switches), estimate(settings, self._sizing.of(settings)))
 
 
 def fitted(settings: TrainSettings, size: int) -> Fit:
-    """The first rung that fits a device of ``size`` GB.
+    """As many switches as it takes to fit a device of ``size`` GB.
 
     Raises:
-        UserError: none does, or there is no estimate.
+        UserError: all do not, or there is no estimate.
     """
-    last = None
-    for last in rungs(settings):
+    ladder, last = Ladder(settings), None
+    for last in ladder.rungs():
         if fits(last.estimate, size):
-            return last
+            return ladder.pruned(last, size)
     raise UserError(
         f"With all switches on this run still takes about {last.estimate.peak / GIB:.1f} GiB, and a device of {size} GB has "
         f"{_usable(size) / GIB:.1f} to give. {_more_advice(last)}"
@@ -135,11 +170,16 @@ def fitted(settings: TrainSettings, size: int) -> Fit:
 
 def _more_advice(last: Fit) -> str:
     """What presets do not switch on, by the phase that is too large."""
-    if last.estimate.training < last.estimate.peak:
-        return (
-            "It is the encoders that do not fit: a smaller --resolution or --vae-tiling, or --without t5 where that is the one."
-        )
-    return "Train smaller pictures (--resolution) or a smaller model."
+    phases = last.estimate.phases
+    return _ADVICE[max(phases, key=phases.__getitem__)]
+
+
+_ADVICE = {
+    "training": "It is training itself: smaller pictures (--resolution) or a smaller model.",
+    "encoding": "It is the encoders that do not fit: a smaller --resolution, --vae-tiling, or --without t5 if that is the one.",
+    "sampling": "It is sampling and decoding in the run itself: a smaller --resolution, --vae-slicing or --vae-tiling.",
+    "comparing": "It is the comparison at the end, at the model's own size: leave it out (--prompts none), evaluate elsewhere.",
+}
 
 
 def applied(settings: TrainSettings) -> tuple[TrainSettings, str]:
@@ -157,8 +197,8 @@ def advice(settings: TrainSettings) -> list[str]:
     Raises:
         UserError: there is no estimate.
     """
-    found: list[Fit] = []
-    for rung in rungs(settings):
+    ladder, found = Ladder(settings), []
+    for rung in ladder.rungs():
         found.append(rung)
         if fits(rung.estimate, SIZES[0]):
             break
@@ -168,6 +208,7 @@ def advice(settings: TrainSettings) -> list[str]:
         if fit is None:
             lines.append(f"  {size:2d} GB  does not fit; the least is {found[-1].estimate.peak / GIB:.1f} GiB")
         else:
+            fit = ladder.pruned(fit, size)
             what = "; ".join(fit.switched) or "nothing"
             lines.append(f"  {size:2d} GB  {what} ({fit.estimate.peak / GIB:.1f} GiB)")
     return lines

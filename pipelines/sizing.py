@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +100,7 @@ class Sizing:
         objective = asked_once(settings.objective) if plain.is_told_guidance else settings.objective
         one, copies = self._pass(settings, size, max(1, round(objective.cost.at_once)))
         trainable = sum(p.numel() for p in trained.denoiser.trainable_parameters())
-        base = _quantised.quantised_bytes(plain.network, settings.compute.quantise)
+        base = _weights_bytes(settings, plain)
         return Sized(
             total=base + (0 if full else 4 * trainable),
             trainable=trainable,
@@ -162,6 +163,8 @@ class Sizing:
         pixels, text = data.resolution or family.resolution, _SIZE[data.text_precision]
         key = (PICTURES, data.encode_batch)
         networks = {name: size * (4 if name == VAE else text) // 4 for name, size in encoding_bytes(family).items()}
+        if samples_itself(settings):  # prompts alone
+            return networks
         return {**networks, PICTURES: self._once(key, picture_bytes, family, pixels, data.encode_batch)}
 
     def _sampled(self, settings: TrainSettings, objective: Any, size: Size) -> int:
@@ -178,7 +181,7 @@ class Sizing:
         encoders = {name: int(count * scale) for name, count in encoding_bytes(family).items()}
         decoded = self._once("compared", decoding_bytes, self._plain(settings, "float32"), size, 1)
         return Comparing(
-            network=_quantised.quantised_bytes(family.network, settings.compute.quantise),
+            network=_weights_bytes(settings, family),
             decoder=encoders.pop(VAE),
             encoders=encoders,
             asked=self._asked(settings, size, _calls(family) * settings.evaluation.sampling_batch),
@@ -193,6 +196,13 @@ class Sizing:
 
 def _precision(settings: TrainSettings) -> str:
     return PRECISIONS[settings.compute.mixed_precision]
+
+
+def _weights_bytes(settings: TrainSettings, family: Any) -> int:
+    """Of the network; weights of a .gguf file stay as they are in it."""
+    if settings.model.endswith(".gguf"):
+        return Path(settings.model).stat().st_size
+    return _quantised.quantised_bytes(family.network, settings.compute.quantise)
 
 
 def _sketched(settings: TrainSettings, dtype: str) -> Any:
@@ -215,5 +225,5 @@ def _with_parameters(settings: TrainSettings, dtype: str) -> Any:
 
 
 def _calls(family: Any) -> int:
-    """Of the network in a guided step."""
-    return 1 if family.is_told_guidance else 2
+    """Of the network in a step as people sample it."""
+    return 1 if family.is_told_guidance or family.usual_guidance == 1 else 2

@@ -8,6 +8,7 @@ export    a Diffusers folder or LoRA, model card, pictures, ``summary.json``
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -241,6 +242,7 @@ def finish(name: str, settings: TrainSettings, trained: Trained, seconds: float,
 
 def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds: float, scores: dict[str, Any]) -> None:
     """Summary, curves and card; ``scores`` is what the comparison found, empty without one."""
+    how = _like_training(settings)
     summary = {
         "objective": name,
         "model": settings.model,
@@ -254,6 +256,7 @@ def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds:
         "seconds_training": round(seconds, 1),
         "fingerprint": {"reference": trained.base_digest, "data": trained.data_digest, **base_loras(trained.base_loras)},
         **{key: scores[key] for key in ("prompts", "judges", "faithfulness", "notes") if key in scores},
+        **({"compared_in": {key: how[key] for key in ("dtype", "quantise")}} if scores else {}),
     }
     write_json(settings.output / SUMMARY_FILE, summary)
     curves = draw_curves(settings.output / METRICS_FILE, settings.output / "curves.png")
@@ -301,9 +304,34 @@ def _enough_memory(settings: TrainSettings) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The result is saved in {settings.output}, but its comparison with the base does not fit into the device's memory "
-            f"({str(error).splitlines()[0]}). Compare later: diffalign evaluate --base {base_of(settings)} --tuned "
-            f"{settings.output} --prompts {settings.evaluation.prompts} --batch-size 1 --offload --out FOLDER"
+            f"({str(error).splitlines()[0]}). Compare later, where nothing else is on the device: {_compared_later(settings)}"
         ) from error
+
+
+def _compared_later(settings: TrainSettings) -> str:
+    """The command for the same comparison by itself, one picture at a time; its prompts are left beside the result."""
+    e, how, prompts = settings.evaluation, _like_training(settings), settings.output / "evaluation-prompts.jsonl"
+    asked = held_out_prompts(e.prompts, e.prompt_count)
+    prompts.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in asked))
+    given = {
+        "--base": settings.model,
+        "--base-lora": settings.base_lora,
+        "--tuned": settings.output,
+        "--prompts": prompts,
+        "--judges": ",".join(e.judges),
+        "--steps": e.sampling_steps,
+        "--guidance-scale": e.guidance_scale,
+        "--seed": settings.seed,
+        "--dtype": how["dtype"],
+        "--quantise": how["quantise"],
+        "--without": ",".join(settings.without),
+        "--single-file-config": settings.single_file_config,
+        "--batch-size": 1,
+        "--out": settings.output / "evaluation-later",
+    }
+    options = [word for name, value in given.items() if value not in (None, "", ()) for word in (name, str(value))]
+    judges = ["--judge-options", *e.judge_options] if e.judge_options else []
+    return shlex.join(["diffalign", "evaluate", *options, *judges, "--offload"])
 
 
 def base_of(settings: TrainSettings) -> str:

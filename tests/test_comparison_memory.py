@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
+import shlex
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from family_runs import write_pairs
 from test_estimate import settings
 
 from diffalign.errors import UserError
-from pipelines import families, memory_presets, training
+from pipelines import cli, families, memory_presets, training
 from pipelines.estimate import estimate
 from pipelines.families._quantised import is_quantised
 from pipelines.sampling import sample
@@ -42,7 +42,6 @@ def test_networks_are_gone_before_the_comparison_begins(monkeypatch: pytest.Monk
         export(given, family)
 
     def compared(*args: Any, **options: Any) -> Any:
-        gc.collect()
         assert held and not any(ref() is not None for ref in held)
         return evaluate(*args, **options)
 
@@ -51,7 +50,7 @@ def test_networks_are_gone_before_the_comparison_begins(monkeypatch: pytest.Monk
     summary = align(
         "diffusion-dpo", model="tiny", pairs=pairs, output=tmp_path / "run", adapter="full", ema_decay=0.9, **SHORT, **COMPARED
     )
-    assert summary["judges"]["oracle"]
+    assert summary["judges"]["oracle"] and summary["compared_in"] == {"dtype": "float32", "quantise": "none"}
 
 
 def test_a_full_device_costs_the_comparison_and_nothing_else(monkeypatch: pytest.MonkeyPatch, pairs: str, tmp_path: Path) -> None:
@@ -61,11 +60,16 @@ def test_a_full_device_costs_the_comparison_and_nothing_else(monkeypatch: pytest
     monkeypatch.setattr(training, "evaluate", full)
     with pytest.raises(
         UserError, match=r"saved in .*run.*Tried to allocate 2.00 GiB.*diffalign evaluate --base tiny --tuned .*run"
-    ):
+    ) as told:
         align("diffusion-dpo", model="tiny", pairs=pairs, output=tmp_path / "run", **SHORT, **COMPARED)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 1 and "judges" not in summary
     assert (tmp_path / "run" / "README.md").is_file()
+    command = shlex.split(str(told.value).partition("on the device: ")[2])
+    monkeypatch.undo()
+    assert cli.main(command[1:]) == 0
+    later = json.loads((tmp_path / "run" / "evaluation-later" / "summary.json").read_text())
+    assert later["judges"]["oracle"] and later["tuned"].endswith("run")
     assert families.load_pipeline(tmp_path / "run").unet.peft_config
 
 
@@ -112,7 +116,7 @@ def test_the_comparison_is_counted_in_the_precision_of_the_run() -> None:
     assert whole.decoder == sizes["vae"] == 2 * half.decoder
     assert whole.encoders["text_encoder"] == pytest.approx(sizes["text_encoder"], rel=0.01)
     assert 1.5 < whole.asked / half.asked < 2.5
-    assert whole.peak < whole.host
+    assert whole.on_device < whole.on_host
     assert "compared with its base" in estimate(settings(**compared)).to_text()
 
 

@@ -15,6 +15,7 @@ from pipelines import config, memory_presets
 from pipelines.estimate import Estimate, estimate
 from pipelines.families import load_family
 from pipelines.image_settings import TrainSettings
+from pipelines.sizing import Comparing
 from pipelines.tiny.model import checkpoint_path
 
 
@@ -165,10 +166,28 @@ def test_one_pair_at_a_time_leaves_a_step_as_it_is() -> None:
 
 def test_what_does_not_fit_is_told_by_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_presets.Sizing, "of", lambda self, given: None)
-    for found, words in ((of_size(9.0), "smaller pictures"), (of_size(1.0, encoding=9.0), "encoders that do not fit")):
+    comparing = Comparing(network=int(9e9), decoder=0, encoders={}, asked=0, decoded=0)
+    for found, words in (
+        (of_size(9.0), "training itself"),
+        (of_size(1.0, encoding=9.0), "encoders that do not fit"),
+        (replace(of_size(1.0), sampling=int(9e9)), "sampling and decoding"),
+        (replace(of_size(1.0), comparing=comparing), "comparison at the end"),
+    ):
         monkeypatch.setattr(memory_presets, "estimate", lambda given, sized, found=found: found)
         with pytest.raises(UserError, match=words):
             memory_presets.fitted(settings(), 8)
+
+
+def test_what_people_chose_among_is_not_made_otherwise_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their trajectories have the precision, prompts and weights that they had."""
+    monkeypatch.setattr(memory_presets.Sizing, "of", lambda self, given: None)
+    monkeypatch.setattr(memory_presets, "estimate", lambda given, sized: of_size(9.0))
+    own = settings("d3po", pairs=None, train_prompts="tiny", reward=["tiny-pickscore"], adapter="full", batch_size=4)
+    *_, last = memory_presets.Ladder(replace(own, feedback=Path("rounds"))).rungs()
+    assert [name.split(" ")[0] for name in last.switched] == ["pictures", "one", "gradient", "a"]
+    assert last.settings.compute.quantise == "none" and last.settings.data.text_precision == "float32"
+    *_, last = memory_presets.Ladder(settings(model="net.gguf", mixed_precision="fp16")).rungs()
+    assert last.settings.compute.quantise == "none" and last.settings.compute.mixed_precision == "fp16"
 
 
 def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,18 +204,20 @@ def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatc
     enough = memory_presets.fitted(wide, 80)
     assert enough.settings == wide and enough.switched == ()
     less = memory_presets.fitted(wide, 48)  # 60 - 8 - 6 + 1 is too much: a LoRA it is
-    assert less.settings.adapter == "lora" and (less.settings.batch.batch_size, less.settings.batch.accumulation) == (1, 4)
-    assert [name.split(" ")[0] for name in less.switched] == ["pictures", "text", "bf16", "one", "gradient", "a"]
+    assert less.settings.adapter == "lora" and less.settings.batch == wide.batch
+    assert [name.split(" ")[0] for name in less.switched] == ["a"]  # the others would be on for nothing
     fewest = memory_presets.fitted(wide, 6)  # 20 - 8 - 6 + 1 is too much, and 8 bits save 1
-    assert fewest.settings.compute.quantise == "nf4" and fewest.switched[-1].startswith("4 bits in place of 8")
-    of_bits = memory_presets.fitted(replace(less.settings, compute=fewest.settings.compute), 6)
-    assert of_bits.settings.compute.quantise == "nf4" and not of_bits.switched  # never back to 8
-    fed_back = replace(less.settings, feedback=Path("rounds"))
-    assert list(memory_presets.rungs(fed_back))[-1].settings.compute.quantise == "none"
+    assert [name.split(" ")[0] for name in fewest.switched] == ["bf16", "one", "gradient", "a", "the"]
+    assert fewest.settings.compute.quantise == "nf4" and (
+        fewest.settings.batch.batch_size,
+        fewest.settings.batch.accumulation,
+    ) == (1, 4)
+    of_bits = memory_presets.fitted(replace(fewest.settings, batch=wide.batch), 6)
+    assert of_bits.settings.compute.quantise == "nf4" and len(of_bits.switched) == 1  # never back to 8
     with pytest.raises(UserError, match=r"still takes about 5.1 GiB, and a device of 5 GB has 4.3"):
         memory_presets.fitted(wide, 5)
     lines = memory_presets.advice(wide)
-    assert lines[-1] == "  80 GB  nothing (59.6 GiB)" and lines[1].startswith("   8 GB  pictures encoded")
+    assert lines[-1] == "  80 GB  nothing (59.6 GiB)" and lines[1].startswith("   8 GB  bf16")
     named, line = memory_presets.applied(replace(wide, preset="24gb"))
-    assert named.adapter == "lora" and line.startswith("preset 24gb: pictures encoded")
+    assert named.adapter == "lora" and line.startswith("preset 24gb: bf16")
     assert memory_presets.applied(wide) == (wide, "")

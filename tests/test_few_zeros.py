@@ -117,6 +117,23 @@ def test_attention_of_another_making_stays() -> None:
         assert all(type(one) is Other for one in network.attn_processors.values()) and not network._forward_pre_hooks
 
 
+@pytest.mark.parametrize("zeros", [0, ZEROS])
+def test_norms_in_float32_are_no_trouble_to_attention_in_half_precision(zeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast leaves a norm's answer in float32, and kernels of GPUs want one precision."""
+    family, seen = families.wrap(busy(MINIATURES[NAME].build())), []
+    given, attention = asked(family), torch.nn.functional.scaled_dot_product_attention
+
+    def spied(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append({q.dtype, k.dtype, v.dtype, v.dtype if attn_mask is None else attn_mask.dtype})
+        return attention(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(_joint_attention.F, "scaled_dot_product_attention", spied)
+    family.train_fully()
+    with torch.autocast("cpu", torch.bfloat16):
+        replace(family.denoiser, zeros=zeros)(*given)
+    assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)
+
+
 @pytest.mark.parametrize("count", [2, 3, 77, 256, 512])
 def test_two_tokens_weigh_as_many_even_in_half_precision(count: int) -> None:
     first, second = logits_of(count)

@@ -10,6 +10,8 @@ REWRITES, EXPANSIONS = "rewrite-pairs", "rewrites"
 """Kinds of data of prompt writers: two rewrites of each prompt, one preferred; one rewrite of each."""
 FROZEN_START = "frozen start"
 """The reference that rounds of the loop can renew (``diffalign.loop_rounds``)."""
+NOBODY = "nobody"
+"""In its place, where there is none."""
 
 
 @dataclass(frozen=True)

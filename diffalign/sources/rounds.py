@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffalign.data.draws import Order
 from diffalign.errors import UserError
+from diffalign.grids import steps_down
 from diffalign.learner import Given, Processes, Prompts
 from diffalign.protocols import Predictor
 from diffalign.references import Past
@@ -36,6 +37,8 @@ from diffalign.types import Conditioning, LogLikelihood, TransitionPair
 
 RoundReference = Literal["round", "start"]
 _STREAMS = {"trajectory": 31, "start": 32, "order": 33}
+_RULING = 0.5
+"""Part of the gradient's energy above which one transition rules the others."""
 
 
 # ------------------------------------------------------------------------------------------------------------- nouns
@@ -236,6 +239,30 @@ def micro_batches(
 def learnt_steps(transitions: int, share: float) -> int:
     """How many of a trajectory's transitions a share of them is, one at least; a half counts."""
     return max(1, math.floor(share * transitions + 0.5))
+
+
+def ruling_transition(schedule: Schedule, sampling: Sampling, shape: tuple[int, ...], share: float) -> tuple[float, float] | None:
+    """Whether one transition of those that are learnt from has most of the gradient's energy (``Schedule.gradient_shares``).
+
+    Args:
+        shape: of a latent, [C, H, W].
+        share: of the transitions, from the noisy end, that is learnt from.
+
+    Returns:
+        Its part, and the largest share of the transitions in which none has more than half, or else the one in which none has
+        as little; nan if that is no less. None where no transition has more than half, or there is but one.
+    """
+    grid = schedule.grid(sampling.steps, shape, sampling.spacing, sampling.offset)
+    shares = schedule.gradient_shares(grid, steps_down(grid), sampling.eta)
+    tops = [(shares[:count].max() / shares[:count].sum()).item() for count in range(1, len(shares) + 1)]
+    learnt = learnt_steps(len(shares), share)
+    part = tops[learnt - 1]
+    if learnt == 1 or part <= _RULING:
+        return None
+    fewer = range(2, learnt)
+    calm = max((count for count in fewer if tops[count - 1] <= _RULING), default=None)
+    calm = calm or min((count for count in fewer if tops[count - 1] < part), key=lambda count: tops[count - 1], default=None)
+    return part, calm / len(shares) if calm else math.nan
 
 
 def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: Prompts) -> TransitionBatch:

@@ -63,8 +63,11 @@ def few_zeros_while_sampling(transformer: nn.Module, zeros: int) -> Iterator[Non
 class JointAttention:
     """Diffusers' ``JointAttnProcessor2_0`` with one option more, which comes by ``joint_attention_kwargs={"alike": n}``.
 
-    In bfloat16 the way back through a CPU's attention takes five times as long as in float32, so there it is done in float32.
+    ``float32`` attends in that precision: in bfloat16 the way back through a CPU's attention takes five times as long.
     """
+
+    def __init__(self, float32: bool = False) -> None:
+        self.float32 = float32
 
     def __call__(
         self,
@@ -79,31 +82,30 @@ class JointAttention:
         x, c, heads = hidden_states, encoder_hidden_states, attn.heads
         q, k, v = _split(heads, attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
         if c is None:
-            return attn.to_out[1](attn.to_out[0](_attended(q, k, v, 0, x.dtype)))
+            return attn.to_out[1](attn.to_out[0](self._attended(q, k, v, 0).to(x.dtype)))
         added = _split(heads, attn.add_q_proj(c), attn.add_k_proj(c), attn.add_v_proj(c), attn.norm_added_q, attn.norm_added_k)
         q, k, v = (torch.cat(both, dim=2) for both in zip((q, k, v), added, strict=True))
-        out = _attended(q, k, v, alike, x.dtype)
+        out = self._attended(q, k, v, alike).to(x.dtype)
         of_x, of_c = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return attn.to_out[1](attn.to_out[0](of_x)), of_c if attn.context_pre_only else attn.to_add_out(of_c)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, alike: int) -> Tensor:
+        dtype = torch.float32 if self.float32 else v.dtype  # a norm with float32 weights leaves q and k in float32
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        bias = None
+        if alike:
+            bias = q.new_zeros(k.shape[2])
+            bias[-2], bias[-1] = logits_of(alike)
+            bias = bias.expand(q.shape[2], -1)
+        with torch.autocast(q.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return out.transpose(1, 2).flatten(2)
 
 
 def _split(heads: int, q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, D] as [B, heads, N, D / heads], queries and keys normed where the network does."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return (norm_q(q) if norm_q else q), (norm_k(k) if norm_k else k), v
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, alike: int, dtype: torch.dtype) -> Tensor:
-    if q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
-    bias = None
-    if alike:
-        bias = q.new_zeros(k.shape[2])
-        bias[-2], bias[-1] = logits_of(alike)
-        bias = bias.expand(q.shape[2], -1)
-    with torch.autocast(q.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return out.transpose(1, 2).flatten(2).to(dtype)
 
 
 def logits_of(count: int) -> tuple[float, float]:

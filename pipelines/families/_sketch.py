@@ -92,7 +92,7 @@ def _small_files(origin: Origin) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(origin.place, allow_patterns=_SMALL_FILES))
+        return Path(snapshot_download(origin.rest or origin.place, allow_patterns=_SMALL_FILES))
     except Exception as error:  # whatever the hub's library raises: there is no configuration
         raise UserError(f"The configuration of {origin.model} could not be had: {' '.join(str(error).split())[:300]}") from error
 

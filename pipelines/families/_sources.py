@@ -471,6 +471,8 @@ def read(
     Raises:
         UserError: a part is missing, incomplete or unreadable.
     """
+    import torch
+
     from pipelines.families import _lora, _quantised
 
     declared = registry()[origin.family]
@@ -487,6 +489,8 @@ def read(
                 _quantised.quantise(getattr(pipe, declared.NETWORK), *quantise)
             if origin.adapter:
                 _lora.put_on(pipe, declared.NETWORK, origin.adapter)
+    except torch.OutOfMemoryError:
+        raise
     except _UNREADABLE as error:
         raise UserError(_unreadable(origin, error)) from error
     except Exception as error:

@@ -81,7 +81,7 @@ class TransformerTraining(NetworkTraining):
         self.text_encoders = flow_model.build_text_encoders(self.tokenizer)
         self.text_encoders[1].train()
         self.transformer = flow_model.build_transformer().train()
-        self.transformer.set_attn_processor(JointAttention())
+        self.transformer.set_attn_processor(JointAttention(float32=True))
         self._mean, self._std = (vae.config.scaling_factor * moment for moment in encode(vae, pictures))
         self._teacher = Teacher()
         self._ids = self.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -213,7 +213,7 @@ def train(output: Path, config: FlowTraining, say: Say = print) -> None:
 
 def _record(config: FlowTraining, training: TransformerTraining) -> dict[str, Any]:
     return {
-        "command": "diffalign world train-flow --output DIR",
+        "command": "diffalign world train-flow --output DIR" + (" --compile-blocks" if config.compile_blocks else ""),
         "config": asdict(config),
         "flow_steps_done": training.done,
         "seconds_flow": round(training.seconds),
