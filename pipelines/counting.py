@@ -139,12 +139,12 @@ class _Keeping:
 
     def __init__(self, network: nn.Module) -> None:
         self._network, self._own = network, frozenset()
-        self._kept: dict[int, int] = {}
+        self._kept: dict[int, torch.UntypedStorage] = {}  # held, or another might come to lie where one was
         self.inner = 0
 
     @property
     def bytes(self) -> int:
-        return sum(self._kept.values())
+        return sum(storage.nbytes() for storage in self._kept.values())
 
     def __enter__(self) -> None:
         self._own = {_storage(p) for p in self._network.parameters()}
@@ -156,7 +156,7 @@ class _Keeping:
 
     def note(self, tensor: torch.Tensor) -> torch.Tensor:
         if _storage(tensor) not in self._own:
-            self._kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            self._kept[_storage(tensor)] = tensor.untyped_storage()
         return tensor
 
     @contextmanager

@@ -15,7 +15,7 @@ from pipelines import config, memory_presets
 from pipelines.estimate import Estimate, estimate
 from pipelines.families import load_family
 from pipelines.image_settings import TrainSettings
-from pipelines.sizing import Comparing
+from pipelines.sizing import Comparing, Sizing
 from pipelines.tiny.model import checkpoint_path
 
 
@@ -23,6 +23,31 @@ def settings(name: str = "diffusion-dpo", **options: object) -> TrainSettings:
     objective = objectives.load(name).Objective
     given = {"model": "tiny", "pairs": "tiny", "output": "never", "prompts": None, **options}
     return config.resolve(config.placed(given, objective), objective)
+
+
+SWITCHES = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "precision": {"mixed_precision": "bf16"},
+    "both": {"gradient_checkpointing": True, "mixed_precision": "bf16"},
+    "all weights": {"adapter": "full"},
+    "all weights in bf16": {"adapter": "full", "mixed_precision": "bf16"},
+    "pictures encoded at a time": {"encode_batch": 2},
+    "text": {"text_precision": "bfloat16"},
+    "pictures sampled at a time": {"sampling_batch": 2},
+    "int8": {"quantise": "int8"},
+}
+
+
+def test_what_was_counted_for_one_setting_is_not_taken_for_another() -> None:
+    """Each number is counted once, under a name that must hold all that it depends on."""
+    compared = {"prompts": "tiny", "judges": ["oracle"], "prompt_count": 10}
+    shared, plain = Sizing(), settings(**compared)
+    first = shared.of(plain)
+    for name, switched in SWITCHES.items():
+        one = settings(**compared, **switched)
+        assert shared.of(one) == Sizing().of(one), name
+        assert shared.of(one) != first, name
+    assert shared.of(plain) == first
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

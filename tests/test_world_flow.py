@@ -55,6 +55,20 @@ def test_training_learns_and_a_killed_one_goes_on_to_the_bit(scenes: tuple, vae:
     assert all(torch.equal(a, b) for a, b in zip(known, whole.text_encoders[0].parameters(), strict=True))
 
 
+def test_the_unets_stages_are_part_of_the_loss_by_their_weight(scenes: tuple, vae: AutoencoderKL) -> None:
+    found = {}
+    for weight in (0.0, SMALL.stages_weight):
+        training = TransformerTraining(dataclasses.replace(SMALL, stages_weight=weight), vae, *scenes)
+        torch.manual_seed(5)
+        loss, error = training.losses()
+        with torch.autocast("cpu", torch.bfloat16):
+            of_stages = training._stages.error(training._teacher.stages)
+        torch.testing.assert_close(loss, error.mean() + weight * of_stages)
+        found[weight] = torch.autograd.grad(loss, training._stages.readers[0].weight)[0]
+    assert of_stages > 1.0  # nothing is read off yet: all of the stages' variance
+    assert not found[0.0].any() and found[SMALL.stages_weight].any()
+
+
 @torch.no_grad()
 def test_the_first_text_encoder_says_what_stable_diffusions_says() -> None:
     tokenizer = model.build_tokenizer()

@@ -6,6 +6,7 @@ any size in seconds. Only configurations and tokenizers are read.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Iterator, Mapping
@@ -34,12 +35,18 @@ def shapes_only(*networks: nn.Module) -> Iterator[None]:
     (On the meta device a network would answer, too, but not by the kernels that real devices have: attention keeps its matrices
     there.)
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _mode():
         for network in networks:
             _without_numbers(network)
         yield
+
+
+@functools.cache
+def _mode() -> Any:
+    """One for all: weights that were made in another would be taken for copies of themselves, with memory of their own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _without_numbers(network: nn.Module) -> None:
