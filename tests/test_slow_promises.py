@@ -119,7 +119,7 @@ def test_a_lora_run_on_a_real_image_configuration(name: str, more: list[str], li
     asked = ["--mixed-precision", "bf16", "--resolution", "256", "--steps", "1", "--prompts", "none", "--validation-pairs", "0"]
     dry = call([*DIFFALIGN, *words, *asked, "--dry-run"], tmp_path).stdout
     peak = peak_of([*DIFFALIGN, *words, *asked, "--quiet"], tmp_path)
-    guessed = max(float(found) for found in re.findall(r"(?:together|beside the network:) +([\d.]+) GiB", dry))
+    guessed = max(float(found) for found in re.findall(r"(?:together|there at once:) +([\d.]+) GiB", dry))
     print(f"{name}: {guessed:.1f} GiB announced, {peak:.1f} GiB taken")  # shown by pytest -s
     assert peak < limit and 0.85 * peak < guessed < 1.15 * peak
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
