@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -181,6 +182,7 @@ def _built(checked: Any, objective: type) -> tuple[dict[str, Any], list[str]]:
     return built, mistakes
 
 
+@functools.cache
 def _schema(objective: type) -> Any:
     from pydantic import BeforeValidator, ConfigDict, Field, create_model
 

@@ -27,13 +27,9 @@ def settings(name: str = "diffusion-dpo", **options: object) -> TrainSettings:
 
 SWITCHES = {
     "checkpointing": {"gradient_checkpointing": True},
-    "precision": {"mixed_precision": "bf16"},
-    "both": {"gradient_checkpointing": True, "mixed_precision": "bf16"},
-    "all weights": {"adapter": "full"},
+    "precision, and checkpointing": {"gradient_checkpointing": True, "mixed_precision": "bf16"},
     "all weights in bf16": {"adapter": "full", "mixed_precision": "bf16"},
-    "pictures encoded at a time": {"encode_batch": 2},
-    "text": {"text_precision": "bfloat16"},
-    "pictures sampled at a time": {"sampling_batch": 2},
+    "how much at a time, text in bf16": {"encode_batch": 2, "sampling_batch": 2, "text_precision": "bfloat16"},
     "int8": {"quantise": "int8"},
 }
 

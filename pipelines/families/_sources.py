@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -145,6 +146,7 @@ def call_options(pipeline_class: str) -> dict[str, Any]:
     return next((dict(d.CALL) for d in registry().values() if pipeline_class in d.PIPELINES), {})
 
 
+@functools.cache
 def _declared(path: Path) -> Declared:
     wanted = Declared.__dataclass_fields__
     found = {}
