@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py --out runs/bench [--objectives sft diffusion-dpo ...] [--seeds 0 1 2] [--budget 23040]
     python benchmarks/objectives.py --out runs/bench --noise        (DPO, rDPO, SmPO, ADPO with 0 to 30 % of the labels flipped)
+    python benchmarks/objectives.py --out runs/bench --draws        (DPO on 240 pairs with 1 to 8 kept draws each, or fresh ones)
     python benchmarks/objectives.py --out runs/flow --recipe tiny-flow --objectives diffusion-dpo smpo d3po   (the transformer)
     python benchmarks/objectives.py --out runs/bench --report       (table and plots from what is there)
 
@@ -38,6 +39,8 @@ TUNED_BY = 224
 """Captions of the recipes' own comparison with the base."""
 STEPS, GUIDANCE = 25, 4.0
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3)
+DRAWS, DRAWN_PAIRS = (1, 2, 4, 8, 0), 240
+"""Kept draws (t, noise) of every pair, 0 for fresh ones; so few pairs that the tiny recipe comes to each twelve times."""
 RECIPES = ("tiny", "tiny-flow")
 """Each is called as the model that it starts from."""
 
@@ -215,6 +218,36 @@ def flipped_pairs(level: float, folder: Path) -> Path:
     return path
 
 
+def drawn(count: int, seed: int | None = None) -> Variant:
+    """One run of the sweep over kept draws, which are another set for every seed."""
+    own = {} if seed is None or not count else {"reference_seed": seed}
+    options = {"validation_pairs": 0, "reference_draws": count, **own}
+    return Variant(f"draws{count}" if count else "draws-fresh", "diffusion-dpo", tuple(options.items()))
+
+
+def run_draws(counts: Sequence[int], seeds: Sequence[int], budget: float, folder: Path) -> None:
+    """The same few pairs again and again, at draws that come back or that do not."""
+    pairs = first_pairs(DRAWN_PAIRS, folder)
+    for seed in seeds:
+        for count in counts:
+            kept = {"reference_cache": str(folder / "caches" / f"draws{count}-{seed}")} if count else {}
+            more = {"pairs": str(pairs), "cache": str(folder / "caches" / pairs.stem), **kept}
+            run([drawn(count, seed)], [seed], budget, folder, **more)
+
+
+def first_pairs(count: int, folder: Path) -> Path:
+    """The first of the shipped pairs."""
+    import pyarrow.parquet as pq
+
+    from pipelines.tiny.model import pairs_path
+
+    path = folder / f"pairs-first{count}.parquet"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pq.read_table(pairs_path()).slice(0, count), path)
+    return path
+
+
 def _write(path: Path, values: dict[str, Any]) -> None:
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps(values))
@@ -319,6 +352,12 @@ def report(folder: Path) -> None:
         (folder / "noise.md").write_text(text)
         print(text)
         _draw_noise(sweep, folder / "noise.png")
+    kept = {count: line for count in DRAWS for line in lines(folder, [drawn(count).name])}
+    if kept:
+        text = as_markdown(list(kept.values()), base)
+        (folder / "draws.md").write_text(text)
+        print(text)
+        _draw_draws(kept, folder / "draws.png")
 
 
 def _draw_objectives(rows: Sequence[Line], base: dict[str, Any], picture: Path) -> None:
@@ -359,6 +398,26 @@ def _draw_noise(sweep: dict[str, list[tuple[float, Line]]], picture: Path) -> No
     figure.savefig(picture, dpi=110)
 
 
+def _draw_draws(kept: dict[int, Line], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    panel = figure.subplots()
+    found = [line for count, line in kept.items() if count]
+    names = [str(count) for count in kept if count]
+    rates = np.array([[line.win.rate, line.win.low, line.win.high] for line in found]).reshape(-1, 3) * 100
+    panel.errorbar(names, rates[:, 0], yerr=np.abs(rates[:, 1:] - rates[:, :1]).T, fmt="o", capsize=2, label="kept draws")
+    for name, line in zip(names, found, strict=True):
+        panel.plot([name] * len(line.by_seed), [100 * rate for rate in line.by_seed], "x", color="0.5")
+    if 0 in kept:
+        fresh = kept[0].win
+        panel.axhspan(100 * fresh.low, 100 * fresh.high, color="tab:orange", alpha=0.2)
+        panel.axhline(100 * fresh.rate, color="tab:orange", label="fresh draws")
+    panel.set(xlabel="draws kept of each pair (crosses: single seeds)", ylabel="win rate against the base, %")
+    panel.legend(frameon=False)
+    figure.savefig(picture, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -366,10 +425,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=23_040, help="forward passes of each run")
     parser.add_argument("--noise", nargs="*", choices=list(NOISY), help="the sweep over flipped labels, of all or of these")
+    parser.add_argument("--draws", nargs="*", type=int, choices=DRAWS, help="the sweep over kept draws, of all counts or these")
     parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="of which model; has a folder to itself")
     parser.add_argument("--report", action="store_true", help="only the report")
     args = parser.parse_args()
-    if args.noise is not None and not args.report:
+    if args.draws is not None and not args.report:
+        run_draws(args.draws or DRAWS, args.seeds, args.budget, args.out)
+    elif args.noise is not None and not args.report:
         run_noise(args.noise or list(NOISY), args.seeds, args.budget, args.out)
     elif not args.report:
         run([Variant(name, name, recipe=args.recipe) for name in args.objectives], args.seeds, args.budget, args.out)

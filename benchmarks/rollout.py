@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import SHAPES, build_pipeline
+from models import SHAPES, build_pipeline
 from torch import Tensor, nn
 
 from diffalign.learner import Given

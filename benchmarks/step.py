@@ -1,13 +1,23 @@
-"""Seconds and memory per pair of a Diffusion-DPO step: (a) everything encoded in the loop against (b) cached encodings.
+"""Seconds and memory per pair of a Diffusion-DPO step: as the released scripts take it, against ours, a saving at a time.
 
-    python benchmarks/step.py [--shapes tiny quarter] [--pairs 4] [--rounds 5] [--json out.json]
+    python benchmarks/step.py [--shape sd15] [--pixels 256] [--pairs 1] [--adapters lora full] [--rounds 5] [--json out.json]
+    python benchmarks/step.py --profile "kept errors, bf16"       (where the time of one variant goes)
 
-Variants run in alternation in one process and medians are reported, so that the ratios hold even on a busy machine. Variant
-(a) does per step what training scripts of the field do: decode and transform two pictures, run the autoencoder and the text
-encoder, then policy and reference. Variant (b) is our loop: latents and prompt embeddings come from the memory-mapped cache.
-Both use the same objective, the same draws and the same optimizer.
+Variants run in alternation in one process; medians are reported, so the ratios hold even on a busy machine. Random weights.
 
-Peak memory is measured in a fresh process per variant (Linux: the peak resident set; on CUDA: the allocator's peak).
+    naive             what the released scripts do in every step: open and transform both pictures, encode them and the prompt,
+                      ask the policy and a second, frozen network, and read numbers back to the host, one by one
+    cached            latents and prompts from the memory-mapped cache, read ahead by the loader; LoRA: the reference is the
+                      policy with its adapter switched off; full: a frozen copy
+    kept errors       the reference's errors are kept, too (--reference-draws): no reference is asked, and none is in memory
+    ..., 4 at a time  four times as many pairs in the micro-batch: in the memory that the caches leave free
+    ..., bf16         the naive step with autocast and encoders and reference in bfloat16, as the scripts have it on GPUs; ours
+                      with a base that is stored in bfloat16 (LoRA), or float32 weights under autocast (full)
+    ..., compiled     torch.compile of the blocks on top (--compile)
+
+All take the same pairs with the same objective and AdamW. Peak memory (--memory) is measured in a fresh process for each variant
+(Linux: peak resident set; on CUDA: the allocator's peak). Also told: the floating-point operations of a step, and the share of
+what the device reaches in plain matrix products of the same precision.
 """
 
 from __future__ import annotations
@@ -21,221 +31,343 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from models import SHAPES, build_pipeline, write_pairs
+from torch import nn
 
-SHAPES = {
-    "tiny": {"channels": (48, 96, 112), "text": 128, "layers": 1, "pixels": 64, "vae": (24, 48, 64)},
-    "quarter": {"channels": (80, 160, 320, 320), "text": 192, "layers": 2, "pixels": 256, "vae": (32, 64, 128, 128)},
-}
-"""``quarter`` is SD1.5's shape (four levels, two layers each, a factor of eight in the autoencoder) at a quarter of its width."""
-
-
-def build_pipeline(shape: str) -> Any:
-    """A Stable Diffusion pipeline of the given shape with random weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from pipelines.tiny import model
-
-    s = SHAPES[shape]
-    levels, vae_levels = len(s["channels"]), len(s["vae"])
-    torch.manual_seed(0)
-    tokenizer = model.build_tokenizer()
-    text_encoder = _text_encoder(tokenizer, s["text"])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * vae_levels,
-        up_block_types=("UpDecoderBlock2D",) * vae_levels,
-        block_out_channels=s["vae"],
-        layers_per_block=2 if shape == "quarter" else 1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=s["pixels"],
-    )
-    unet = UNet2DConditionModel(
-        sample_size=s["pixels"] // 2 ** (vae_levels - 1),
-        block_out_channels=s["channels"],
-        layers_per_block=s["layers"],
-        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        cross_attention_dim=s["text"],
-        attention_head_dim=4 if shape == "tiny" else 8,
-        norm_num_groups=16,
-    )
-    return model.assemble(tokenizer, text_encoder, vae, unet)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BETA, RANK, ROWS = 2000.0, 8, 8
 
 
-def _text_encoder(tokenizer: Any, width: int) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step."""
 
-    end = tokenizer.eos_token_id
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=end, pad_token_id=end,
-        )
-    )  # fmt: skip
+    name: str
+    naive: bool = False
+    kept: bool = False
+    half: bool = False
+    compiled: bool = False
+    times: int = 1  # so many times the pairs in a step, in one micro-batch
 
 
-def write_pairs(folder: Path, pixels: int, count: int) -> Path:
-    """A JSONL of pairs drawn from the tiny world, enlarged to the model's size."""
-    import numpy as np
+VARIANTS = (
+    Variant("naive", naive=True),
+    Variant("cached"),
+    Variant("kept errors", kept=True),
+    Variant("kept errors, 4 at a time", kept=True, times=4),
+    Variant("naive, bf16", naive=True, half=True),
+    Variant("cached, bf16", half=True),
+    Variant("kept errors, bf16", kept=True, half=True),
+    Variant("kept errors, bf16, 4 at a time", kept=True, half=True, times=4),
+)
+COMPILED = Variant("kept errors, bf16, compiled", kept=True, half=True, compiled=True)
 
-    from pipelines.tiny import scenes
 
-    rng, rows = np.random.default_rng(0), []
-    for i in range(count):
-        scene, caption = scenes.draw_captioned(rng)
-        other, _ = scenes.draw_captioned(rng)
-        for side, picture in (("w", scene), ("l", other)):
-            scenes.render(picture).resize((pixels, pixels)).save(folder / f"{i}{side}.png")
-        rows.append({"prompt": caption, "chosen": f"{i}w.png", "rejected": f"{i}l.png"})
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+class Halved(nn.Module):
+    """A network under autocast, its answers in float32 again, as Accelerate wraps one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **more: Any) -> Any:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            answer = self.module(*given, **more)
+        answer.sample = answer.sample.float()
+        return answer
+
+
+class Policy:
+    """A network that is trained, with its optimizer and its reference."""
+
+    def __init__(self, adapter: str, variant: Variant, shape: str, share: Policy | None) -> None:
+        from diffalign.optimisation import OptimiserSettings, build_optimizer
+        from diffalign.references import AdapterOff
+        from pipelines.families import stable_diffusion
+
+        if share is not None:  # full fine-tuning: one network and one optimizer for all, there is no room for more
+            self.family, self.optimizer, self.parameters = share.family, share.optimizer, share.parameters
+        else:
+            self.family = stable_diffusion.build(build_pipeline(shape))
+            self.family.release_encoders()
+            if adapter == "lora":
+                self.family.network.to(torch.bfloat16 if variant.half and not variant.naive else torch.float32)
+                self.family.attach_lora(rank=RANK)
+            else:
+                self.family.train_fully()
+            self.family.network.to(DEVICE).train()
+            if variant.compiled:
+                self.family.compile_blocks()
+            self.parameters = list(self.family.denoiser.trainable_parameters())
+            self.optimizer = build_optimizer(self.parameters, OptimiserSettings())
+        network = Halved(self.family.network) if variant.half else self.family.network
+        self.denoiser = self.family.denoiser.with_network(network)
+        self.reference = AdapterOff(self.denoiser) if adapter == "lora" else None
 
 
 class Bench:
-    """One model, one data set, and a step in two variants, with the time of each phase."""
+    """One data set, the models that its variants need, and their steps."""
 
-    def __init__(self, shape: str, adapter: str, pairs: int, folder: Path) -> None:
+    def __init__(self, shape: str, pixels: int, adapter: str, pairs: int, variants: tuple[Variant, ...], folder: Path) -> None:
         from diffalign.data.cache import build_cache
         from diffalign.data.open import open_pairs
         from diffalign.data.transform import Transform
         from diffalign.objectives.diffusion_dpo import DiffusionDPO
-        from diffalign.optimisation import OptimiserSettings, build_optimizer
-        from diffalign.references import AdapterOff, Frozen
         from pipelines.families import stable_diffusion
 
-        self.pairs, self.phases = pairs, {}
-        pipe = build_pipeline(shape)
-        self.family = stable_diffusion.build(pipe)
-        pixels = SHAPES[shape]["pixels"]
-        self.table = open_pairs(write_pairs(folder, pixels, 2 * pairs))
+        self.pairs, self.adapter, self.timer = pairs, adapter, None
+        encoders = stable_diffusion.build(build_pipeline(shape))
+        self.table = open_pairs(write_pairs(folder, pixels, ROWS))
         self.transform = Transform(pixels, "center", False, 0)
-        self.cache = build_cache(self.table, self.family.encoder, folder / "cache", self.transform, batch_size=4, progress=False)
-        if adapter == "lora":
-            self.family.attach_lora(rank=8)
-            self.reference = AdapterOff(self.family.denoiser)
-        else:
-            self.reference = Frozen(self.family.frozen_copy())
-            self.family.train_fully()
-        self.objective = DiffusionDPO(beta=2000)
-        self.parameters = list(self.family.denoiser.trainable_parameters())
-        self.optimizer = build_optimizer(self.parameters, OptimiserSettings())
+        encoders.encoder.work_on(DEVICE)
+        self.cache = build_cache(self.table, encoders.encoder, folder / "cache", self.transform, batch_size=2)
+        self.objective = DiffusionDPO(beta=BETA)
+        self.encoders = {v.half: _in_half(encoders, v.half) for v in variants if v.naive}
+        self.policies = self._policies(shape, variants)
+        self.frozen = {v.half: self._frozen(shape, v) for v in variants if v.naive or (adapter == "full" and not v.kept)}
+        self.losses = {v: self._losses(v) for v in variants}
+        self.batches = {v: self._loader(v) for v in variants}
+        self.drawn = 0
 
-    def phase(self, name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
-        return result
+    def _policies(self, shape: str, variants: tuple[Variant, ...]) -> dict[Variant, Policy]:
+        """A policy for every variant; those share one that compute with the same weights."""
+        made: dict[Any, Policy] = {}
+        found = {}
+        for v in variants:
+            weights = "all" if self.adapter == "full" else (v.half and not v.naive, v.compiled)
+            share = made.get(weights)
+            found[v] = Policy(self.adapter, v, shape, share)
+            made.setdefault(weights, found[v])
+        return found
 
-    def encoded_now(self) -> Any:
-        """(a) pictures and prompts through their encoders, inside the step."""
-        from dataclasses import replace
+    def _frozen(self, shape: str, variant: Variant) -> Any:
+        """The second network."""
+        from pipelines.families import stable_diffusion
 
-        rows = range(self.pairs)
-        pairs = self.phase("read", lambda: [self.table[i] for i in rows])
-        pixels = self.phase("transform", lambda: self._pixels(pairs))
-        moments = self.phase("autoencoder", lambda: self.family.encoder.encode_images(pixels))
-        text = self.phase("text encoder", lambda: self.family.encoder.encode_prompts([p.prompt for p in pairs]))
-        batch = self.phase("draws", lambda: self._cached_batch())
-        winner, loser = moments["mean"].chunk(2)
-        return replace(batch, winner=winner, loser=loser, conditioning=text)
+        network = build_pipeline(shape).unet.to(DEVICE, torch.bfloat16 if variant.half else torch.float32).requires_grad_(False)
+        family = next(iter(self.policies.values())).family
+        assert isinstance(family.denoiser, stable_diffusion.UNetDenoiser)
+        return family.denoiser.with_network(network)
 
-    def _pixels(self, pairs: list[Any]) -> torch.Tensor:
-        from diffalign.data.transform import CENTER
+    def _losses(self, variant: Variant) -> Callable[[Any], Any]:
+        """The objective at work."""
+        from diffalign.learner import Given
+        from diffalign.references import Cached, Frozen
+        from diffalign.weights import TrainedWeights
 
-        sides = [[getattr(p, side) for p in pairs] for side in ("winner", "loser")]
-        return torch.stack([self.transform.apply(image.open(), CENTER, flipped=False) for images in sides for image in images])
+        policy = self.policies[variant]
+        start = Cached() if variant.kept else policy.reference or Frozen(self.frozen.get(variant.half))
+        if variant.naive:
+            start = Frozen(self.frozen[variant.half])
+        given = Given(
+            policy=policy.denoiser,
+            weights=TrainedWeights(policy.family.network),
+            start=start,
+            latent_shape=self.cache.latent_shape,
+            pairs=[],  # type: ignore[arg-type]  # the benchmark hands out the batches
+            batch_size=self.pairs * variant.times,
+            device=DEVICE,
+        )
+        return self.objective.learner(given).losses
 
-    def encoded_before(self) -> Any:
-        """(b) the same from the cache."""
-        return self.phase("read cache", self._cached_batch)
+    def _loader(self, variant: Variant) -> Iterator[Any]:
+        """Our batches, without end. Errors are kept at one draw of each pair."""
+        from diffalign.data.draws import KeptDraws
+        from diffalign.data.kept_errors import keep_errors
+        from diffalign.data.loader import LoaderSettings, PairLoader
+        from diffalign.objectives._denoising import errors_beforehand
+        from diffalign.references import AdapterOff, Frozen
 
-    def _cached_batch(self) -> Any:
+        kept = None
+        if variant.kept:
+            denoiser = self.policies[variant].denoiser
+            start = AdapterOff(denoiser) if self.adapter == "lora" else Frozen(denoiser)
+            place = Path(self.cache._folder.root).parent / variant.name
+            kept = keep_errors(
+                self.cache,
+                KeptDraws(1, 0, denoiser.schedule.levels()),
+                lambda batch: errors_beforehand(batch.to(DEVICE), start, denoiser.schedule, "pairs"),
+                place,
+                {"variant": variant.name},
+                batch_size=self.pairs,
+            )
+        settings = LoaderSettings(batch_size=self.pairs * variant.times)
+        loader = PairLoader(self.cache, range(len(self.cache)), settings, kept=kept)
+        return (batches[0] for batches in loader.steps(0, 10**6))
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def step(self, variant: Variant) -> float:
+        """Seconds of one optimizer step."""
+        policy, started = self.policies[variant], time.perf_counter()
+        with self.phase("encode" if variant.naive else "wait for data"):
+            batch = self._encoded(variant) if variant.naive else next(self.batches[variant])
+        with self.phase("policy and reference"):
+            outcome = self.losses[variant](batch.to(DEVICE))
+        with self.phase("backward"):
+            outcome.loss.mean().backward()
+        with self.phase("optimizer"):
+            nn.utils.clip_grad_norm_(policy.parameters, 1.0)
+            policy.optimizer.step()
+            policy.optimizer.zero_grad()
+        with self.phase("numbers"):
+            _read(outcome, one_by_one=variant.naive)
+        _settle()
+        return time.perf_counter() - started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Timed if somebody wants to know; then the device is waited for."""
+        if self.timer is None:
+            yield
+            return
+        _settle()
+        started = time.perf_counter()
+        yield
+        _settle()
+        self.timer[name] = time.perf_counter() - started
+
+    def _encoded(self, variant: Variant) -> Any:
+        """Pictures and prompts through their encoders, inside the step."""
         from diffalign.data.draws import draw
         from diffalign.data.loader import collate
+        from diffalign.data.transform import CENTER
         from diffalign.levels import Levels
 
-        draws = [draw(0, p, self.cache.latent_shape, Levels(), 0.0, False) for p in range(self.pairs)]
-        return collate(self.cache, range(self.pairs), draws, latent_mode=True)
+        rows = [(self.drawn + i) % len(self.table) for i in range(self.pairs)]
+        self.drawn += self.pairs
+        pairs = [self.table[row] for row in rows]
+        sides = [pair.side(side).open() for side in ("winner", "loser") for pair in pairs]
+        pixels = torch.stack([self.transform.apply(picture, CENTER, flipped=False) for picture in sides]).to(DEVICE)
+        encoder = self.encoders[variant.half]
+        moments = encoder.encode_images(pixels)
+        text = encoder.encode_prompts([pair.prompt for pair in pairs])
+        draws = [draw(0, row, self.cache.latent_shape, Levels(), 0.0, False) for row in rows]
+        latents = moments["mean"] + moments["std"] * torch.randn_like(moments["mean"])
+        winner, loser = latents.float().chunk(2)
+        return replace(collate(self.cache, rows, draws, latent_mode=True), winner=winner, loser=loser, conditioning=text)
 
-    def step(self, make_batch: Callable[[], Any]) -> float:
-        """Seconds of one optimizer step."""
-        start = time.perf_counter()
-        batch = make_batch()
-        outcome = self.phase("policy and reference", lambda: self.objective(batch, self.family.denoiser, self.reference))
-        self.phase("backward", lambda: outcome.loss.mean().backward())
-        self.phase("optimizer", self._update)
-        return time.perf_counter() - start
+    def operations(self, variant: Variant) -> int:
+        """Floating-point operations of a step of this variant."""
+        from torch.utils.flop_counter import FlopCounterMode
 
-    def _update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()  # a benchmark's own step: it times what the loop does
-        self.optimizer.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            self.step(variant)
+        return counter.get_total_flops()
 
 
-def measure(shape: str, adapter: str, pairs: int, rounds: int) -> dict[str, Any]:
-    """Medians of both variants, run in alternation, and where the time goes."""
+def _in_half(family: Any, half: bool) -> Any:
+    """The encoders in bfloat16, as scripts keep them beside a half-precision run; their answers in float32 again."""
+    if not half:
+        return family.encoder
+    from pipelines.families import stable_diffusion
+
+    pipe = build_pipeline(next(name for name, s in SHAPES.items() if s["text"] == family.network.config.cross_attention_dim))
+    pipe.vae.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    encoder = stable_diffusion.build(pipe).encoder
+    encoder.work_on(DEVICE)
+    return encoder
+
+
+def _read(outcome: Any, one_by_one: bool) -> None:
+    """The step's numbers on the host: one transfer, or one for each of them as the scripts log."""
+    columns = [outcome.loss.detach(), *outcome.metrics.values()]
+    if one_by_one:
+        for column in columns[:4]:
+            column.mean().item()
+        return
+    torch.stack([column.double().mean() for column in columns]).tolist()
+
+
+def _settle() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+# --------------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(shape: str, pixels: int, adapter: str, pairs: int, rounds: int, variants: tuple[Variant, ...]) -> dict[str, Any]:
+    """Medians of all variants, run in alternation, and where the time goes."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(shape, adapter, pairs, Path(folder))
-        variants = {"in the loop": bench.encoded_now, "cached": bench.encoded_before}
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        phases: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
+        bench = Bench(shape, pixels, adapter, pairs, variants, Path(folder))
+        seconds: dict[str, list[float]] = {v.name: [] for v in variants}
         for round_ in range(rounds + 1):  # the first one warms up
-            for name, make_batch in variants.items():
-                bench.phases = {}
-                taken = bench.step(make_batch)
+            for v in variants:
+                taken = bench.step(v)
                 if round_:
-                    seconds[name].append(taken / pairs)
-                    for phase, value in bench.phases.items():
-                        phases[name].setdefault(phase, []).append(value / pairs)
+                    seconds[v.name].append(taken / (pairs * v.times))
+        phases, operations = {}, {}
+        for v in variants:
+            bench.timer = phases[v.name] = {}
+            bench.step(v)
+            bench.timer = None
+            phases[v.name] = {phase: value / (pairs * v.times) for phase, value in phases[v.name].items()}
+            operations[v.name] = None if v.compiled else bench.operations(v) / (pairs * v.times)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "shape": shape,
+        "pixels": pixels,
         "adapter": adapter,
         "pairs_per_step": pairs,
         "seconds_per_pair": medians,
-        "ratio": medians["in the loop"] / medians["cached"],
-        "phases": {name: {p: statistics.median(v) for p, v in by.items()} for name, by in phases.items()},
+        "all_seconds": seconds,
+        "times_naive": {name: medians["naive"] / value for name, value in medians.items()} if "naive" in medians else {},
+        "phases": phases,
+        "operations_per_pair": operations,
     }
 
 
-def peak_memory(shape: str, adapter: str, pairs: int, variant: str) -> float:
+def matrix_peak(dtype: torch.dtype, size: int = 2048, rounds: int = 8) -> float:
+    """Floating-point operations per second of a plain matrix product."""
+    size = 8192 if DEVICE == "cuda" else size
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        _settle()
+        started = time.perf_counter()
+        a @ b
+        _settle()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def peak_memory(args: argparse.Namespace, adapter: str, variant: Variant) -> float:
     """Peak memory in MiB of two steps of one variant, in a process of its own."""
-    words = [sys.executable, __file__, "--one", shape, adapter, variant, "--pairs", str(pairs)]
+    words = [sys.executable, __file__, "--one", adapter, variant.name, "--shape", args.shape, "--pixels", str(args.pixels)]
+    words += ["--pairs", str(args.pairs)]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def one(shape: str, adapter: str, variant: str, pairs: int) -> None:
-    """What ``peak_memory`` runs: two steps, then the peak. The cached variant lets go of its encoders first, as a run does."""
+def one(args: argparse.Namespace, adapter: str, variant: Variant) -> None:
+    """What ``peak_memory`` runs: two steps, then the peak. What is encoded beforehand is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(shape, adapter, pairs, Path(folder))
-        if variant == "cached":
-            bench.family.release_encoders()
+        bench = Bench(args.shape, args.pixels, adapter, args.pairs, (variant,), Path(folder))
         gc.collect()
         _forget_peak()
         for _ in range(2):
-            bench.step(bench.encoded_before if variant == "cached" else bench.encoded_now)
+            bench.step(variant)
         print(_peak())
 
 
 def _forget_peak() -> None:
     """Start measuring now, not at the cache's filling."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> float:
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if Path("/proc/self/status").exists():
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
@@ -243,45 +375,79 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def profile(args: argparse.Namespace, adapter: str, variant: Variant) -> None:
+    """Which operations take the time of one step."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args.shape, args.pixels, adapter, args.pairs, (variant,), Path(folder))
+        bench.step(variant)
+        with torch.profiler.profile() as found:
+            bench.step(variant)
+    key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
+
+
+# --------------------------------------------------------------------------------------------------------------- reporting
+
+
+def report(rows: list[dict[str, Any]], peaks: dict[str, float]) -> None:
     """A table, then the phases."""
-    print(f"{'shape':8s} {'adapter':8s} {'in the loop':>12s} {'cached':>12s} {'ratio':>7s} {'peak MiB':>18s}")
+    print(f"{'variant':30s} {'s per pair':>10s} {'naive /':>8s} {'TFLOP':>7s} {'of peak':>8s} {'peak MiB':>9s}")
     for r in rows:
-        s, m = r["seconds_per_pair"], r["peak_mib"]
-        peaks = f"{m['in the loop']:.0f} -> {m['cached']:.0f}"
-        print(
-            f"{r['shape']:8s} {r['adapter']:8s} {s['in the loop'] * 1e3:9.1f} ms {s['cached'] * 1e3:9.1f} ms "
-            f"{r['ratio']:6.2f}x {peaks:>18s}"
-        )
-    for r in rows:
-        for variant, phases in r["phases"].items():
-            parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in phases.items())
-            print(f"{r['shape']} {r['adapter']}, {variant}, ms per pair: {parts}")
+        print(f"{r['shape']}, {r['pixels']} px, {r['adapter']}, {r['pairs_per_step']} pairs a step")
+        for name, seconds in r["seconds_per_pair"].items():
+            ratio, flops, memory = r["times_naive"].get(name), r["operations_per_pair"][name], r["peak_mib"].get(name)
+            peak = peaks["bfloat16" if "bf16" in name else "float32"]
+            cells = (
+                f"{ratio:7.2f}x" if ratio else "",
+                f"{flops / 1e12:7.2f}" if flops else "",
+                f"{flops / seconds / peak:8.0%}" if flops else "",
+                f"{memory:9.0f}" if memory else "",
+            )
+            print(f"  {name:28s} {seconds:10.3f} {cells[0]:>8s} {cells[1]:>7s} {cells[2]:>8s} {cells[3]:>9s}")
+        for name, phases in r["phases"].items():
+            parts = ", ".join(f"{phase} {value:.3f}" for phase, value in phases.items())
+            print(f"  {name}, s per pair: {parts}")
+    print(", ".join(f"{name}: {peak / 1e12:.2f} TFLOP/s in plain matrix products" for name, peak in peaks.items()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--adapters", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--shape", default="sd15", choices=list(SHAPES))
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=["lora", "full"])
+    parser.add_argument("--variants", nargs="+", default=None, metavar="NAME", help="only these")
+    parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="one more variant, with compiled blocks")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory, each in a process of its own")
+    parser.add_argument("--profile", metavar="NAME", help="a variant, and nothing else")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=3, metavar=("SHAPE", "ADAPTER", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("ADAPTER", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    known = {v.name: v for v in (*VARIANTS, COMPILED)}
     if args.one:
-        one(*args.one, args.pairs)
+        one(args, args.one[0], known[args.one[1]])
         return
+    if args.profile:
+        profile(args, args.adapters[0], known[args.profile])
+        return
+    names = args.variants or [v.name for v in VARIANTS] + ([COMPILED.name] if args.compile else [])
+    variants = tuple(known[name] for name in names)
     rows = []
-    for shape in args.shapes:
-        for adapter in args.adapters:
-            row = measure(shape, adapter, args.pairs, args.rounds)
-            row["peak_mib"] = {v: peak_memory(shape, adapter, args.pairs, v) for v in ("in the loop", "cached")}
-            rows.append(row)
-    report(rows)
+    for adapter in args.adapters:
+        row = measure(args.shape, args.pixels, adapter, args.pairs, args.rounds, variants)
+        gc.collect()
+        row["peak_mib"] = {v.name: peak_memory(args, adapter, v) for v in variants} if args.memory else {}
+        rows.append(row)
+    peaks = {str(dtype).removeprefix("torch."): matrix_peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    report(rows, peaks)
     if args.json:
-        args.json.write_text(
-            json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n"
-        )
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": _device_name(), "matrix_peak": peaks}
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

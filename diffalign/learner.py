@@ -138,7 +138,7 @@ class Given:
     kind: Kind = "pairs"
     reference: Past | None = None  # of training instead of the frozen start: the policy at the beginning of the loop's round
     prompts: Prompts | None = None
-    unconditional: Conditioning | None = None  # of the empty prompt, each [1, ...]
+    unconditional: Conditioning | None = None  # of the empty prompt, each [1, ...], on the device
     judge: Judge | None = None
     feedback: Any = None  # sources.stored.Stored: trajectories on disk that people have judged
     score_range: tuple[float, float] | None = None  # least and greatest score in the data set

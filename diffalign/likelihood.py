@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.protocols import LanguageModel, Predictor
+from diffalign.references import Cached
 from diffalign.schedule import Over, Schedule
 from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair, on_both_sides
 
@@ -41,7 +42,10 @@ def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = 
 
 
 def pair_errors(predictor: Predictor, pair: NoisyPair) -> tuple[Tensor, Tensor]:
-    """Denoising errors of winner and loser, [B] each, from one call of the network on the stacked pair."""
+    """Denoising errors of winner and loser, [B] each, from one call of the network on the stacked pair, or as they are known."""
+    if isinstance(predictor, Cached) and pair.known is not None:
+        winner, loser = pair.known.to(widest(pair.known)).unbind(dim=1)
+        return winner, loser
     conditioning = on_both_sides(pair.conditioning, pair.framing)
     prediction = predictor(torch.cat([pair.winner, pair.loser]), torch.cat([pair.t, pair.t]), conditioning)
     weight = None if pair.error_weight is None else torch.cat([pair.error_weight, pair.error_weight])
@@ -50,7 +54,9 @@ def pair_errors(predictor: Predictor, pair: NoisyPair) -> tuple[Tensor, Tensor]:
 
 
 def errors(predictor: Predictor, noisy: Noisy) -> Tensor:
-    """Denoising errors [B] of single samples, from one call of the network."""
+    """Denoising errors [B] of single samples, from one call of the network, or as they are known."""
+    if isinstance(predictor, Cached) and noisy.known is not None:
+        return noisy.known.to(widest(noisy.known))
     return denoising_error(predictor(noisy.x_t, noisy.t, noisy.conditioning), noisy.target, noisy.error_weight)
 
 

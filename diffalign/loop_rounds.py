@@ -75,6 +75,11 @@ class LoopRounds:
         if self._reference is not None:
             self._reference.keep()
 
+    def collect(self) -> None:
+        """Before it is saved, on all processes."""
+        if self._reference is not None:
+            self._reference.collect()
+
     def state_dict(self) -> dict[str, Any]:
         reference = {} if self._reference is None else self._reference.state_dict()
         return {"begun": self._begun, "end": dict(self._end), "reference": reference}

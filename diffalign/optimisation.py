@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.settings import check_options, option
+from diffalign.sharding import Gathered, is_sharded, joined, own, share
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,28 @@ class Ema:
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self._parameters = list(parameters)
-        self._average = [p.detach().clone() for p in self._parameters]
+        self._average = self._copies()
         self._decay, self._updates = decay, 0
+        self._sharded, self._gathered = is_sharded(self._parameters), Gathered()
+
+    def _current(self) -> list[Tensor]:
+        """The parameters, or this process's shares of them."""
+        return [own(p.detach()) for p in self._parameters]
+
+    def _copies(self) -> list[Tensor]:
+        return [p.clone() for p in self._current()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the current parameters."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1.0 - decay)
+        torch._foreach_lerp_(self._average, self._current(), 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the parameters hold the average."""
-        kept = [p.detach().clone() for p in self._parameters]
+        kept = self._copies()
         self._copy(self._average)
         try:
             yield
@@ -104,20 +113,25 @@ class Ema:
     @contextmanager
     def carried(self) -> Iterator[None]:
         """By how much the parameters are moved within this context, by so much the average moves as well."""
-        before = [p.detach().clone() for p in self._parameters]
+        before = self._copies()
         yield
-        moved = torch._foreach_sub([p.detach() for p in self._parameters], before)
-        torch._foreach_add_(self._average, moved)
+        torch._foreach_add_(self._average, torch._foreach_sub(self._current(), before))
 
     @torch.no_grad()
     def _copy(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
+        for mine, value in zip(self._current(), values, strict=True):
+            mine.copy_(value)
+
+    def collect(self) -> None:
+        """Before the average of sharded parameters is saved, on all processes."""
+        if self._sharded:
+            self._gathered.collect([joined(a, p) for a, p in zip(self._average, self._parameters, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "average": [a.clone() for a in self._average]}
+        average = self._gathered.taken() if self._sharded else [a.clone() for a in self._average]
+        return {"updates": self._updates, "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._updates = state["updates"]
-        for mine, saved in zip(self._average, state["average"], strict=True):
-            mine.copy_(saved)
+        for mine, saved, parameter in zip(self._average, state["average"], self._parameters, strict=True):
+            mine.copy_(share(saved, parameter))

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.protocols import Denoiser, LanguageModel, Predictor, TextPolicy
+from diffalign.sharding import Gathered
 from diffalign.weights import TrainedWeights, Weights
 
 
@@ -42,6 +44,21 @@ class Frozen:
         return self._model(*inputs)
 
 
+class Cached:
+    """The frozen start, asked beforehand: its errors at the draws that every pair has (``data.kept_errors``), and no network.
+
+    Pairs bring the errors with them (``PairBatch.known``); ``likelihood`` takes them from there. Asked about anything else, such
+    as mismatched prompts or pictures that were sampled, it has no answer.
+    """
+
+    kind = "cached"
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        raise UserError(
+            "The reference's errors are kept for the draws of the data's pairs, and it was asked about something else."
+        )
+
+
 class Past:
     """The policy as it was at some moment: its own network with the weights that were kept then, without dropout.
 
@@ -53,6 +70,7 @@ class Past:
     def __init__(self, policy: Denoiser | TextPolicy, weights: TrainedWeights) -> None:
         self._policy, self._weights = policy, weights
         self._kept: Weights = {}
+        self._gathered = Gathered()
 
     def keep(self) -> None:
         """Become what the policy is now."""
@@ -64,7 +82,7 @@ class Past:
 
     @property
     def weights(self) -> Weights:
-        """What was kept; empty before anything was."""
+        """What was kept, of sharded weights this process's shares; empty before anything was."""
         return self._kept
 
     @torch.no_grad()
@@ -74,8 +92,13 @@ class Past:
         with self._weights.held(self._kept):
             return self._policy(*inputs)
 
+    def collect(self) -> None:
+        """Before it is saved, on all processes."""
+        if self._weights.sharded:
+            self._gathered.collect(self._weights.gathered(self._kept))
+
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": dict(self._kept)}
+        return {"kept": self._gathered.taken() if self._weights.sharded else dict(self._kept)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._kept = self._weights.placed(state["kept"]) if state["kept"] else {}

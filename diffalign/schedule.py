@@ -45,7 +45,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -288,6 +288,8 @@ class NoiseSchedule(Schedule):
     trained_levels: LevelDistribution = LevelDistribution()
     predictions: ClassVar[tuple[PredictionType, ...]] = ("epsilon", "v_prediction", "sample")
     continuous: ClassVar[bool] = False
+    _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ended: dict[CleanEnd, NoiseSchedule] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.alpha_bar.ndim != 1 or not self.alpha_bar.is_floating_point():
@@ -311,9 +313,17 @@ class NoiseSchedule(Schedule):
 
     def _at(self, t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """alpha_bar_t as [B, 1, ...] on the device of ``like``."""
-        clean = self.alpha_bar[:1] if self.clean_end == "first" else torch.ones_like(self.alpha_bar[:1])
-        table = torch.cat([clean, self.alpha_bar]).to(device=like.device, dtype=dtype)
+        table = self._table(like.device, dtype)
         return _beside(table[t.to(like.device).clamp(min=-1) + 1], like)
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """alpha_bar [T + 1] from t = -1 on; brought to a GPU once, for the host would wait for it at every call."""
+        if (table := self._tables.get((device, dtype))) is None:
+            clean = self.alpha_bar[:1] if self.clean_end == "first" else torch.ones_like(self.alpha_bar[:1])
+            table = torch.cat([clean, self.alpha_bar]).to(device=device, dtype=dtype)
+            if device.type != "cpu":
+                self._tables[device, dtype] = table
+        return table
 
     def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """``eta sqrt( (1 - alpha_bar_t') / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_t') )``, and what it leaves."""
@@ -347,7 +357,9 @@ class NoiseSchedule(Schedule):
         return perturbed_grid(len(self), steps, shift)
 
     def ending(self, clean_end: CleanEnd) -> NoiseSchedule:
-        return replace(self, clean_end=clean_end)
+        if clean_end == self.clean_end:
+            return self
+        return self._ended.setdefault(clean_end, replace(self, clean_end=clean_end))  # one for good, as it has tables, too
 
     def fingerprint(self) -> dict[str, Any]:
         table = hashlib.sha256(self.alpha_bar.double().cpu().numpy().tobytes()).hexdigest()

@@ -26,15 +26,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffalign import health
+from diffalign import health, sharding
 from diffalign.checkpoint import Checkpoints, Stateful
+from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.learner import Batch, Learner
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_optimizer, build_schedule
 from diffalign.protocols import Policy
 from diffalign.settings import check_options, option
+from diffalign.sharding import WholeOptimizer
 from diffalign.types import Outcome
+from diffalign.waiting import Waiting
 from diffalign.weights import TrainedWeights
 
 LoopReference = Literal["start", "round"]
@@ -75,6 +78,7 @@ class Finished:
     step: int
     interrupted: bool
     seconds: float
+    waiting: float | None = None  # share of the steps' time that went by until their data were there; None if nobody knows
 
 
 class Position:
@@ -183,7 +187,8 @@ class Trainer:
     """Everything a run is made of, and the loop over it.
 
     ``weights`` are what is trained, if the caller has taken hold of them already. ``identity`` names what the run must not change
-    under itself (reference, data, objective): it is written into every checkpoint and compared on resume.
+    under itself (reference, data, objective): it is written into every checkpoint and compared on resume. ``waiting`` is the
+    watch of what loads the data (``PairLoader.waiting``).
     """
 
     def __init__(
@@ -198,8 +203,10 @@ class Trainer:
         identity: Mapping[str, Any],
         report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
         weights: TrainedWeights | None = None,
+        waiting: Stopwatch | None = None,
     ) -> None:
         self._learner, self._policy = learner, policy
+        self._waiting = Waiting(waiting)
         self._validation, self._report = validation if learner.validate else [], report
         self._accelerator, self._loop = accelerator, loop
         self._identity = {**identity, **({"rounds": loop.rounds} if loop.rounds else {})}
@@ -215,7 +222,7 @@ class Trainer:
         self._rounds = _rounds_of(loop, learner, weights, self._ema)
         self._things: dict[str, Stateful] = {
             "weights": weights,
-            "optimizer": self._optimizer.optimizer,
+            "optimizer": WholeOptimizer(self._optimizer.optimizer) if weights.sharded else self._optimizer.optimizer,
             "schedule": self._schedule,
             "position": self._position,
             "random": self._random,
@@ -285,20 +292,22 @@ class Trainer:
         with Interruption() as interruption:
             if self.step == 0:
                 self.validate()
+            self._waiting.ask()
             for micro_batches in self._learner.source.steps(self.step, self._loop.steps):
                 tick = time.perf_counter()
-                numbers = self._optimizer_step(micro_batches)
+                numbers, stop = self._optimizer_step(micro_batches, interruption)
                 self._position.step += 1
                 if self._rounds:
                     self._rounds.stepped(self.step, last=self.step == self._loop.steps)
                 numbers["seconds"] = time.perf_counter() - tick
-                self._after_step(numbers)
-                if self._agreed(interruption.requested):
+                self._after_step(numbers | self._waiting.step_done())
+                if stop or (interruption.requested and self._accelerator.num_processes == 1):
                     break
+                self._waiting.ask()
         stopped_early = self.step < self._loop.steps
         if self.step > began and (stopped_early or not self._is_due(self._loop.checkpoint_every)):
             self.save()
-        return Finished(self.step, stopped_early, time.perf_counter() - start)
+        return Finished(self.step, stopped_early, time.perf_counter() - start, self._waiting.share)
 
     def _after_step(self, numbers: Mapping[str, float]) -> None:
         last = self.step == self._loop.steps
@@ -313,14 +322,12 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _agreed(self, mine: bool) -> bool:
-        """True on every process as soon as it is true on one."""
-        if self._accelerator.num_processes == 1:
-            return mine
-        return bool(self._accelerator.reduce(torch.tensor(float(mine), device=self._accelerator.device), "sum") > 0)
+    def _optimizer_step(self, micro_batches: Sequence[Batch], interruption: Interruption) -> tuple[dict[str, float], bool]:
+        """One update from some micro-batches; the loss is the mean over all their samples.
 
-    def _optimizer_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """One update from some micro-batches; the loss is the mean over all their samples."""
+        The host looks at the device once, when everything but the update is done. Also returned is whether one of the processes
+        was interrupted by then.
+        """
         outcomes, weights, samples = [], [], sum(len(batch) for batch in micro_batches)
         rate = self._optimizer.param_groups[0]["lr"]
         for number, batch in enumerate(micro_batches, start=1):
@@ -333,24 +340,25 @@ class Trainer:
             outcomes.append(outcome)
             weights.append(batch.weight)
         norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm or math.inf)
-        numbers = self._means(outcomes, weights)
-        numbers["gradient_norm"], numbers["learning_rate"] = float(norm), float(rate)
+        numbers = self._means(outcomes, weights, gradient_norm=norm, interrupted=float(interruption.requested))
+        stop = numbers.pop("interrupted") > 0
+        numbers["learning_rate"] = float(rate)
         self._refuse_non_finite(numbers, outcomes)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
         if self._ema:
             self._ema.update()
-        return numbers
+        return numbers, stop
 
-    def _means(self, outcomes: Sequence[Outcome], weights: Sequence[Tensor]) -> dict[str, float]:
-        """Means over all pairs of the step, on all processes: one transfer from the device."""
+    def _means(self, outcomes: Sequence[Outcome], weights: Sequence[Tensor], **more: Tensor | float) -> dict[str, float]:
+        """Means over all pairs of the step and of ``more``, on all processes: one transfer from the device."""
         columns = {"loss": torch.cat([w * o.loss.detach() for w, o in zip(weights, outcomes, strict=True)])}
         for name in outcomes[0].metrics:
             columns[name] = torch.cat([o.metrics[name] for o in outcomes])
-        table = torch.stack([c.double().mean() for c in columns.values()])
+        table = torch.stack([c.double().mean() for c in columns.values()] + [_scalar(v, columns["loss"]) for v in more.values()])
         table = self._accelerator.reduce(table, "mean").cpu()
-        return dict(zip(columns, table.tolist(), strict=True))
+        return dict(zip([*columns, *more], table.tolist(), strict=True))
 
     def _refuse_non_finite(self, numbers: Mapping[str, float], outcomes: Sequence[Outcome]) -> None:
         if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["gradient_norm"]) or self._accelerator.scaler is not None):
@@ -381,8 +389,11 @@ class Trainer:
 
     def _validation_columns(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        mine = list(self._validation)[rank::world]
-        outcomes = [self._learner.validate(b.to(self._accelerator.device)) for b in mine]
+        # Each process makes as many calls, because a call of sharded weights is for all of them: who runs out repeats a batch.
+        count = len(self._validation)
+        places = range(rank, count + rank, world)
+        asked = [self._learner.validate(self._validation[p % count].to(self._accelerator.device)) for p in places]
+        outcomes = [outcome for p, outcome in zip(places, asked, strict=True) if p < count]
         names = [] if not outcomes else ["loss", *outcomes[0].metrics]
         rows = {n: [float(v) for o in outcomes for v in (o.loss if n == "loss" else o.metrics[n]).tolist()] for n in names}
         if outcomes and outcomes[0].t is not None:
@@ -412,6 +423,13 @@ def _rounds_of(loop: LoopSettings, learner: Learner, weights: TrainedWeights, em
     if not loop.rounds:
         return None
     return LoopRounds(weights, loop.round_every, loop.extrapolation, learner.reference, ema)
+
+
+def _scalar(value: Tensor | float, beside: Tensor) -> Tensor:
+    """[] float64 on the device of another tensor; a number is written there, which is no copy that the host would wait for."""
+    if isinstance(value, Tensor):
+        return sharding.plain(value.detach()).double().reshape(())
+    return torch.full((), value, dtype=torch.float64, device=beside.device)
 
 
 def _gather(rows: dict[str, list], accelerator: Accelerator) -> dict[str, list]:

@@ -7,7 +7,7 @@ L = text tokens, D = width of the text embedding; of a language model's sequence
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,27 @@ from torch.nn import functional as F
 
 Conditioning = Mapping[str, Tensor]
 """What a network is conditioned on, by argument name; every tensor is [B, ...]. SD: ``encoder_hidden_states`` [B, L, D]."""
+
+
+def placed(thing: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """A tensor on a device, or all tensors of a mapping, a tuple or a dataclass; floats in ``dtype`` if that is given.
+
+    Towards a GPU nobody waits: a copy from pageable memory would first have the device finish all that it has to do, and then the
+    host stand by, so memory is pinned before. From a device to the CPU a copy is complete when this returns.
+    """
+    if isinstance(thing, Tensor):
+        outwards = thing.device.type == "cpu" and torch.device(device).type != "cpu"
+        if outwards and torch.device(device).type == "cuda":
+            thing = thing.pin_memory()
+        return thing.to(device=device, dtype=dtype if dtype and thing.is_floating_point() else None, non_blocking=outwards)
+    if isinstance(thing, Mapping):
+        return {name: placed(value, device, dtype) for name, value in thing.items()}
+    if isinstance(thing, tuple):
+        return tuple(placed(value, device, dtype) for value in thing)
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return replace(thing, **{f.name: placed(getattr(thing, f.name), device, dtype) for f in fields(thing) if f.init})
+    return thing
+
 
 FRAMING = "framing"
 """Name in a conditioning of how the pictures came to be: [B, 6] float32, height and width of the original, top and left of the
@@ -60,9 +81,16 @@ class PairBatch:
     index: Tensor  # [B] int64, row of the data set
     scores: Tensor | None = None  # [B, 2] float32, a judge's score of winner and loser; NaN where a pair has none
     framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
+    known: Tensor | None = None  # [B, 2] float32, the frozen start's errors at this draw, where they are kept
+    t_here: Tensor | None = None  # [B] the same t on the CPU, of a batch that is elsewhere
 
     def __len__(self) -> int:
         return len(self.t)
+
+    @property
+    def host_t(self) -> Tensor:
+        """t on the CPU, for decisions that should not wait for the device (how often a network is asked)."""
+        return self.t.cpu() if self.t_here is None else self.t_here
 
     @property
     def winner_conditioning(self) -> Conditioning:
@@ -71,22 +99,10 @@ class PairBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
         """Move to a device; ``dtype`` applies to latents, noise and conditioning, never to labels, weights, scores or framing."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device=device, dtype=dtype if dtype and x.is_floating_point() else None, non_blocking=True)
-
-        return PairBatch(
-            winner=move(self.winner),
-            loser=move(self.loser),
-            conditioning={k: move(v) for k, v in self.conditioning.items()},
-            t=self.t.to(device),
-            noise=move(self.noise),
-            label=self.label.to(device),
-            weight=self.weight.to(device),
-            index=self.index,
-            scores=None if self.scores is None else self.scores.to(device),
-            framing=None if self.framing is None else self.framing.to(device),
-        )
+        cast, plain = ("winner", "loser", "conditioning", "noise"), ("t", "label", "weight", "scores", "framing", "known")
+        moved = {name: placed(getattr(self, name), device, dtype) for name in cast}
+        moved |= {name: placed(getattr(self, name), device) for name in plain}
+        return replace(self, **moved, t_here=self.host_t)
 
     def slice(self, start: int, stop: int) -> PairBatch:
         """Pairs ``start`` to ``stop`` of the batch."""
@@ -107,6 +123,7 @@ class NoisyPair:
     conditioning: Conditioning
     framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
     error_weight: Tensor | None = None  # [B] factor on both sides' errors (``Schedule.error_weight``); None is 1
+    known: Tensor | None = None  # [B, 2] float32, the frozen start's errors of just this, where they are kept
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ class Noisy:
     t: Tensor  # [B]
     conditioning: Conditioning
     error_weight: Tensor | None = None  # [B]
+    known: Tensor | None = None  # [B] float32
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ class Texts:
         return len(self.tokens)
 
     def to(self, device: torch.device | str) -> Texts:
-        return Texts(*(x.to(device, non_blocking=True) for x in (self.tokens, self.mask, self.completion)), self.begins)
+        return placed(self, device)
 
     @property
     def lengths(self) -> Tensor:
@@ -202,11 +220,7 @@ class TextBatch:
         return len(self.label)
 
     def to(self, device: torch.device | str) -> TextBatch:
-        def move(value: Any) -> Any:
-            return tuple(v.to(device) for v in value) if isinstance(value, tuple) else value.to(device)
-
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "index"}
-        return replace(self, **{name: None if value is None else move(value) for name, value in moved.items()})
+        return replace(self, **{f.name: placed(getattr(self, f.name), device) for f in fields(self) if f.name != "index"})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 Past checkpoints, the start of a round and the delayed copy of a policy are all the same network with other weights. They are
 kept as tensors beside it, not as second networks: an adapter's are small, and a network's are at least not also a graph.
+
+Where every process holds a share of the parameters (FSDP2), it keeps shares, and saves whole tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from diffalign.sharding import Gathered, is_sharded, joined, own, share, whole
 
 Weights = Mapping[str, Tensor]
 """Tensors by the parameters' names."""
@@ -24,50 +27,85 @@ class TrainedWeights:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self.sharded = is_sharded(self._named.values())
+        self._gathered = Gathered()
 
     def copy(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """What they are at this moment, on their own device if none is given."""
-        return {name: p.detach().to(device or p.device, copy=True) for name, p in self._named.items()}
+        """What they are at this moment, on their own device if none is given.
+
+        Of sharded ones: this process's shares; or with a ``device``, which must be the CPU, whole, and all processes call it.
+        """
+        if device is not None and self.sharded:
+            return {name: whole(p) for name, p in self._named.items()}
+        return {name: own(p.detach()).to(device or p.device, copy=True) for name, p in self._named.items()}
 
     def placed(self, weights: Weights) -> dict[str, Tensor]:
-        """``weights`` where the parameters are and in their dtypes; not copied where they are so already.
+        """``weights``, whole, where the parameters are and in their dtypes; not copied where they are so already. Of sharded
+        parameters, this process's shares.
 
         Raises:
             UserError: they are of other parameters.
         """
         self._refuse_others(weights)
-        return {name: weights[name].to(p.device, p.dtype) for name, p in self._named.items()}
+        return {name: share(weights[name].to(p.device, p.dtype), p) for name, p in self._named.items()}
+
+    def gathered(self, weights: Weights) -> dict[str, Tensor]:
+        """``weights``, as ``copy`` or ``placed`` gave them, in a form that ``Gathered`` makes whole."""
+        return {name: joined(weights[name], p) for name, p in self._named.items()} if weights else {}
 
     @contextmanager
     def held(self, weights: Weights) -> Iterator[None]:
-        """Within: the network computes with ``weights`` (as ``placed``), without dropout. Nothing is copied.
+        """Within: the network computes with ``weights`` (as ``placed``), without dropout. Nothing is copied, but shares are.
 
         Meant for calls without gradient. An optimizer never notices: the parameters keep their identity and their gradients.
         """
+        with self._shares_held(weights) if self.sharded else self._data_held(weights), without_dropout(self._network):
+            yield
+
+    @contextmanager
+    def _data_held(self, weights: Weights) -> Iterator[None]:
         kept = {name: p.data for name, p in self._named.items()}
         try:
             for name, parameter in self._named.items():
                 parameter.data = weights[name]
-            with without_dropout(self._network):
-                yield
+            yield
         finally:
             for name, parameter in self._named.items():
                 parameter.data = kept[name]
 
+    @contextmanager
+    def _shares_held(self, weights: Weights) -> Iterator[None]:
+        """FSDP2 gathers from the memory that it laid out itself, so that is what must hold them."""
+        kept = self.copy()
+        try:
+            self._write(weights)
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, weights: Weights) -> None:
+        for name, parameter in self._named.items():
+            own(parameter.detach()).copy_(weights[name])
+
     @torch.no_grad()
     def move(self, start: Weights, by: float) -> None:
-        """Nesterov's extrapolation: each weight w becomes ``w + by (w - start)``, in place."""
+        """Nesterov's extrapolation: each weight w becomes ``w + by (w - start)``, in place. ``start`` is whole."""
         for name, parameter in self._named.items():
-            parameter.add_(parameter - start[name].to(parameter), alpha=by)
+            mine = own(parameter)
+            mine.add_(mine - share(start[name].to(parameter.device, parameter.dtype), parameter), alpha=by)
+
+    def collect(self) -> None:
+        """Before sharded ones are saved, on all processes."""
+        if self.sharded:
+            self._gathered.collect({name: p.detach() for name, p in self._named.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._named.items()}
+        return self._gathered.taken() if self.sharded else {name: p.detach() for name, p in self._named.items()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Weights) -> None:
         self._refuse_others(state)
-        for name, parameter in self._named.items():
-            parameter.copy_(state[name])  # in place: the optimizer holds these very tensors
+        self._write({name: share(state[name], p) for name, p in self._named.items()})  # the optimizer holds these very tensors
 
     def _refuse_others(self, weights: Weights) -> None:
         if weights.keys() != self._named.keys():

@@ -22,6 +22,7 @@ from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
+from pipelines.reference_beforehand import is_enough
 from pipelines.run import PRECISIONS
 from pipelines.sizing import PICTURES, Comparing, Sized, Sizing, asked_once
 
@@ -123,7 +124,8 @@ def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     backward = 2 if settings.adapter == "full" else 1.1  # LoRA: activation gradients, little else
     backward += 1 if settings.compute.gradient_checkpointing else 0
     pairs = accumulation * (1 if samples_itself(settings) else batch)
-    passes = pairs * (cost.learning * (1 + backward) + cost.looking)
+    looking = 0.0 if settings.reference.reference_draws else cost.looking  # asked beforehand
+    passes = pairs * (cost.learning * (1 + backward) + looking)
     seconds = sized.one.flops / sized.one.rows * passes / _speed(settings.compute.mixed_precision)
     parts = _parts(settings, sized, cost.at_once * batch / sized.one.rows)
     comparing = _seconds_comparing(settings, sized)
@@ -145,7 +147,7 @@ def _parts(settings: TrainSettings, sized: Sized, times: float) -> dict[str, int
     half = PRECISIONS[settings.compute.mixed_precision] != "float32"
     return {
         "weights": sized.total,
-        "reference": sized.total // (2 if half else 1) if full else 0,
+        "reference": sized.total // (2 if half else 1) if full and not is_enough(settings) else 0,
         "gradients": sized.trainable * 4,
         "optimizer": sized.trainable * (2 if settings.optimiser.eight_bit else 8),
         "average of weights": sized.trainable * 4 if settings.loop.ema_decay else 0,

@@ -56,12 +56,24 @@ class DataSettings:
     curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
     cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
-    encode_batch: int = option(8, "pictures encoded at a time", ge=1)
+    encode_batch: int = option(8, "pictures encoded, or shown to the reference beforehand, at a time", ge=1)
     text_precision: Literal["float32", "bfloat16"] = option("float32", "of text encoders: T5-XXL takes 18 GiB or 9")
     vae_tiling: bool = option(
         False, "pictures larger than the autoencoder's own size go through it in tiles: less memory, somewhat other latents"
     )
     vae_slicing: bool = option(False, "autoencoder one picture at a time, whatever the batch")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceSettings:
+    """The frozen start's errors, asked once and kept, so that training needs no reference (``diffalign.data.kept_errors``)."""
+
+    reference_draws: int = option(0, "draws of noise and level that each pair has for good; 0 for new ones at every visit", ge=0)
+    reference_seed: int = option(0, "of these draws; runs that share the kept errors share it")
+    reference_cache: Path | None = option(None, "folder for the kept errors; by default beside the encoded pairs")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -99,7 +111,10 @@ class ComputeSettings:
     quantise: Literal["none", "int8", "nf4"] = option(
         "none", "bits of the frozen base below a LoRA: int8 (torchao), nf4 (bitsandbytes)"
     )
-    attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels")
+    attention: Literal["sdpa", "flash", "xformers"] = option(
+        "sdpa", "attention kernels: PyTorch's choice, its flash kernel or an error, or xformers (UNets, CUDA)"
+    )
+    compile: bool = option(False, "torch.compile for the network's blocks: minutes at the start, faster steps (on GPUs)")
     channels_last: bool = option(False, "channels-last memory format for the UNet (helps on GPUs)")
     tracker: str = option("tensorboard", "where metrics go, by Accelerate's name for it; none for the JSONL only")
 
@@ -132,6 +147,7 @@ class TrainSettings:
     objective: Any
     lora: LoraSettings
     data: DataSettings
+    reference: ReferenceSettings
     reward: RewardSettings
     batch: BatchSettings
     optimiser: Any  # diffalign.optimisation.OptimiserSettings
@@ -182,6 +198,7 @@ def sections(objective: type) -> dict[str, type]:
         "objective": objective,
         "lora": LoraSettings,
         "data": DataSettings,
+        "reference": ReferenceSettings,
         "reward": RewardSettings,
         "batch": BatchSettings,
         "optimiser": OptimiserSettings,
@@ -261,10 +278,24 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     if loop.round_reference == "round" and objective.about.reference != FROZEN_START:
         found = objective.about.reference
         out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")
+    if whole["reference"].reference_draws:
+        out += [f"reference.reference_draws: {reason}" for reason in _not_beforehand(objective, loop)]
     if samples and loop.extrapolation:
         out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
     if loop.extrapolation and loop.round_every % own:
         out.append(f"loop.round_every: should be a multiple of the objective's own round_steps, {own} (found {loop.round_every})")
+    return out
+
+
+def _not_beforehand(objective: Any, loop: Any) -> list[str]:
+    """Why the reference's errors cannot be had before training."""
+    out = []
+    if not objective.about.draws_ahead:
+        out.append(f"needs pairs that are only noised, and this objective learns from: {objective.about.source}")
+    elif objective.cost.looking > 2:
+        out.append("the loss also asks the reference about mismatched prompts, which nobody can know beforehand")
+    if loop.round_reference == "round":
+        out.append("loop.round_reference is round, and the policy of a round's beginning cannot be asked before training")
     return out
 
 

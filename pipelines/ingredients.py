@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.hold_out import split_rows
-from diffalign.data.loader import LoaderSettings, PairLoader
+from diffalign.data.kept_errors import KeptErrors
+from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.data.open import open_pairs
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.data.table import PairTable
@@ -32,12 +33,14 @@ from diffalign.learner import Given, Processes
 from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
 from diffalign.protocols import Predictor
-from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.references import AdapterOff, Cached, Frozen, Past
 from diffalign.schedule import Schedule
 from diffalign.sources.rounds import ruling_transition
 from diffalign.sources.stored import Stored
+from diffalign.train import Together
+from diffalign.types import PairBatch
 from diffalign.weights import TrainedWeights
-from pipelines import families, feedback
+from pipelines import devices, families, feedback, reference_beforehand
 from pipelines.families import _quantised
 from pipelines.families._encoding import digest
 from pipelines.families._sources import find_loras, recorded_loras
@@ -53,6 +56,8 @@ from reward_models._judge import Scorer
 
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 """Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
+PROMPTS_AT_ONCE = 4096
+"""That are tokenized to see which are too long."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ class Prepared:
     cache: PairCache | None
     prompts: PromptCache | None
     judges: Judges
-    train_rows: list[int]
-    validation_rows: list[int]
+    train_rows: Sequence[int]
+    validation: list[PairBatch] = field(default_factory=list)
     feedback: Stored | None = None
+    kept: KeptErrors | None = None  # the reference's, at draws that every pair has for good
     start_lora: str | None = None  # digest of the adapter that training goes on from
 
     @property
@@ -219,44 +225,99 @@ def prepare(
     Raises:
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
     """
-    sampling, judges = samples_itself(settings), training_judges(settings, judge)
-    base_digest, saved, stored = digest(family.network), start_adapter(settings), open_feedback(settings)
+    judges, saved, stored = training_judges(settings, judge), start_adapter(settings), open_feedback(settings)
+    base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
+    with Bar(progress and accelerator.is_main_process) as bar:
+        family.encoder.work_on(accelerator.device)
+        cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance)
+    if accelerator.is_main_process:
+        _tell_of_long_prompts(family, cache, prompts, say)
+    family.release_encoders(keep_decoder=samples_itself(settings) and stored is None)
+    train_rows, validation_rows = _split(settings, cache, prompts, family, stored, say)
+    start = _attach(settings, family, accelerator, say, saved)
+    kept, validation = None, []
+    if cache is not None:
+        visits = loader_settings(settings, family.denoiser.schedule)
+        validation = validation_batches(cache, validation_rows, visits, settings.data.validation_draws)
+    if start is None:
+        with Bar(progress and accelerator.is_main_process) as bar:
+            asked = reference_beforehand.Asked(settings, family, cache, visits, accelerator)
+            kept = asked.keep(base_digest, bar.advance) if settings.reference.reference_draws else None
+            validation = asked.known(validation)
+        start = Cached()
+    if devices.is_sharding(accelerator):
+        devices.shard(family.network, accelerator)
+    return Prepared(
+        family=family,
+        weights=TrainedWeights(family.network),
+        reference=start,
+        base_digest=base_digest,
+        cache=cache,
+        prompts=prompts,
+        judges=judges,
+        train_rows=train_rows,
+        validation=validation,
+        feedback=stored,
+        kept=kept,
+        start_lora=saved.digest if saved else None,
+    )
+
+
+def _start_digest(
+    settings: TrainSettings,
+    family: Any,
+    device: torch.device,
+    saved: families.SavedAdapter | None,
+    stored: Stored | None,
+    say: Say,
+) -> str:
+    """The digest of the frozen start, which is quantised here if that is asked for; feedback must be of this very model."""
+    whole = digest(family.network)
     if stored is not None:
         precision = settings.compute.mixed_precision
-        here = feedback.made_by_model(base_digest, saved, _weights_dtype(settings), precision)
+        here = feedback.made_by_model(whole, saved, _weights_dtype(settings), precision)
         feedback.refuse_another_model(stored, here, settings.model, str(settings.start_lora) if saved else None)
         say(feedback.describe(stored))
-    base_digest = _quantise(settings, family, accelerator.device, base_digest, say)
-    with accelerator.main_process_first(), Bar(progress and accelerator.is_main_process) as bar:
-        family.encoder.work_on(accelerator.device)
-        cache = _encode_pairs(settings, table, family, say, bar.advance) if table is not None and not sampling else None
-        prompts = _encode_prompts(settings, table, family, bar.advance, stored) if sampling else None
-        if cache is not None and judges:
-            cache.scores = _judged(table, cache, judges, say, bar.advance)
-    _tell_of_long_prompts(family, (cache or prompts).prompts, say)
-    family.release_encoders(keep_decoder=sampling and stored is None)
-    train_rows, validation_rows = [], []
+    return _quantise(settings, family, device, whole, say)
+
+
+def _encode(
+    settings: TrainSettings,
+    table: PairTable | None,
+    family: Any,
+    accelerator: Accelerator,
+    stored: Stored | None,
+    judges: Judges,
+    say: Say,
+    progress: Callable,
+) -> tuple[PairCache | None, PromptCache | None]:
+    """The pairs with their judge's scores if there is one, or the prompts of an objective that samples."""
+    if samples_itself(settings):
+        with accelerator.main_process_first():
+            return None, _encode_prompts(settings, table, family, progress, stored)
+    say(table.description)
+    cache = build_cache(**encoding(settings, table, family), processes=Together(accelerator), progress=progress)
+    for origin, reason in cache.skipped[:10]:
+        say(f"skipped {origin}: {reason}")
+    if judges:
+        with accelerator.main_process_first():
+            cache.scores = _judged(table, cache, judges, say, progress)
+    return cache, None
+
+
+def _split(
+    settings: TrainSettings, cache: PairCache | None, prompts: PromptCache | None, family: Any, stored: Stored | None, say: Say
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Rows to train on, and rows for validation; none where there are only prompts."""
     if cache is not None:
-        train_rows, validation_rows = split_rows(cache.prompts, settings.data.validation_pairs, settings.seed)
+        train_rows, validation_rows = split_rows(cache.prompt_numbers, settings.data.validation_pairs, settings.seed)
         kind = "pairs" if cache.kind == "pairs" else "pictures"
         say(f"noise levels: {training_levels(settings.data, family.denoiser.schedule).distribution}")
-        say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {len(cache.skipped)} skipped")
-    elif stored is None:
+        say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {cache.stats()['skipped']} skipped")
+        return train_rows, validation_rows
+    if stored is None:
         say(f"{len(prompts)} prompts to sample for")
-    reference = _attach(settings, family, accelerator, saved)
-    return Prepared(
-        family,
-        TrainedWeights(family.network),
-        reference,
-        base_digest,
-        cache,
-        prompts,
-        judges,
-        train_rows,
-        validation_rows,
-        stored,
-        saved.digest if saved else None,
-    )
+    return [], []
 
 
 def _quantise(settings: TrainSettings, family: Any, device: torch.device, base_digest: str, say: Say) -> str:
@@ -270,24 +331,24 @@ def _quantise(settings: TrainSettings, family: Any, device: torch.device, base_d
     return hashlib.sha256(f"{base_digest} {kind}".encode()).hexdigest()
 
 
-def _encode_pairs(settings: TrainSettings, table: PairTable, family: Any, say: Say, progress: Callable) -> PairCache:
+def encoding(settings: TrainSettings, table: PairTable, family: Any) -> dict[str, Any]:
+    """What is encoded, with what, into which folder and how: arguments of ``build_cache`` and ``fill_cache``.
+
+    Raises:
+        UserError: the network cannot take latents of this size.
+    """
     data = settings.data
     resolution = data.resolution or family.resolution
     for side in (resolution, data.bucket_step) if data.buckets else (resolution,):
-        family.latent_shape(side)  # before anything is encoded that the network cannot take
-    say(table.description)
-    cache = build_cache(
-        table,
-        family.encoder,
-        data.cache or settings.output / CACHE_FOLDER,
-        Transform(resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
-        batch_size=data.encode_batch,
-        max_unreadable=data.max_unreadable,
-        progress=progress,
-    )
-    for origin, reason in cache.skipped[:10]:
-        say(f"skipped {origin}: {reason}")
-    return cache
+        family.latent_shape(side)
+    return {
+        "table": table,
+        "encoder": family.encoder,
+        "directory": data.cache or settings.output / CACHE_FOLDER,
+        "transform": Transform(resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
+        "batch_size": data.encode_batch,
+        "max_unreadable": data.max_unreadable,
+    }
 
 
 def _encode_prompts(
@@ -309,31 +370,56 @@ def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progre
     return pair_scores(table, cache.rows(), judges, progress)
 
 
-def _tell_of_long_prompts(family: Any, prompts: list[str], say: Say) -> None:
-    cut = family.truncated(sorted(set(prompts)))
-    if cut:
-        count, first = len({one.prompt for one in cut}), cut[0]  # one prompt may be cut by two tokenizers
-        say(f"{count} prompts are too long for the text encoder; of {first.prompt!r} it does not see {first.lost!r}")
+def _tell_of_long_prompts(family: Any, cache: PairCache | None, prompts: PromptCache | None, say: Say) -> None:
+    """Tokenized once: of a cache of pairs the answer is kept with it."""
+    if cache is not None:
+        found = cache.remembered("long-prompts", lambda: _long_prompts(family, cache.unique_prompts))
+    else:
+        found = _long_prompts(family, list(dict.fromkeys(prompts.prompts)))
+    if count := found["count"]:
+        say(f"{count} prompts are too long for the text encoder; of {found['prompt']!r} it does not see {found['lost']!r}")
+
+
+def _long_prompts(family: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """How many of these different prompts the text encoder does not see the end of, and the first of them."""
+    found: dict[str, Any] = {"count": 0}
+    for low in range(0, len(texts), PROMPTS_AT_ONCE):
+        cut = family.truncated(texts[low : low + PROMPTS_AT_ONCE])
+        if cut and not found["count"]:
+            found |= {"prompt": cut[0].prompt, "lost": cut[0].lost}
+        found["count"] += len({one.prompt for one in cut})  # one prompt may be cut by two tokenizers
+    return found
 
 
 def _attach(
-    settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None = None
-) -> Predictor:
-    """Make parameters trainable, place everything on the device, and return the reference."""
-    compute, lora = settings.compute, settings.lora
+    settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say, saved: families.SavedAdapter | None = None
+) -> Predictor | None:
+    """Make parameters trainable, place everything on the device, and return the reference; None if training never asks it."""
+    compute, lora, beforehand = settings.compute, settings.lora, reference_beforehand.is_enough(settings)
     frozen = None
+    if settings.optimiser.eight_bit:
+        devices.refuse_sharding(accelerator, "The moments of an 8-bit optimizer")
     if settings.adapter == "lora":
+        devices.refuse_sharding(accelerator, "A LoRA")
         family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=settings.seed)
         if saved is not None:
             family.load_adapter(saved)
     else:
-        frozen = family.frozen_copy(getattr(torch, PRECISIONS[compute.mixed_precision]))
+        frozen = None if beforehand else family.frozen_copy(getattr(torch, PRECISIONS[compute.mixed_precision]))
         family.train_fully()
-    family.set_attention(compute.attention)
+    if beforehand or not devices.is_sharding(accelerator):  # or else each process gets no more than its share
+        family.network.to(accelerator.device)
+    family.network.train()
+    family.set_attention(compute.attention, accelerator.device)
+    if line := family.attention(compute.attention, getattr(torch, PRECISIONS[compute.mixed_precision]), accelerator.device):
+        say(line)
     family.set_channels_last(compute.channels_last)
     family.set_gradient_checkpointing(compute.gradient_checkpointing)
-    family.network.to(accelerator.device).train()
-    family.denoiser = family.denoiser.with_network(accelerator.prepare_model(family.network))
+    if compute.compile:
+        family.compile_blocks()
+    family.denoiser = family.denoiser.with_network(devices.wrapped(family.network, accelerator))
+    if beforehand:
+        return None
     if frozen is None:
         return AdapterOff(family.denoiser)
     frozen.network.to(accelerator.device)
@@ -343,7 +429,7 @@ def _attach(
 # --------------------------------------------------------------------------------------------------------------- given
 
 
-def loader_settings(settings: TrainSettings, prepared: Prepared) -> LoaderSettings:
+def loader_settings(settings: TrainSettings, schedule: Schedule) -> LoaderSettings:
     """How pairs are visited."""
     return LoaderSettings(
         batch_size=settings.batch.batch_size,
@@ -352,7 +438,7 @@ def loader_settings(settings: TrainSettings, prepared: Prepared) -> LoaderSettin
         prompt_dropout=settings.data.prompt_dropout,
         flip=settings.data.flip,
         latent_mode=settings.data.latents == "mode",
-        levels=training_levels(settings.data, prepared.family.denoiser.schedule),
+        levels=training_levels(settings.data, schedule),
         curriculum=settings.data.curriculum,
         curriculum_stages=settings.data.curriculum_stages,
         curriculum_cumulative=settings.data.curriculum_cumulative,
@@ -381,8 +467,8 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
     family, cache, prompts = prepared.family, prepared.cache, prepared.prompts
     pairs = judge = None
     if cache is not None:
-        loader = loader_settings(settings, prepared)
-        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world)
+        loader = loader_settings(settings, family.denoiser.schedule)
+        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world, prepared.kept)
     if prompts is not None and prepared.judges:
         judge = PictureJudge(family.encoder.decode, prepared.judges, prompts.prompts, settings.reward.rollout_batch)
     resolution = settings.data.resolution or family.resolution
@@ -395,7 +481,7 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
         pairs=pairs,
         kind=cache.kind if cache is not None else "pairs",
         prompts=prompts,
-        unconditional={name: value[None] for name, value in (cache or prompts).conditioning(None).items()},
+        unconditional={name: value[None].to(device) for name, value in (cache or prompts).conditioning(None).items()},
         judge=judge,
         feedback=prepared.feedback,
         score_range=score_range(getattr(cache, "scores", None)),
@@ -409,7 +495,7 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
     )
 
 
-def unscored(cache: PairCache | None, rows: list[int]) -> int:
+def unscored(cache: PairCache | None, rows: Sequence[int]) -> int:
     """Pairs to train on without a judge's scores, where there are scores at all."""
     known = getattr(cache, "scores", None)
     return 0 if known is None else int(torch.as_tensor(known)[rows].isnan().any(dim=1).sum())

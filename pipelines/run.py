@@ -20,6 +20,9 @@ LEAVE_NO_TRACE = (
     *("embed_batch", "max_unreadable", "max_left_out", "validation_draws"),
 )
 """Settings of the data that change how they are read and not what is learnt; or that the data's digest holds."""
+LONG_WAIT = 0.1
+"""Share of the steps' time that is worth a remark."""
+WHAT_HELPS = "a faster disk for the cache, or more memory for the system to keep it in, would make training faster"
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -45,7 +48,15 @@ def through_the_loop(
         if resume and trainer.resume():
             say(f"resumed at step {trainer.step}")
         bar.start(trainer.step, settings.loop.steps)
-        return trainer, trainer.run()
+        finished = trainer.run()
+    if (finished.waiting or 0.0) > LONG_WAIT:
+        say(f"{finished.waiting:.0%} of the steps' time went by waiting for data: {WHAT_HELPS}")
+    return trainer, finished
+
+
+def waited(finished: Finished) -> dict[str, float]:
+    """What a summary says of the share of the steps' time that went by waiting for data; nothing if nobody knows."""
+    return {} if finished.waiting is None else {"waiting": round(finished.waiting, 4)}
 
 
 def close(accelerator: Accelerator, finished: Finished, say: Say) -> Finished:

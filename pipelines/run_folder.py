@@ -80,19 +80,28 @@ def give_back_large_blocks() -> None:
 
 
 def start_accelerator(settings: Any) -> Accelerator:
-    """Accelerate, with the tracker asked for; on a CPU also a heap that gives back what is free."""
+    """Accelerate, with the tracker asked for; on a CPU also a heap that gives back what is free.
+
+    Raises:
+        UserError: Accelerate is set to an engine that training is not written for.
+    """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+    from pipelines import devices
+
+    devices.refuse_other_engines()
     if not torch.accelerator.is_available():
         give_back_large_blocks()
     tracker = settings.compute.tracker
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun
         kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients once, not twice
         mixed_precision=settings.compute.mixed_precision,
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output)),
     )
+    devices.begin(accelerator)
+    return accelerator

@@ -23,11 +23,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from diffalign import objectives
-from diffalign.data.loader import validation_batches
 from diffalign.errors import UserError
 from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
+from diffalign.weights import TrainedWeights
 from pipelines import config, families, ingredients, memory_presets, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
@@ -80,14 +80,11 @@ def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
 def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accelerator: Accelerator, report: Callable) -> Trainer:
     """The trainer of a run."""
     everyone = Together(accelerator)
-    validation = []
-    if prepared.cache is not None:
-        how, rows = ingredients.loader_settings(settings, prepared), prepared.validation_rows
-        validation = validation_batches(prepared.cache, rows, how, settings.data.validation_draws)
+    given = ingredients.given(settings, prepared, everyone, accelerator.device)
     return Trainer(
-        learner=settings.objective.learner(ingredients.given(settings, prepared, everyone, accelerator.device)),
+        learner=settings.objective.learner(given),
         policy=prepared.family.denoiser,
-        validation=validation,
+        validation=prepared.validation,
         accelerator=accelerator,
         output=settings.output,
         loop=settings.loop,
@@ -95,6 +92,7 @@ def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accele
         identity=run_identity(name, settings, prepared, everyone.world),
         report=report,
         weights=prepared.weights,
+        waiting=given.pairs.waiting if given.pairs else None,
     )
 
 
@@ -105,11 +103,18 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "start_lora": prepared.start_lora,
         **({"quantise": settings.compute.quantise} if settings.compute.quantise != _quantised.NONE else {}),
+        **({"kept_errors": prepared.kept.fingerprint} if prepared.kept else {}),
         "error_as": settings.error_as,
         **base_loras(prepared.family.origin.base_loras),
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
-        "pairs_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
+        "pairs_per_step": pairs_per_step(settings, world),
     }
+
+
+def pairs_per_step(settings: TrainSettings, world: int) -> int:
+    """Over all processes. Of what an objective samples, accumulation counts the pairs, and the batch their transitions."""
+    at_once = 1 if ingredients.samples_itself(settings) else settings.batch.batch_size
+    return at_once * settings.batch.accumulation * world
 
 
 def base_loras(found: Sequence[BaseLora]) -> dict[str, list[str]]:
@@ -186,9 +191,11 @@ def _train_and_export(
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
     build = partial(build_trainer, name, settings, prepared, accelerator)
     trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
-    if accelerator.is_main_process and not finished.interrupted:
+    if not finished.interrupted:
         with trainer.ema.applied() if trainer.ema else nullcontext():
-            _export(settings, family)
+            prepared.weights.collect()
+            if accelerator.is_main_process:
+                _export(settings, family, prepared.weights)
         say(f"saved {settings.output}")
     loras = family.origin.base_loras
     return Trained(finished, prepared.base_digest, prepared.data_digest, loras, prepared.stats(), family.pipeline_class)
@@ -254,6 +261,7 @@ def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds:
         "steps": trained.finished.step,
         "seconds": round(seconds + scores.get("seconds", 0.0), 1),
         "seconds_training": round(seconds, 1),
+        **run.waited(trained.finished),
         "fingerprint": {"reference": trained.base_digest, "data": trained.data_digest, **base_loras(trained.base_loras)},
         **{key: scores[key] for key in ("prompts", "judges", "faithfulness", "notes") if key in scores},
         **({"compared_in": {key: how[key] for key in ("dtype", "quantise")}} if scores else {}),
@@ -263,11 +271,11 @@ def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds:
     _card(name, settings, trained, scores, curves)
 
 
-def _export(settings: TrainSettings, family: Any) -> None:
+def _export(settings: TrainSettings, family: Any, weights: TrainedWeights) -> None:
     if settings.adapter == "lora":
         family.save_adapter(settings.output)
     else:
-        family.save_pipeline(settings.output)
+        family.save_pipeline(settings.output, weights.state_dict() if weights.sharded else None)
         advice = Path(family.origin.place) / SAMPLING_FILE
         if advice.is_file():
             shutil.copyfile(advice, settings.output / SAMPLING_FILE)

@@ -27,6 +27,7 @@ from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import OptimiserSettings
 from diffalign.references import AdapterOff, Frozen
 from diffalign.train import LoopSettings, Together, Trainer
+from pipelines import devices
 from pipelines.families import _lora
 from pipelines.families.stable_diffusion import UNetDenoiser
 
@@ -124,7 +125,13 @@ def moved(network: torch.nn.Module, by: float = 2e-3, seed: int = 7) -> None:
 
 
 def things_given(
-    policy: UNetDenoiser, start: Any, case: Case, dtype: torch.dtype = torch.float64, rows: int = 10, **more: Any
+    policy: UNetDenoiser,
+    start: Any,
+    case: Case,
+    dtype: torch.dtype = torch.float64,
+    rows: int = 10,
+    device: Any = "cpu",
+    **more: Any,
 ) -> Given:
     """All that a run can give, in memory."""
     pairs, prompts = PAIRS_OF[case.kind](12, dtype=dtype), PromptsInMemory(dtype=dtype)
@@ -135,13 +142,14 @@ def things_given(
     defaults = {
         "kind": case.kind,
         "prompts": prompts,
-        "unconditional": {name: value[None] for name, value in prompts.conditioning(None).items()},
+        "unconditional": {name: value[None].to(device) for name, value in prompts.conditioning(None).items()},
         "judge": case.judge,
         "score_range": (0.0, 1.0) if scored else None,
         "batch_size": case.batch,
         "accumulation": case.accumulation,
         "sampling_batch": 5,
         "seed": SEED,
+        "device": device,
     }
     return given(policy, start, PairLoader(pairs, range(rows), settings, *where), **{**defaults, **more})
 
@@ -202,6 +210,8 @@ def make_trainer(
     dropout: float = 0.0,
     make: Callable[[torch.dtype], UNetDenoiser] = small_denoiser,
     report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
+    loop: Mapping[str, Any] | None = None,
+    draws: int = 2,
 ) -> Trainer:
     """A run on a small UNet; everything about it is a function of the arguments."""
     accelerator = accelerator or Accelerator(cpu=True)
@@ -210,20 +220,21 @@ def make_trainer(
     if lora:
         _lora.attach(denoiser.network, rank=4, alpha=8, targets=("to_q", "to_v"), dropout=dropout, seed=1)
         denoiser.network.to(dtype)
-    denoiser.network.train()
-    denoiser = denoiser.with_network(accelerator.prepare_model(denoiser.network))
+    denoiser = denoiser.with_network(devices.wrapped(denoiser.network.train(), accelerator))
+    if devices.is_sharding(accelerator):
+        devices.shard(denoiser.network, accelerator)
     start = AdapterOff(denoiser) if lora else Frozen(make(dtype))
-    all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator))
+    all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator), device=accelerator.device)
     output.mkdir(parents=True, exist_ok=True)
     visits = LoaderSettings(case.batch, seed=SEED, levels=denoiser.schedule.levels())
-    held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], visits, 2)
+    held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], visits, draws)
     return Trainer(
         learner=case.objective.learner(all_given),
         policy=denoiser,
         validation=held_out,
         accelerator=accelerator,
         output=output,
-        loop=LoopSettings(steps=steps, checkpoint_every=2, validate_every=2),
+        loop=LoopSettings(steps=steps, checkpoint_every=2, validate_every=2, **(loop or {})),
         optimiser=OptimiserSettings(learning_rate=learning_rate),
         identity={},
         report=report,

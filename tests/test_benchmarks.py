@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def rollout(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("rollout")
-    for name in ("rollout", "step"):
+    for name in ("rollout", "models"):
         sys.modules.pop(name, None)
 
 
@@ -98,6 +99,36 @@ def test_the_sweep_is_named_by_what_it_runs(bench: Any) -> None:
     assert bench.noisy("adpo", 0.0).name == "noise00-adpo"
 
 
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("prepare")
+    for name in ("prepare", "step"):
+        sys.modules.pop(name, None)
+
+
+def test_sigkill_costs_a_shard_at_most(prepare: Any) -> None:
+    """A real process and a real signal: 768 pictures in three shards."""
+    found = prepare.kill(384, kills=1)
+    assert found["pictures"] == 768 and found["per_shard"] == 256
+    assert 0 < found["encoded_again"] <= 256
+
+
+def test_both_ways_of_preparing_encode_the_same(prepare: Any, tmp_path: Path) -> None:
+    """As many pictures and prompts, and to the same latents; then memory and start-up, as far as they can be told here."""
+    from step import SHAPES, build_pipeline, write_pairs
+
+    from pipelines.families import stable_diffusion
+
+    encoder = stable_diffusion.build(build_pipeline("tiny")).encoder
+    table, transform = prepare.open_pairs(write_pairs(tmp_path, 64, 3)), prepare.Transform(SHAPES["tiny"]["pixels"])
+    one = prepare.one_at_a_time(table, encoder, transform, tmp_path)
+    cache = prepare.in_batches(table, encoder, transform, tmp_path / "cache")
+    for row in range(3):
+        for k, side in enumerate(("winner", "loser")):
+            torch.testing.assert_close(cache.moments(row, side)[0], one[2 * row + k], rtol=2e-3, atol=2e-3)
+
+
 def test_the_table_of_families_says_what_passed_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("families")
@@ -120,3 +151,103 @@ def test_the_readmes_table_has_every_family_and_objective() -> None:
     assert rows[0] == ["objective", *families.names()]
     assert [row[0] for row in rows[2:]] == objectives.names(of_prompts=False)
     assert {cell for row in rows[2:] for cell in row[1:]} <= {"LoRA, full", "LoRA", "full", "-"}
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("step")
+    for name in ("step", "models"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_what_the_yardstick_computes_and_we_do_not(step, adapter: str, tmp_path: Path) -> None:
+    """Pictures and prompts encoded and samples through the networks in a step of two pairs."""
+    bench = step.Bench("tiny", 64, adapter, 2, step.VARIANTS, tmp_path)
+    counted = {v.name: counts_of(bench, v) for v in step.VARIANTS}
+    asked = {"learning": 4, "frozen": 4, "pictures": 0, "prompts": 0}
+    for half in ("", ", bf16"):
+        assert counted[f"naive{half}"] == asked | {"pictures": 4, "prompts": 2}
+        assert counted[f"cached{half}"] == asked
+        assert counted[f"kept errors{half}"] == asked | {"frozen": 0}
+
+
+def counts_of(bench: Any, variant: Any) -> dict[str, int]:
+    """Samples through the networks and the encoders in one step, from the hooks of the very modules."""
+    counts = dict.fromkeys(("learning", "frozen", "pictures", "prompts"), 0)
+
+    def through_the_unet(_: torch.nn.Module, given: tuple) -> None:
+        counts["learning" if torch.is_grad_enabled() else "frozen"] += len(given[0])
+
+    def counting(what: str) -> Any:
+        def hook(_: torch.nn.Module, given: tuple, more: dict | None = None) -> None:
+            counts[what] += len((*given, *(more or {}).values())[0])
+
+        return hook
+
+    networks = {id(n): n for n in (bench.policies[variant].family.network, *(d.network for d in bench.frozen.values()))}
+    handles = [network.register_forward_pre_hook(through_the_unet) for network in networks.values()]
+    for encoder in bench.encoders.values():
+        vae, text_encoder = encoder.networks()
+        handles.append(vae.encoder.register_forward_pre_hook(counting("pictures")))
+        handles.append(text_encoder.register_forward_pre_hook(counting("prompts"), with_kwargs=True))
+    bench.step(variant)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+def test_where_draws_are_kept_nothing_else_differs(step, tmp_path: Path) -> None:
+    """Kept errors are what the switched-off adapter says at the same draws."""
+    cached, kept = (next(v for v in step.VARIANTS if v.name == name) for name in ("cached", "kept errors"))
+    bench = step.Bench("tiny", 64, "lora", 2, (cached, kept), tmp_path)
+    batch = next(bench.batches[kept])
+    ours, theirs = bench.losses[kept](batch), bench.losses[cached](replace(batch, known=None))
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ many devices
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("scaling")
+    sys.modules.pop("scaling", None)
+
+
+def test_what_rings_send_and_what_it_costs(scaling: Any) -> None:
+    """By hand: of 800 bytes, 8 processes send 2 (7/8) 800 to add up and (7/8) 800 to gather. A model of 1e9 parameters takes 6
+    passes of 1e12 for each of two pairs, at 1e14 per second 0.12 s; 2 (7/8) 4e9 bytes at 100 GB/s 0.07 s, of which 0.04 hide."""
+    assert scaling.on_the_wire({"allreduce": 800, "allgather_base": 800}, 8) == 1400 + 700
+    assert scaling.on_the_wire({"allreduce": 800}, 1) == 0
+    work, speeds = scaling.Work("a LoRA", 10**9, 1e12), scaling.Speeds(100.0, 100.0, 50.0, 8)
+    found = work.efficiency(8, 2, 1, speeds)
+    assert (found["compute_seconds"], found["communication_seconds"]) == pytest.approx((0.12, 0.07))
+    assert (found["least"], found["most"]) == pytest.approx((0.12 / 0.19, 0.12 / 0.15))
+    assert work.efficiency(64, 2, 1, speeds)["communication_seconds"] == pytest.approx(2 * 63 / 64 * 4e9 / 50e9)
+    whole = scaling.Work("all, sharded", 10**9, 1e12, sharded=True).efficiency(2, 2, 3, speeds)
+    assert whole["sent_gb"] == pytest.approx(0.5 * (4 + 3 * 4))  # gradients once, weights in bf16 twice per micro-step
+
+
+def test_the_scaling_of_sharding_is_that_of_the_shipped_configuration(scaling: Any) -> None:
+    from spread import environment
+
+    assert scaling.environment().items() <= environment("fsdp2").items()
+
+
+@pytest.mark.slow
+def test_bytes_are_counted_to_the_last(scaling: Any) -> None:
+    """Gradients once; with FSDP2 weights twice as well. And less than 200 bytes for a step's ten metrics and its agreement."""
+    args = scaling.parser().parse_args(["--steps", "1", "--pairs", "1"])
+    for way in ("lora", "full", "sharded"):
+        found = scaling.launch(way, 2, args)
+        weights, payload = 4 * found["trained"], dict(found["payload"])
+        small = payload.pop("allreduce")
+        if way == "sharded":
+            assert payload == {"allgather_base": 2 * weights, "reduce_scatter_base": weights}
+        assert 0 < small - (0 if way == "sharded" else weights) < 200

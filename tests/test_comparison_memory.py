@@ -37,9 +37,9 @@ def test_networks_are_gone_before_the_comparison_begins(monkeypatch: pytest.Monk
     held: list[weakref.ref] = []
     export, evaluate = training._export, training.evaluate
 
-    def exported(given: Any, family: Any) -> None:
+    def exported(given: Any, family: Any, *more: Any) -> None:
         held.extend(weakref.ref(p) for p in (*family.network.parameters(), *family.denoiser.trainable_parameters()))
-        export(given, family)
+        export(given, family, *more)
 
     def compared(*args: Any, **options: Any) -> Any:
         assert held and not any(ref() is not None for ref in held)

@@ -229,12 +229,30 @@ def test_xformers_is_refused_where_it_cannot_run(family, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=f"{reason}.*use sdpa"):
             family.set_attention("xformers")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="'flash'"):
-        family.set_attention("flash")
+    with pytest.raises(UserError, match="'fast'"):
+        family.set_attention("fast")
+
+
+def test_attention_is_by_the_kernel_that_was_asked_for(family) -> None:
+    """PyTorch's flash kernel runs where another is asked for around the network, also where blocks are recomputed."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     with torch.no_grad():
         before = family.denoiser(*draw())
+        family.set_attention("flash")
+        by_flash = family.denoiser(*draw())
         family.set_attention("sdpa")
         assert torch.equal(family.denoiser(*draw()), before)
+    torch.testing.assert_close(by_flash, before)
+    assert family.attention("sdpa") == "attention: SDPA, flash for heads of 24, 28 channels in float32 on cpu"
+    family.set_attention("flash")
+    family.set_gradient_checkpointing(True)
+    family.train_fully()
+    with sdpa_kernel(SDPBackend.MATH), torch.profiler.profile() as profile:
+        family.denoiser(*draw()).square().mean().backward()
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called
+    assert not any("attention_math" in name for name in called)
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import chain
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from worlds import SHAPE, PairsInMemory
 
+from diffalign.data.ahead import Stopwatch
 from diffalign.data.draws import Curriculum, Order, draw, fixed_draws
 from diffalign.data.loader import LoaderSettings, PairLoader, easiest_first, validation_batches
 from diffalign.errors import UserError
 from diffalign.levels import Levels
 from diffalign.types import PairBatch
+from diffalign.waiting import Waiting
 
 FIELDS = ("winner", "loser", "t", "noise", "label", "weight", "index")
 
@@ -125,6 +128,44 @@ def test_fixed_draws_of_two_pairs_differ() -> None:
 def test_no_pairs_is_an_error() -> None:
     with pytest.raises(ValueError, match="no pairs"):
         PairLoader(PairsInMemory(4), [], LoaderSettings(batch_size=1))
+
+
+# ------------------------------------------------------------------------------------------------------------- waiting
+
+
+def test_waiting_is_the_share_of_the_time_until_data_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    watch = Stopwatch()
+    waiting = Waiting(watch)
+    for wait, work in ((3.0, 1.0), (0.0, 8.0), (1.0, 7.0)):
+        waiting.ask()
+        with watch.running():
+            clock[0] += wait
+        clock[0] += work
+        assert waiting.step_done() == {"waiting": wait / (wait + work)}
+        clock[0] += 100.0  # validation
+    assert waiting.share == 4 / 20
+    assert Waiting(None).step_done() == {} and Waiting(None).share is None
+
+
+class SlowPairs(PairsInMemory):
+    """Every prompt takes 10 ms."""
+
+    def conditioning(self, pair_index: int | None) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        return super().conditioning(pair_index)
+
+
+def test_who_works_meanwhile_does_not_wait() -> None:
+    """A step is four pairs, 40 ms, and made while the one before it is used."""
+    waited = {}
+    for work in (0.0, 0.1):
+        loader = PairLoader(SlowPairs(12), range(12), LoaderSettings(batch_size=4))
+        for _ in loader.steps(0, 5):
+            time.sleep(work)
+        waited[work] = loader.waiting.seconds
+    assert waited[0.0] > 0.2 > 2 * waited[0.1] > 0.08
 
 
 # ------------------------------------------------------------------------------------------------------- a curriculum

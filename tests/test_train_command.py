@@ -13,7 +13,10 @@ from miniature import edited, sample, save_untrained, write_pairs
 from safetensors.torch import load_file
 
 from diffalign import checkpoint
+from diffalign.data.cache_shards import ShardFiller
 from pipelines import cli, progress
+from pipelines import run as shared
+from pipelines.families.stable_diffusion import StableDiffusionEncoder
 from pipelines.training import align
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--validation-pairs", "2", "--validation-draws", "1", "--learning-rate", "1e-3"]
@@ -41,7 +44,10 @@ def tensors(output: Path, name: str = "pytorch_lora_weights.safetensors") -> dic
     return {name: value.tolist() for name, value in load_file(output / name).items()}
 
 
-def test_a_lora_run_leaves_what_diffusers_loads(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_lora_run_leaves_what_diffusers_loads(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(shared, "LONG_WAIT", 0.0)
     out = tmp_path / "run"
     assert run(inputs, out, "--rank", "2", "--alpha", "8") == 0
     pipe = StableDiffusionPipeline.from_pretrained(inputs.model, safety_checker=None)
@@ -54,6 +60,34 @@ def test_a_lora_run_leaves_what_diffusers_loads(inputs: Inputs, tmp_path: Path) 
     for name in ("README.md", "config.yaml", "metrics.jsonl", "curves.png", "tensorboard"):
         assert (out / name).exists(), name
     assert "load_lora_weights" in (out / "README.md").read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < summary["waiting"] < 1 and [line["step"] for line in lines if 0 <= line.get("waiting", -1) < 1] == [1, 2]
+    assert "% of the steps' time went by waiting for data: a faster disk" in capsys.readouterr().out
+
+
+def test_a_cache_is_prepared_in_parts_and_trained_on(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(ShardFiller, "MAX_BYTES", 1)  # a batch in each
+    cache, encoded = tmp_path / "cache", []
+    original = StableDiffusionEncoder.encode_images
+    monkeypatch.setattr(
+        StableDiffusionEncoder, "encode_images", lambda self, pixels: encoded.append(len(pixels)) or original(self, pixels)
+    )
+    for part in ("1/2", "2/2"):
+        assert run(inputs, tmp_path / "run", "--cache", str(cache), "--prepare", part) == 0
+    said = capsys.readouterr().out
+    assert "Part 1/2 is done; " in said and f"The cache in {cache} is complete." in said and not (tmp_path / "run").exists()
+    assert sum(encoded) == 20
+    assert run(inputs, tmp_path / "run", "--cache", str(cache), "--tracker", "none") == 0
+    assert sum(encoded) == 20 and not (tmp_path / "run" / "cache").exists()
+    for words, message in (
+        (["--prepare"], "--prepare needs --cache FOLDER"),
+        (["--prepare", "3/2", "--cache", str(cache)], "--prepare is '3/2'; expected K/N"),
+        (["--prepare", "half", "--cache", str(cache)], "expected K/N with K from 1 to N"),
+    ):
+        assert run(inputs, tmp_path / "run", *words) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_full_run_leaves_a_whole_pipeline(inputs: Inputs, tmp_path: Path) -> None:

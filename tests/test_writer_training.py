@@ -54,7 +54,7 @@ def options(start: Path, pairs: Path, output: Path, **more: Any) -> dict[str, An
 
 def metrics(folder: Path, kind: str = "train") -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["kind"] == kind]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "waiting")} for row in rows if row["kind"] == kind]
 
 
 # --------------------------------------------------------------------------------------------------------------- whole runs
@@ -167,10 +167,10 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(start: Path, pairs: Path, tmp_
     train_writer("sem-dpo", **whole)
     step = Trainer._optimizer_step
 
-    def dying(self: Trainer, batches: Any) -> Any:
+    def dying(self: Trainer, *given: Any) -> Any:
         if self.step == 3:
             raise Killed
-        return step(self, batches)
+        return step(self, *given)
 
     monkeypatch.setattr(Trainer, "_optimizer_step", dying)
     with pytest.raises(Killed):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -36,3 +39,18 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], workers: int) -> I
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in ``running`` so far."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start

@@ -60,6 +60,10 @@ class BucketOrder:
         group = self._groups[g]
         return group[_shuffled(len(group), self._seed, epoch, g)[(k * self._batch_size + place) % len(group)]]
 
+    def epoch(self, position: int) -> int:
+        """The pass over the rows to which a position belongs, from 0."""
+        return position // self._batch_size // len(self._blocks)
+
 
 @lru_cache(maxsize=256)
 def _shuffled(n: int, seed: int, epoch: int, group: int) -> list[int]:

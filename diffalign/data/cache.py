@@ -1,18 +1,22 @@
 """The cache of latents and prompt embeddings: everything that is frozen is encoded once.
 
-``build_cache`` fills it (and goes on where it was killed), ``PairCache`` reads it. Pictures are deduplicated by content,
-crop and orientation, prompts by text. Per picture it keeps mean and standard deviation of the latent, so that training
-can still draw from the encoder's distribution, and how it was cut from the original. Layout of the folder: ``cache_files``.
+``build_cache`` fills it (and goes on where it was killed), ``PairCache`` reads it. Pictures are deduplicated by content, crop and
+orientation, prompts by text. Per picture it keeps mean and standard deviation of the latent, so that training can still draw from
+the encoder's distribution, and how it was cut from the original. Layout of the folder: ``cache_files``.
 
-Memory while filling: one shard and a few decoded pictures; besides, about a hundred bytes per picture and pair for the
-index. Shapes: N pairs, [C, h, w] latents.
+Rows are read first, and numbered (``cache_rows``); then the pictures that differ are encoded, and the prompts, shard by shard
+(``cache_shards``). So processes and jobs can share the work, and what comes out does not depend on how many there were. Memory
+while filling: one shard, a part of the rows and a few decoded pictures, whatever the number of pairs.
+
+Shapes: N pairs, [C, h, w] latents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,21 @@ import torch
 from torch import Tensor
 
 from diffalign.data.ahead import default_workers
-from diffalign.data.cache_build import COLUMNS, Images, fill_images, refuse_unreadable
+from diffalign.data.cache_build import images_to_fill
 from diffalign.data.cache_files import CacheFolder, plain, shard_name
-from diffalign.data.cache_prompts import Prompts, fill_prompts
-from diffalign.data.cache_values import Shards, check_settings
+from diffalign.data.cache_prompts import about as prompts_about
+from diffalign.data.cache_prompts import prompts_to_fill
+from diffalign.data.cache_rows import Index, Rows, refuse_unreadable
+from diffalign.data.cache_shards import ShardFiller, Share
+from diffalign.data.cache_values import Shards, Strings, Taken, check_settings
 from diffalign.data.pairs import Progress
 from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
+from diffalign.learner import Alone, Processes
 from diffalign.protocols import Encoder
 
-VERSION = 3
+VERSION = 4
 """Raise it when the files change their meaning."""
 
 
@@ -54,75 +62,148 @@ def build_cache(
     directory: str | Path,
     transform: Transform,
     *,
+    max_unreadable: float = 0.01,
+    processes: Processes | None = None,
+    **how: Any,
+) -> PairCache:
+    """Encode every pair of ``table`` that is not yet in ``directory``; a complete cache is only opened.
+
+    All ``processes`` must call it, and share the work. ``how`` is that of ``fill_cache``, which says what is raised.
+    """
+    fill_cache(table, encoder, directory, transform, max_unreadable=max_unreadable, processes=processes, **how)
+    cache = PairCache.open(directory, cache_fingerprint(table, encoder, transform, how.get("dtype", "float16")))
+    refuse_unreadable(cache.skipped, len(table), max_unreadable, table.kind)
+    return cache
+
+
+def fill_cache(
+    table: PairTable,
+    encoder: Encoder,
+    directory: str | Path,
+    transform: Transform,
+    *,
     batch_size: int = 8,
     max_unreadable: float = 0.01,
     progress: Progress | None = None,
     dtype: str = "float16",
     shard_items: int = 256,
     workers: int | None = None,
-) -> PairCache:
-    """Encode every pair of ``table`` that is not yet in ``directory``; a complete cache is only opened.
+    processes: Processes | None = None,
+    part: Share = (0, 1),
+) -> int:
+    """Encode a part of what is not yet in ``directory``; returns how many shards are still missing, 0 of a complete cache.
 
-    ``max_unreadable`` is the share of pairs, in [0, 1], that may be skipped because they cannot be read. ``workers``
-    threads decode ahead of the encoder. A shard holds ``shard_items`` items, fewer if they are large; it is what a kill
-    can cost. Raises ``StaleCacheError`` if the folder holds a cache made under other circumstances, and ``UserError`` for
-    too many unreadable pairs (naming the first), a full disk, or values that ``dtype`` cannot hold.
+    Jobs with the other parts may run at the same time, on other machines that see the folder, or at any other; the last one
+    completes the cache. Its content does not depend on how many there are.
+
+    Args:
+        max_unreadable: the share of pairs, in [0, 1], that may be skipped because they cannot be read.
+        shard_items: items of a shard, fewer if they are large; a shard is what a kill can cost each process.
+        workers: threads that decode ahead of the encoder.
+        processes: that share this part. All must call it.
+        part: (which, of how many), the first of them 0.
+
+    Raises:
+        StaleCacheError: the folder holds a cache made under other circumstances.
+        UserError: too many unreadable pairs (the first are named), a full disk, or values that ``dtype`` cannot hold.
     """
     check_settings(dtype, batch_size, shard_items)
     if not 0.0 <= max_unreadable <= 1.0:
         raise UserError(f"max_unreadable is {max_unreadable}; it is a share of the pairs and must be in [0, 1].")
-    folder, expected = CacheFolder(directory), cache_fingerprint(table, encoder, transform, dtype)
-    if not folder.complete:  # a complete one needs no lock: any number of processes may open it at once
-        with folder.locked():
-            folder.claim(expected)
-            if not folder.complete:  # another process may have ended meanwhile
-                started, common = time.monotonic(), {"batch_size": batch_size, "shard_items": shard_items, "dtype": dtype}
-                threads = default_workers() if workers is None else workers
-                reading = {"max_unreadable": max_unreadable, "workers": threads, "progress": progress}
-                images = fill_images(folder, table, encoder, transform, **common, **reading)
-                texts = (pair["prompt"] for pair in images.pairs)
-                prompts = fill_prompts(folder, texts, encoder, **common, progress=progress)
-                _finish(folder, images, prompts, time.monotonic() - started)
-    cache = PairCache.open(directory, expected)
-    refuse_unreadable(cache.skipped, len(table), max_unreadable, table.kind)
-    return cache
+    folder, processes, shared = CacheFolder(directory), processes or Alone(), part[1] > 1
+    expected = cache_fingerprint(table, encoder, transform, dtype)
+    reading = {"max_unreadable": max_unreadable, "workers": default_workers() if workers is None else workers}
+    filling = _Filling(folder, table, encoder, transform, dtype, reading, progress)
+    if processes.all(folder.complete)[0]:  # a complete one needs no lock: any number of processes may open it at once
+        folder.refuse_stale(expected)
+        return 0
+    with contextlib.nullcontext() if processes.rank else folder.locked(shared):
+        if processes.rank == 0:
+            folder.claim(expected, shared)
+        if processes.all(folder.complete)[0]:  # another job may have ended meanwhile
+            return 0
+        return filling.fill(part, processes, batch_size=batch_size, shard_items=shard_items)
 
 
-def _finish(folder: CacheFolder, images: Images, prompts: Prompts, seconds: float) -> None:
-    """Write the index; ``complete.json`` comes last."""
-    number = {text: i for i, text in enumerate(prompts.texts)}
-    pairs = (pair | {"prompt": number[pair["prompt"]]} for pair in images.pairs)
-    rows = [tuple(np.nan if pair[name] is None else pair[name] for name, _ in COLUMNS) for pair in pairs]
-    folder.write("pairs.npy", np.array(rows, dtype=COLUMNS))
-    texts = {"prompts": prompts.texts, "origins": [p["origin"] for p in images.pairs], "skipped": images.skipped}
-    folder.write_json("texts.json", texts)
-    counts = {"unique_images": len(images.keys), "images_per_shard": images.per_shard, "seconds": round(seconds, 2)}
-    folder.write_json("complete.json", counts | prompts.about())
+class _Filling:
+    """The stages: rows are read and numbered, pictures and prompts encoded, and the index is written."""
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        table: PairTable,
+        encoder: Encoder,
+        transform: Transform,
+        dtype: str,
+        reading: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> None:
+        self._folder, self._table, self._encoder, self._transform = folder, table, encoder, transform
+        self._dtype, self._workers, self._progress = dtype, reading["workers"], progress
+        self._rows = Rows(folder, table, transform, progress=progress, **reading)
+
+    def fill(self, part: Share, processes: Processes, **how: Any) -> int:
+        """Returns how many shards are still missing."""
+        started = time.monotonic()
+        self._rows.read(part, processes)
+        if processes.rank == 0:
+            self._rows.join()
+        processes.all(None)
+        index, common = self._rows.index(), {**how, "dtype": self._dtype, "progress": self._progress}
+        self._rows.refuse_none(len(index.pairs))
+        self._rows.refuse(index.skipped)
+        images = images_to_fill(
+            *(self._folder, self._table, index, self._encoder, self._transform),
+            workers=self._workers,
+            refuse=lambda broken: self._rows.refuse([*index.skipped, *broken]),
+            **common,
+        )
+        prompts = prompts_to_fill(self._folder, index.prompts, self._encoder, **common)
+        mine = part[0] * processes.world + processes.rank, part[1] * processes.world
+        for filler in (images, prompts):
+            filler.fill(mine, processes)
+        processes.all(None)
+        missing = processes.all(images.missing() + prompts.missing())[0]
+        if processes.rank == 0 and not missing:
+            self._finish(index, images, prompts, started)
+        processes.all(None)
+        return missing
+
+    def _finish(self, index: Index, images: ShardFiller, prompts: ShardFiller, started: float) -> None:
+        """Write the index; ``complete.json`` comes last."""
+        with self._folder.locked(wait=True):  # several jobs may be the last
+            if self._folder.complete:
+                return
+            found = self._rows.finish(images.remembered()[1])
+            stride = 2 if self._transform.flip else 1
+            counts = {"unique_images": len(index.owners), "images_per_shard": images.per_shard * stride}
+            about = {**counts, **prompts_about(prompts, len(index.prompts)), **found}
+            self._folder.write_json("complete.json", {**about, "seconds": round(time.monotonic() - started, 2)})
+            self._rows.forget()
 
 
 class PairCache:
-    """Encoded pairs, read through memory maps. Safe to use from several threads and to send to other processes.
+    """Encoded pairs, read through memory maps: opening one takes no longer for more of them. Safe to use from several threads and
+    to send to other processes.
 
     ``labels`` and ``weights`` are float32 [N]; ``scores`` is float32 [N, 2], a judge's of winner and loser, NaN where there
-    is none; ``origins`` and ``prompts`` are lists of N; ``skipped`` lists (origin, reason) of the pairs that could not be
-    read; ``fingerprint`` is what the content depends on. Of ``kind`` "pictures", winner and loser are the same picture.
+    is none, and None if no pair has any; ``origins`` and ``prompts`` are sequences of N texts; ``skipped`` lists (origin, reason)
+    of the pairs that could not be read; ``fingerprint`` is what the content depends on. Of ``kind`` "pictures", winner and loser
+    are the same picture.
     """
 
     def __init__(self, folder: CacheFolder) -> None:
         self._folder = folder
         self._about: dict[str, Any] = folder.read_json("complete.json")
-        texts = folder.read_json("texts.json")
         shards = Shards(folder)
         self._shard, self._conditioning = shards.open, shards.conditioning
         self._pairs = shards.load("pairs.npy")
-        self._texts: list[str] = texts["prompts"]
         self.fingerprint: dict[str, Any] = folder.read_json("fingerprint.json")
-        self.labels = torch.from_numpy(self._pairs["label"].astype(np.float32))
-        self.weights = torch.from_numpy(self._pairs["weight"].astype(np.float32))
-        self.scores = torch.from_numpy(np.stack([self._pairs[f"{s}_score"] for s in ("winner", "loser")], 1).astype(np.float32))
-        self.origins: list[str] = texts["origins"]
-        self.prompts = [self._texts[i] for i in self._pairs["prompt"]]
-        self.skipped = [(origin, reason) for origin, reason in texts["skipped"]]
+        self.labels, self.weights = self._pairs["label"], self._pairs["weight"]
+        self.unique_prompts, self.origins = Strings(folder, "prompts"), Strings(folder, "origins")
+        self.scores: Tensor | None = None
+        if self._about["scored"]:
+            self.scores = torch.from_numpy(np.stack([self._pairs[f"{side}_score"] for side in ("winner", "loser")], axis=1))
 
     @classmethod
     def open(cls, directory: str | Path, expected_fingerprint: Mapping[str, Any] | None = None) -> PairCache:
@@ -138,6 +219,21 @@ class PairCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PairCache.open, (os.fspath(self._folder.root),)
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """The prompt of every pair."""
+        return Taken(self.unique_prompts, self._pairs["prompt"])
+
+    @property
+    def prompt_numbers(self) -> np.ndarray:
+        """int64 [N], the place in ``unique_prompts`` of every pair's prompt."""
+        return self._pairs["prompt"]
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(origin, reason) of the pairs that could not be read."""
+        return [(origin, reason) for origin, reason in self._folder.read_json("skipped.json")]
 
     @property
     def kind(self) -> Kind:
@@ -195,8 +291,17 @@ class PairCache:
         number = 0 if pair_index is None else int(self._pairs["prompt"][pair_index])
         return self._conditioning(number, self._about["prompts_per_shard"], self._about["conditioning"])
 
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """A plain value that follows from what is encoded: made once, and kept in the folder if that can be written to."""
+        if (self._folder.root / f"{name}.json").exists():
+            return self._folder.read_json(f"{name}.json")
+        value = make()
+        with contextlib.suppress(UserError):
+            self._folder.write_json(f"{name}.json", value)
+        return value
+
     def stats(self) -> dict[str, Any]:
         """Counts, bytes on disk, and seconds that the (last) build took."""
         names = ("unique_images", "unique_prompts", "seconds")
-        counts = {"pairs": len(self), "skipped": len(self.skipped)}
+        counts = {"pairs": len(self), "skipped": self._about["skipped"]}
         return counts | {name: self._about[name] for name in names} | {"bytes": self._folder.size_on_disk()}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from diffalign.levels import Levels
 
-_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4, "buckets": 5}
+_STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4, "buckets": 5, "kept": 6, "kept levels": 7}
 
 
 def generator(seed: int, stream: str, *position: int) -> torch.Generator:
@@ -38,6 +39,10 @@ class Order:
         """The row at a position, in [0, n)."""
         epoch, offset = divmod(position, self.n)
         return int(_permutation(self.n, self.seed, "order", epoch)[offset])
+
+    def epoch(self, position: int) -> int:
+        """The pass over the rows to which a position belongs, from 0."""
+        return position // self.n
 
 
 class Curriculum:
@@ -68,6 +73,12 @@ class Curriculum:
         shuffled = _permutation(high - low, self._seed, "curriculum", epoch * len(self._begins) + k)
         return int(self._ranking[low + int(shuffled[offset])])
 
+    def epoch(self, position: int) -> int:
+        """A number of the pass over a stage's rows to which a position belongs; passes of different stages may share one."""
+        k = self.stage(position)
+        low = 0 if self._cumulative or k == 0 else self._ends[k - 1]
+        return k + (position - self._begins[k]) // (self._ends[k] - low)
+
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, stream: str, number: int) -> Tensor:
@@ -88,11 +99,42 @@ class Draw:
 def draw(seed: int, position: int, shape: tuple[int, ...], levels: Levels, prompt_dropout: float, flip: bool) -> Draw:
     """The draws at a position of a run; ``shape`` is the latent's [C, H, W]."""
     g = generator(seed, "draw", position)
-    t = levels.drawn(g)
+    return _drawn(g, levels.drawn(g), shape, prompt_dropout, flip)
+
+
+def _drawn(g: torch.Generator, t: int | float, shape: tuple[int, ...], prompt_dropout: float, flip: bool) -> Draw:
+    """The rest of a draw whose level is known."""
     flipped, dropped = (torch.rand(2, generator=g) < torch.tensor([0.5, prompt_dropout])).tolist()
     noise = torch.randn(shape, generator=g)
     posterior = torch.randn((2, *shape), generator=g)
     return Draw(t, noise, posterior, flip and flipped, dropped)
+
+
+@dataclass(frozen=True)
+class KeptDraws:
+    """``count`` draws that every row has for good, in place of one for each visit, so that what depends on them can be kept.
+
+    Epoch e visits draw ``e mod count`` of every row. The levels of a row's draws are of as many equally likely parts of
+    ``levels``, in an order of its own, so that each visit has the distribution that a free draw has.
+    """
+
+    count: int
+    seed: int
+    levels: Levels
+    prompt_dropout: float = 0.0
+    flip: bool = False
+    latent_mode: bool = False  # True: the posterior's mean instead of the draw's sample
+
+    def draw(self, row: int, number: int, shape: tuple[int, ...]) -> Draw:
+        """Draw ``number``, in [0, count), of a row with latents of ``shape`` [C, H, W]."""
+        part = int(torch.randperm(self.count, generator=generator(self.seed, "kept levels", row))[number])
+        g = generator(self.seed, "kept", row, number)
+        t = self.levels.at((part + float(torch.rand((), generator=g, dtype=torch.float64))) / self.count)
+        return _drawn(g, t, shape, self.prompt_dropout, self.flip)
+
+    def describe(self) -> dict[str, Any]:
+        """For a fingerprint, as plain values."""
+        return asdict(self)
 
 
 def fixed_draws(seed: int, row: int, shape: tuple[int, ...], levels: Levels, count: int) -> list[Draw]:

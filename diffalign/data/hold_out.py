@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 
-def split_rows(prompts: Sequence[str], validation_pairs: int, seed: int) -> tuple[list[int], list[int]]:
-    """Rows for training and for validation; a prompt is in one of them only, and at most half of the rows are held out."""
-    wanted = min(validation_pairs, len(prompts) // 2)
-    rows_of: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(prompt, []).append(row)
-    order = np.random.default_rng([seed, 7]).permutation(len(rows_of))
-    groups, held_out = list(rows_of.values()), set()
-    for k in order:
-        if len(held_out) + len(groups[k]) <= wanted:
-            held_out.update(groups[k])
-    return [r for r in range(len(prompts)) if r not in held_out], sorted(held_out)
+def split_rows(prompts: Sequence[Hashable] | np.ndarray, validation_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for training and for validation, int64 and ascending; a prompt is in one of them only, and at most half of the rows
+    are held out. ``prompts`` are texts, or numbers from 0 on for them (``PairCache.prompt_numbers``), which take less memory.
+    """
+    group = _by_appearance(prompts)
+    sizes = np.bincount(group)
+    left, held_out = min(validation_pairs, len(group) // 2), np.zeros(len(sizes), dtype=bool)
+    for k in np.random.default_rng([seed, 7]).permutation(len(sizes)):
+        if sizes[k] <= left:
+            held_out[k], left = True, left - sizes[k]
+        if not left:
+            break
+    return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])
+
+
+def _by_appearance(things: Sequence[Hashable] | np.ndarray) -> np.ndarray:
+    """int64 [N]: 0 for the first thing and all that equal it, 1 for the next that differs from it, and so on."""
+    if not isinstance(things, np.ndarray):
+        number: dict[Hashable, int] = {}
+        return np.array([number.setdefault(thing, len(number)) for thing in things], dtype=np.int64)
+    numbers = np.asarray(things)
+    first = np.full(numbers.max(initial=-1) + 1, len(numbers))
+    first[numbers[::-1]] = np.arange(len(numbers))[::-1]  # what is assigned last stays
+    seen = np.flatnonzero(first < len(numbers))
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[seen[np.argsort(first[seen], kind="stable")]] = np.arange(len(seen))
+    return rank[numbers]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from diffalign.data.ahead import Stopwatch
 from diffalign.data.buckets import BucketOrder
 from diffalign.data.draws import Curriculum, Draw, Order, draw, fixed_draws
 from diffalign.errors import UserError
@@ -35,6 +36,12 @@ class EncodedPairs(Protocol):
     def conditioning(self, pair_index: int | None) -> Conditioning: ...
 
 
+class KeptVisits(Protocol):
+    """What the loader asks of draws that are kept (``data.kept_errors.KeptErrors``)."""
+
+    def visited(self, row: int, epoch: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class LoaderSettings:
     """``batch_size`` counts pairs per process and micro-step; ``accumulation`` micro-steps make one optimizer step."""
@@ -56,17 +63,28 @@ class PairLoader:
     """Batches by optimizer step: ``steps(start, stop)`` yields lists of ``accumulation`` micro-batches.
 
     ``rows`` restricts training to some rows of the cache (the rest is validation). The global batch of a step is cut into
-    contiguous parts, one per process, so the union over processes does not depend on their number.
+    contiguous parts, one per process, so the union over processes does not depend on their number. With ``kept``, pairs visit
+    the draws that were chosen for them (``data.kept_errors``) in place of one for each position. ``waiting`` is how long
+    steps have been waited for.
 
     Raises:
         UserError: a curriculum is asked for, and the pairs have no scores, are too few for its stages, or differ in shape.
     """
 
-    def __init__(self, pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        pairs: EncodedPairs,
+        rows: Sequence[int],
+        settings: LoaderSettings,
+        rank: int = 0,
+        world: int = 1,
+        kept: KeptVisits | None = None,
+    ) -> None:
         if not len(rows):
             raise ValueError("there are no pairs to train on")
-        self._pairs, self._rows, self._settings = pairs, rows, settings
+        self._pairs, self._rows, self._settings, self._kept = pairs, rows, settings, kept
         self._rank, self._world = rank, world
+        self.waiting = Stopwatch()
         if getattr(pairs, "buckets", False):
             self._order: Order | Curriculum | BucketOrder = self._by_shape()
         else:
@@ -80,7 +98,7 @@ class PairLoader:
     def _by_shape(self) -> BucketOrder:
         if self._settings.curriculum != "none":
             raise UserError("A curriculum orders pairs by their scores, and buckets order them by shape; leave one of them out.")
-        of_row = [_shape(self._pairs, row)[1:] for row in self._rows]
+        of_row = [shape_of(self._pairs, row)[1:] for row in self._rows]
         return BucketOrder(of_row, self._settings.batch_size, self._settings.seed)
 
     def _by_margin(self) -> Curriculum:
@@ -99,7 +117,9 @@ class PairLoader:
             ahead = pool.submit(self._step, start) if start < stop else None
             for step in range(start, stop):
                 now, ahead = ahead, pool.submit(self._step, step + 1) if step + 1 < stop else None
-                yield now.result()
+                with self.waiting.running():
+                    batches = now.result()
+                yield batches
 
     def _step(self, step: int) -> list[PairBatch]:
         s = self._settings
@@ -109,13 +129,17 @@ class PairLoader:
     def _batch(self, first: int) -> PairBatch:
         s = self._settings
         positions = range(first, first + s.batch_size)
-        rows = [self._rows[self._order.row(p)] for p in positions]
-        shape = _shape(self._pairs, rows[0])  # of all of them
-        draws = [draw(s.seed, p, shape, s.levels, s.prompt_dropout, s.flip) for p in positions]
-        return collate(self._pairs, rows, draws, s.latent_mode)
+        rows = [int(self._rows[self._order.row(p)]) for p in positions]
+        shape = shape_of(self._pairs, rows[0])  # of all of them
+        if self._kept is None:
+            draws = [draw(s.seed, p, shape, s.levels, s.prompt_dropout, s.flip) for p in positions]
+            return collate(self._pairs, rows, draws, s.latent_mode)
+        visits = [self._kept.visited(row, self._order.epoch(p), shape) for row, p in zip(rows, positions, strict=True)]
+        batch = collate(self._pairs, rows, [drawn for drawn, _ in visits], s.latent_mode)
+        return replace(batch, known=torch.stack([errors for _, errors in visits]))
 
 
-def _shape(pairs: EncodedPairs, row: int) -> tuple[int, ...]:
+def shape_of(pairs: EncodedPairs, row: int) -> tuple[int, ...]:
     """(C, h, w) of a pair's latents."""
     return pairs.shape_of(row) if getattr(pairs, "buckets", False) else pairs.latent_shape
 
@@ -190,8 +214,8 @@ def validation_batches(
 ) -> list[PairBatch]:
     """Fixed pairs with fixed (t, noise): the same batches at every validation."""
     alike: dict[tuple[int, ...], list[tuple[int, Draw]]] = {}  # a batch holds one shape
-    for row in rows:
-        drawn = fixed_draws(settings.seed, row, shape := _shape(pairs, row), settings.levels, draws_per_pair)
+    for row in map(int, rows):
+        drawn = fixed_draws(settings.seed, row, shape := shape_of(pairs, row), settings.levels, draws_per_pair)
         alike.setdefault(shape, []).extend((row, d) for d in drawn)
     size = max(settings.batch_size, 1)
     chunks = [items[i : i + size] for items in alike.values() for i in range(0, len(items), size)]

@@ -16,10 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from diffalign.data.cache_files import CacheFolder, plain
-from diffalign.data.cache_prompts import fill_prompts
+from diffalign.data.cache_prompts import about, prompts_to_fill
 from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
 from diffalign.errors import UserError
+from diffalign.learner import Alone
 from diffalign.protocols import Encoder
 
 VERSION = 1
@@ -64,10 +65,12 @@ def build_prompt_cache(
 def _fill(folder: CacheFolder, prompts: Sequence[str], encoder: Encoder, **how: Any) -> None:
     """``complete.json`` comes last."""
     started = time.monotonic()
-    encoded = fill_prompts(folder, prompts, encoder, **how)
-    number = {text: i for i, text in enumerate(encoded.texts)}
-    folder.write_json("texts.json", {"prompts": encoded.texts, "order": [number[prompt] for prompt in prompts]})
-    folder.write_json("complete.json", {"seconds": round(time.monotonic() - started, 2), **encoded.about()})
+    texts = list(dict.fromkeys(["", *prompts]))
+    filler = prompts_to_fill(folder, texts, encoder, **how)
+    filler.fill((0, 1), Alone())
+    number = {text: i for i, text in enumerate(texts)}
+    folder.write_json("texts.json", {"prompts": texts, "order": [number[prompt] for prompt in prompts]})
+    folder.write_json("complete.json", {"seconds": round(time.monotonic() - started, 2), **about(filler, len(texts))})
 
 
 class PromptCache:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.ahead import Stopwatch
 from diffalign.data.draws import Order
 from diffalign.types import TextBatch, Texts
 
@@ -73,6 +74,7 @@ class TextLoader:
     world: int = 1
     mismatched: bool = False  # batches carry each prompt with the next one's winner, too
     factors: Factors | None = None
+    waiting: Stopwatch = field(default_factory=Stopwatch, compare=False)  # how long batches have taken: nothing is made ahead
 
     def __post_init__(self) -> None:
         if not len(self.rows):
@@ -92,12 +94,17 @@ class TextLoader:
         """The micro-batches of optimizer steps ``start`` to ``stop``."""
         order = Order(len(self.rows), self.seed)
         for step in range(start, stop):
-            positions = range(step * self.global_batch, (step + 1) * self.global_batch)
-            rows = [self.rows[order.row(p)] for p in positions]
-            factors = self.factors(self.data.distance[rows]) if self.factors else torch.ones(len(rows))
-            first = self.rank * self.accumulation * self.batch_size
-            parts = [slice(first + m * self.batch_size, first + (m + 1) * self.batch_size) for m in range(self.accumulation)]
-            yield [collate(self.data, rows[part], factors[part], self.mismatched) for part in parts]
+            with self.waiting.running():
+                batches = self._step(order, step)
+            yield batches
+
+    def _step(self, order: Order, step: int) -> list[TextBatch]:
+        positions = range(step * self.global_batch, (step + 1) * self.global_batch)
+        rows = [self.rows[order.row(p)] for p in positions]
+        factors = self.factors(self.data.distance[rows]) if self.factors else torch.ones(len(rows))
+        first = self.rank * self.accumulation * self.batch_size
+        parts = [slice(first + m * self.batch_size, first + (m + 1) * self.batch_size) for m in range(self.accumulation)]
+        return [collate(self.data, rows[part], factors[part], self.mismatched) for part in parts]
 
 
 def collate(data: EncodedRewrites, rows: Sequence[int], factors: Tensor, mismatched: bool = False) -> TextBatch:

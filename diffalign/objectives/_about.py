@@ -39,6 +39,7 @@ class About:
     data: tuple[str, ...]  # kinds that it learns from; the first is the usual one
     judged: str = ""  # "needed" or "optional": rewards of a judge
     takes_loss: bool = False  # whether --loss changes the loss
+    draws_ahead: bool = False  # whether pairs are only noised, by draws that may be chosen before training and kept
 
     @property
     def of_prompts(self) -> bool:

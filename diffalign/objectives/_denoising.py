@@ -20,13 +20,14 @@ from diffalign import losses
 from diffalign.checkpoint import Stateful
 from diffalign.errors import UserError
 from diffalign.health import denoising_health, policy_health
-from diffalign.learner import Given, Learner, Processes, Source
-from diffalign.likelihood import denoising, log_ratio, pair_errors
+from diffalign.learner import Given, Kind, Learner, Processes, Source
+from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.losses.baselines import Baseline
 from diffalign.objectives._about import Cost
 from diffalign.objectives._family import LossAtWork, looks_back, refuse_lone_samples, refuse_small_batches
 from diffalign.protocols import Denoiser, Predictor
-from diffalign.sources.dataset import noised
+from diffalign.schedule import Schedule
+from diffalign.sources.dataset import noised, noised_winners
 from diffalign.types import LogRatio, NoisyPair, Outcome, PairBatch
 
 Noising = Callable[[PairBatch, Denoiser], NoisyPair]
@@ -38,6 +39,14 @@ Relabel = Callable[[PairBatch], Tensor]
 def plainly_noised(batch: PairBatch, policy: Denoiser) -> NoisyPair:
     """Both sides with the batch's own draw."""
     return noised(batch, policy.schedule)
+
+
+@torch.no_grad()
+def errors_beforehand(batch: PairBatch, start: Predictor, schedule: Schedule, kind: Kind) -> Tensor:
+    """The frozen start's errors [B, 2] at a batch's own draws, to be kept (``data.kept_errors``)."""
+    if kind == "pictures":  # the same picture stands on both sides
+        return errors(start, noised_winners(batch, schedule))[:, None].expand(-1, 2)
+    return torch.stack(pair_errors(start, noised(batch, schedule)), dim=1)
 
 
 def own_label(batch: PairBatch) -> Tensor:
@@ -133,6 +142,7 @@ class DenoisingLosses:
         """Log-ratios with the prompts rolled by one: 4 B more samples through the network, none of them with a graph."""
         if len(pair.t) < 2:
             raise ValueError("a baseline of mismatched prompts needs a batch_size of at least 2")
-        rolled = replace(pair, conditioning={name: value.roll(1, dims=0) for name, value in pair.conditioning.items()})
+        others = {name: value.roll(1, dims=0) for name, value in pair.conditioning.items()}
+        rolled = replace(pair, conditioning=others, known=None)
         now, before = pair_errors(self._policy, rolled), pair_errors(reference, rolled)
         return log_ratio(denoising(*now), denoising(*before))

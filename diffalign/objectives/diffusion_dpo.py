@@ -40,7 +40,7 @@ from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome, PairBatch
 
-ABOUT = About("2311.12908", "data set, shared noise", "frozen start", "dpo", (PAIRS,), takes_loss=True)
+ABOUT = About("2311.12908", "data set, shared noise", "frozen start", "dpo", (PAIRS,), takes_loss=True, draws_ahead=True)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome, PairBatch
 
-ABOUT = About("2310.12036", "data set, shared noise", "frozen start", "ipo", (PAIRS,))
+ABOUT = About("2310.12036", "data set, shared noise", "frozen start", "ipo", (PAIRS,), draws_ahead=True)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from diffalign.settings import check_options, option
 from diffalign.sources.dataset import noised_winners
 from diffalign.types import Outcome, PairBatch
 
-ABOUT = About("2404.04465", "data set, one picture at a time", "frozen start", "kto", (PICTURES, PAIRS))
+ABOUT = About("2404.04465", "data set, one picture at a time", "frozen start", "kto", (PICTURES, PAIRS), draws_ahead=True)
 BaselineName = Literal["batch", "mismatched", "none"]
 
 
@@ -95,7 +95,7 @@ class KTO:
         watched = rho.detach()
         if z.watches == "mismatched":
             others = {name: value.roll(1, dims=0) for name, value in batch.conditioning.items()}
-            rolled = replace(noisy, conditioning={**noisy.conditioning, **others})
+            rolled = replace(noisy, conditioning={**noisy.conditioning, **others}, known=None)
             with torch.no_grad():
                 watched = errors(reference, rolled) - errors(policy, rolled)
         z.update(processes.gather(watched))

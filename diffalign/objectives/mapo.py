@@ -29,7 +29,7 @@ from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome, PairBatch
 
-ABOUT = About("2406.06424", "data set, shared noise", "nobody", "mapo", (PAIRS,))
+ABOUT = About("2406.06424", "data set, shared noise", "nobody", "mapo", (PAIRS,), draws_ahead=True)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from diffalign.protocols import Denoiser, Predictor
 from diffalign.sources.dataset import noised, noised_winners
 from diffalign.types import Outcome, PairBatch
 
-ABOUT = About("2006.11239", "data set, winners", "nobody", "sft", (PAIRS, PICTURES))
+ABOUT = About("2006.11239", "data set, winners", "nobody", "sft", (PAIRS, PICTURES), draws_ahead=True)
 
 
 @dataclass(frozen=True)

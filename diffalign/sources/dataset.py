@@ -18,6 +18,7 @@ def noised(batch: PairBatch, schedule: Schedule) -> NoisyPair:
         conditioning=batch.conditioning,
         framing=batch.framing,
         error_weight=schedule.error_weight(t),
+        known=batch.known,
     )
 
 
@@ -25,4 +26,5 @@ def noised_winners(batch: PairBatch, schedule: Schedule) -> Noisy:
     """The winners alone, with the same draw."""
     t, noise = batch.t, batch.noise
     x_t, target = schedule.add_noise(batch.winner, noise, t), schedule.target(batch.winner, noise, t)
-    return Noisy(x_t, target, t, batch.winner_conditioning, schedule.error_weight(t))
+    known = None if batch.known is None else batch.known[:, 0]
+    return Noisy(x_t, target, t, batch.winner_conditioning, schedule.error_weight(t), known)

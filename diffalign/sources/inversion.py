@@ -44,7 +44,7 @@ from torch import Tensor
 from diffalign.protocols import Predictor
 from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
-from diffalign.types import Conditioning, NoisyPair, PairBatch, on_both_sides
+from diffalign.types import Conditioning, NoisyPair, PairBatch, on_both_sides, placed
 
 Evaluate = Literal["target", "source"]
 Window = Literal["all", "last", "renoise"]
@@ -93,7 +93,8 @@ def inverted(batch: PairBatch, predictor: Predictor, schedule: Schedule, setting
     t = torch.cat([batch.t, batch.t])
     conditioning = on_both_sides(batch.conditioning, batch.framing)
     generators = _generators(batch.noise) if settings.eta else None
-    x_t, target = invert(x_0, t, conditioning, predictor, schedule, settings, generators)
+    ends = torch.cat([batch.host_t, batch.host_t])
+    x_t, target = invert(x_0, t, conditioning, predictor, schedule, settings, generators, ends)
     return NoisyPair(
         winner=x_t[:n],
         loser=x_t[n:],
@@ -115,10 +116,12 @@ def invert(
     schedule: Schedule,
     settings: Inversion,
     generators: Sequence[torch.Generator] | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clean latents [B, ...] carried to levels ``t`` [B], and what the network should predict there, float32 at least.
 
-    ``generators``: one per sample, on the CPU; needed if ``eta`` is not zero.
+    ``generators``: one per sample, on the CPU; needed if ``eta`` is not zero. ``ends``: t on the CPU, where the number of strides
+    is decided; else it is fetched, and the host waits.
 
     Raises:
         ValueError: ``eta`` without a generator for every sample, or ``released`` with a flow, which that code does not know.
@@ -128,13 +131,14 @@ def invert(
     schedule = schedule.ending("one" if settings.released is None else "first")
     z = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
     start = z
-    for rows, source, goal, level in _strides(t, schedule, settings):
+    for here_rows, source, goal, level in _strides(t.cpu() if ends is None else ends, schedule, settings):
+        rows, source, goal, level = placed((here_rows, source, goal, level), t.device)
         here = z[rows]
         said_at = _direction(predictor, schedule, _rows(conditioning, rows), level)
         moved = schedule.move(here, _way(here, said_at, schedule, source, goal, settings), source, goal)
         if settings.eta:
-            draw = torch.stack([torch.randn(z.shape[1:], generator=generators[r]) for r in rows.tolist()]).to(moved)
-            moved = moved + settings.eta * schedule.ddim_deviation(goal, source, moved) * draw
+            draw = torch.stack([torch.randn(z.shape[1:], generator=generators[r]) for r in here_rows.tolist()])
+            moved = moved + settings.eta * schedule.ddim_deviation(goal, source, moved) * placed(draw, t.device, moved.dtype)
         z = z.index_copy(0, rows, moved.to(z.dtype))
     level = t if settings.released is None else t[:1].expand_as(t)
     a, s = schedule.coefficients(level, z)
@@ -143,22 +147,22 @@ def invert(
 
 
 def _strides(t: Tensor, schedule: Schedule, settings: Inversion) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Rows that still climb, the levels they leave and go to, and the level at which the network predicts."""
+    """Rows that still climb, the levels they leave and go to, and the level at which the network predicts; all on the CPU."""
     if settings.released is not None:
         yield from _released_strides(t, len(schedule), settings)
         return
     climbs = [schedule.climb(end, settings.steps) for end in t.tolist()]
     for j in range(max(len(climb) for climb in climbs) - 1):
         rows = [i for i, climb in enumerate(climbs) if len(climb) > j + 1]
-        source = torch.tensor([climbs[i][j] for i in rows], dtype=t.dtype, device=t.device)
-        goal = torch.tensor([climbs[i][j + 1] for i in rows], dtype=t.dtype, device=t.device)
-        yield torch.tensor(rows, device=t.device), source, goal, goal if settings.evaluate == "target" else source.clamp(min=0)
+        source = torch.tensor([climbs[i][j] for i in rows], dtype=t.dtype)
+        goal = torch.tensor([climbs[i][j + 1] for i in rows], dtype=t.dtype)
+        yield torch.tensor(rows), source, goal, goal if settings.evaluate == "target" else source.clamp(min=0)
 
 
 def _released_strides(t: Tensor, train_steps: int, settings: Inversion) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The fixed grid of the inverse scheduler, shifted by 1 as SD1.5 and SDXL configure it, for the first sample's t."""
     stride = train_steps // settings.steps
-    rows = torch.arange(len(t), device=t.device)
+    rows = torch.arange(len(t))
     shift = -stride if settings.released == "0.20" else 0
     for j in range(settings.steps):
         level = 1 + j * stride + shift

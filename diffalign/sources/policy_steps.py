@@ -5,7 +5,7 @@ prompt; the newest ones are in the buffer. Each expert is then compared with one
 trajectories of an optimizer step are made at once, in batches as large as the device likes.
 
 Seeds belong to the visit of a row, so trajectories and steps are the same on any number of processes, as long as the buffer
-holds no more than a micro-batch. A larger buffer is each process's own.
+holds no more than is needed. A larger buffer is each process's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffalign.learner import Given
 from diffalign.references import Past
 from diffalign.sources.replay import ReplayBuffer, Replayed
 from diffalign.sources.rollout import Sampling, rollout
-from diffalign.types import PairBatch
+from diffalign.types import PairBatch, placed
 
 _STREAMS = {"trajectory": 21, "step": 22}
 
@@ -40,7 +40,7 @@ class ReplayBatch:
         return len(self.weight)
 
     def to(self, device: torch.device | str) -> ReplayBatch:
-        return ReplayBatch(self.replayed.to(device), self.noise.to(device), self.weight.to(device))
+        return ReplayBatch(self.replayed.to(device), placed(self.noise, device), placed(self.weight, device))
 
 
 class PolicySteps:
@@ -117,7 +117,11 @@ class PolicySteps:
 
 
 class EveryonesBuffer:
-    """The buffers of all processes, as one thing to save. Another number of processes starts with an empty one."""
+    """The buffers of all processes, as one thing to save.
+
+    Another number of processes deals out what there was, by the samples' places in the step, if each has a trajectory of its own.
+    Larger buffers are each process's own choice of what came by: then it starts with empty ones.
+    """
 
     def __init__(self, buffer: ReplayBuffer, given: Given) -> None:
         self._buffer, self._processes = buffer, given.processes
@@ -130,8 +134,15 @@ class EveryonesBuffer:
         return {"ranks": self._ranks or [self._buffer.state_dict()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if len(state["ranks"]) == self._processes.world:
-            self._buffer.load_state_dict(state["ranks"][self._processes.rank])
+        ranks, rank, world = state["ranks"], self._processes.rank, self._processes.world
+        if len(ranks) == world:
+            self._buffer.load_state_dict(ranks[rank])
+            return
+        size = self._buffer.state_dict()["size"]
+        held = [one["held"] for one in ranks if one["held"]]
+        if held and sum(len(one["t"]) for one in held) == size * world:
+            mine = {name: torch.cat([one[name] for one in held])[rank * size : (rank + 1) * size] for name in held[0]}
+            self._buffer.load_state_dict({"size": size, "held": mine})
 
 
 def _seed(seed: int, stream: str, position: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffalign.sources.rollout import Trajectory
-from diffalign.types import Conditioning
+from diffalign.types import Conditioning, placed
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Replayed:
     weight: Tensor  # [B], the expert's
 
     def to(self, device: torch.device | str) -> Replayed:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("conditioning", "index")}
-        return replace(self, conditioning={name: value.to(device) for name, value in self.conditioning.items()}, **moved)
+        return replace(self, **{f.name: placed(getattr(self, f.name), device) for f in fields(self) if f.name != "index"})
 
 
 class ReplayBuffer:

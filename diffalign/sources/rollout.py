@@ -24,7 +24,7 @@ from diffalign.protocols import Predictor
 from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
 from diffalign.solvers import DDIM, DPMSolver, Guided, Solver
-from diffalign.types import Conditioning
+from diffalign.types import Conditioning, placed
 
 SolverName = Literal["ddim", "dpm-solver++"]
 _STREAMS = {"start": 1, "steps": 2, "shift": 3}
@@ -87,7 +87,7 @@ class Trajectory:
         return replace(self, index=index)
 
     def to(self, device: torch.device | str) -> Trajectory:
-        return Trajectory(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return placed(self, device)
 
     @staticmethod
     def join(parts: Sequence[Trajectory]) -> Trajectory:

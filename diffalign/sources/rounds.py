@@ -16,8 +16,8 @@ its round again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ from diffalign.references import Past
 from diffalign.schedule import Schedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, Trajectory, rollout
-from diffalign.types import Conditioning, LogLikelihood, TransitionPair
+from diffalign.types import Conditioning, LogLikelihood, TransitionPair, placed
 
 RoundReference = Literal["round", "start"]
 _STREAMS = {"trajectory": 31, "start": 32, "order": 33}
@@ -62,14 +62,7 @@ class TransitionBatch:
         return len(self.weight)
 
     def to(self, device: torch.device | str) -> TransitionBatch:
-        def moved(thing: Any) -> Any:
-            if isinstance(thing, Tensor):
-                return thing.to(device)
-            if isinstance(thing, Mapping):
-                return {name: value.to(device) for name, value in thing.items()}
-            return replace(thing, **{f.name: moved(getattr(thing, f.name)) for f in fields(thing)})
-
-        return moved(self)
+        return placed(self, device)
 
 
 @dataclass(frozen=True)
@@ -306,9 +299,9 @@ def densities(made: Trajectory, predictor: Predictor, given: Given, sampling: Sa
 def _density(
     made: Trajectory, rows: Tensor, at: Tensor, predictor: Predictor, schedule: Schedule, given: Given, eta: float
 ) -> Tensor:
-    x_t, x_next = made.x[rows, at].to(given.device), made.x[rows, at + 1].to(given.device)
-    t, t_previous = made.t[rows, at].to(given.device), made.t_previous[rows, at].to(given.device)
-    conditioning = {k: v.to(given.device) for k, v in stacked(given.prompts, made.index[rows].tolist()).items()}
+    shown = made.x[rows, at], made.x[rows, at + 1], made.t[rows, at], made.t_previous[rows, at]
+    x_t, x_next, t, t_previous = placed(shown, given.device)
+    conditioning = placed(stacked(given.prompts, made.index[rows].tolist()), given.device)
     return schedule.log_density(x_next, x_t, predictor(x_t, t, conditioning), t, t_previous, eta).cpu()
 
 

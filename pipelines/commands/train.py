@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         module = objectives.load(name)
         own = sub.add_parser(name, help=f"{module.__doc__.splitlines()[0]}", description=module.__doc__.splitlines()[0])
         add_run_options(own)
+        own.add_argument(
+            "--prepare",
+            nargs="?",
+            const="1/1",
+            metavar="K/N",
+            help="fill the cache (--cache) and train nothing; with K/N the K-th of N parts, which may be filled at the same time",
+        )
         from pipelines import config
 
         config.add_options(own, module.Objective)
@@ -45,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
         return training.train(*given, **how)
 
+    if args.prepare and not args.dry_run:
+        from pipelines import preparing
+
+        preparing.prepare(resolve_settings(args), args.prepare, progress=not args.quiet)
+        return 0
     return carry_out(args, start, _dry_run)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.protocols import Predictor
-from pipelines.families import _lora, _quantised
+from pipelines.families import _attention, _compiled, _lora, _quantised
 from pipelines.families._denoiser import NetworkDenoiser, working_dtype
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
@@ -230,16 +230,25 @@ class Family:
             return
         self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
 
-    def set_attention(self, kind: str) -> None:
-        """``sdpa`` (PyTorch's own, the default) or ``xformers``, which is for UNets.
+    def compile_blocks(self, **options: Any) -> int:
+        """Have ``torch.compile(**options)`` take the network's repeated blocks; how many they are. After ``attach_lora``."""
+        return _compiled.compile_blocks(self.network, **options)
+
+    def set_attention(self, kind: str, device: torch.device | str | None = None) -> None:
+        """``sdpa`` (PyTorch's choice, the default), ``flash`` (that kernel of PyTorch's or none), or ``xformers``, for UNets.
+
+        Call it when the network is in its dtype; ``device`` is where it will work, if it is not there yet.
 
         Raises:
-            UserError: another word, or xformers where it cannot run.
+            UserError: another word, or a kernel where it cannot run.
         """
-        if kind not in ("sdpa", "xformers"):
-            raise UserError(f"attention is sdpa or xformers; got {kind!r}.")
+        if kind not in _attention.KINDS:
+            raise UserError(f"attention is {', '.join(_attention.KINDS[:-1])} or {_attention.KINDS[-1]}; got {kind!r}.")
         is_unet = self._network_name == UNET
-        if kind == "sdpa":
+        _attention.any_kernel(self.network)
+        if kind == "flash":
+            _attention.only_flash(self.network, working_dtype(self.network), device or next(self.network.parameters()).device)
+        if kind in ("sdpa", "flash"):
             if is_unet:  # Diffusers would put plain attention in the place of a transformer's joint or linear one
                 self.network.disable_xformers_memory_efficient_attention()
             return
@@ -254,6 +263,11 @@ class Family:
             raise UserError("attention xformers needs a CUDA device, and there is none here; use sdpa.")
         with quietly():
             self.network.enable_xformers_memory_efficient_attention()
+
+    def attention(self, kind: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> str:
+        """A line on what computes attention (``set_attention``), in ``dtype`` on ``device`` if not the network's own."""
+        device = device or next(self.network.parameters()).device
+        return _attention.describe(kind, self.network, dtype or working_dtype(self.network), device)
 
     def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]:
         """The prompts that are too long for the text encoder, with what is lost of each."""
@@ -291,8 +305,10 @@ class Family:
             _lora.write(folder, type(self._pipeline), self._network_name, self.network)
             (folder / NOTE_FILE).write_text(json.dumps(self._note("lora"), indent=2) + "\n")
 
-    def save_pipeline(self, path: str | Path) -> None:
+    def save_pipeline(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the whole pipeline into the folder ``path``, for ``from_pretrained(path)``. Other files in ``path`` stay.
+
+        ``weights`` are all of the network's, by name, where it has only this process's shares of them.
 
         Raises:
             UserError: it could not be written; what was there is untouched.
@@ -301,14 +317,21 @@ class Family:
             raise ValueError("the network carries an adapter: save_adapter writes it, detach_lora removes it")
         if _quantised.is_quantised(self.network):
             raise ValueError("the weights are quantised: a pipeline is saved with whole ones")
-        pipe = self._pipeline
+        pipe, network = self._pipeline, self.network if weights is None else self._joined(weights)
         if self.origin is not None:  # with everything that was left out, or let go, on loading
-            pipe = read(self.origin, dtype=torch.float32, others=torch.float32, whole=True, **{self._network_name: self.network})
-        elif self._released:
+            pipe = read(self.origin, dtype=torch.float32, others=torch.float32, whole=True, **{self._network_name: network})
+        elif self._released or weights is not None:
             self._needed_origin()
         with installed_into(Path(path), last=INDEX_FILE) as folder, quietly():
             pipe.save_pretrained(folder)
             (folder / NOTE_FILE).write_text(json.dumps(self._note("pipeline"), indent=2) + "\n")
+
+    def _joined(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A network of the same kind with these weights, on the CPU; buffers are not sharded."""
+        of_diffusers = next(made for made in type(self.network).__mro__ if made.__module__.startswith("diffusers."))
+        network = of_diffusers.from_config(self.network.config)
+        network.load_state_dict({name: weights.get(name, value) for name, value in self.network.state_dict().items()})
+        return network
 
     def _note(self, kind: str) -> dict[str, Any]:
         note = {"kind": kind, "family": self.name, "base_model": self.base_model}

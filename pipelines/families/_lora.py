@@ -22,6 +22,8 @@ from pipelines.families._names import LORA_FILE, METADATA, PEFT_FILE
 from pipelines.families._quiet import quietly
 
 ADAPTER = "default"
+_LAYERS = "_layers_with_adapter"
+"""Attribute of a network for the list that ``attach`` makes: the modules of a large network are not walked at every switch."""
 _VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """What would make another function of the same weights."""
 
@@ -62,6 +64,7 @@ def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT follows the base's dtype; updates of 1e-5 would be lost in bfloat16
+    setattr(network, _LAYERS, _found(network))
 
 
 def _check(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> None:
@@ -88,34 +91,42 @@ def _last_words(name: str) -> str:
 
 @contextmanager
 def switched_off(network: nn.Module) -> Iterator[None]:
-    """Within: ``network`` (wrapped or not) computes without its adapter. Gradient flags and switches are restored.
+    """Within: ``network`` (wrapped or not) computes without its adapter.
+
+    One flag of each layer is turned, and nothing else: PEFT's own switch also freezes the weights, which compiled graphs would
+    notice. A compiled block has two graphs, with the adapter and without, whatever is asked how often.
 
     Raises:
         ValueError: there is no adapter.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _layers(network)
     if not layers:
         raise ValueError("the network carries no adapter that could be switched off")
     off_before = [layer.disable_adapters for layer in layers]
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
         for layer in layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         yield
     finally:
         for layer, was_off in zip(layers, off_before, strict=True):
-            layer.enable_adapters(not was_off)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)  # PEFT freezes on the way out and thaws on the way in, whatever was before
+            layer._disable_adapters = was_off
 
 
 def is_attached(network: nn.Module) -> bool:
     """Whether PEFT layers are inside ``network``."""
+    return bool(_layers(network))
+
+
+def _layers(network: nn.Module) -> tuple[Any, ...]:
+    """The layers with an adapter: as ``attach`` found them, or, if others put it there, as they are found now."""
+    bare = getattr(network, "module", network)  # of a wrapper (DDP)
+    return getattr(bare, _LAYERS, None) or _found(network)
+
+
+def _found(network: nn.Module) -> tuple[Any, ...]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+    return tuple(module for module in network.modules() if isinstance(module, BaseTunerLayer))
 
 
 def detach(network: nn.Module) -> None:
@@ -124,6 +135,7 @@ def detach(network: nn.Module) -> None:
 
     recurse_remove_peft_layers(network)
     del network.peft_config
+    vars(network).pop(_LAYERS, None)
     if hasattr(network, "_hf_peft_config_loaded"):  # Diffusers' mixin would refuse the next adapter
         network._hf_peft_config_loaded = False
 

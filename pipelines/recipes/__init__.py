@@ -1,6 +1,7 @@
 """Recipes: one run per YAML file, ``recipes/OBJECTIVE/NAME.yaml``, with its provenance in the comment on top.
 
-A recipe holds only what differs from the defaults. ``diffalign train OBJECTIVE --recipe NAME`` starts from it.
+A recipe holds only what differs from the defaults. ``diffalign train OBJECTIVE --recipe NAME`` starts from it. `accelerate/` has
+configurations for ``accelerate launch`` in place of runs; ``diffalign devices NAME`` prints the path of one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ def load(objective: str, name: str) -> dict[str, Any]:
     """A recipe as a tree of settings. Raises UserError that names the nearest one."""
     from pipelines.config import read_yaml
 
+    return read_yaml(path(objective, name))
+
+
+def path(objective: str, name: str) -> Path:
+    """The file of a recipe. Raises UserError that names the nearest one."""
     if name not in names(objective):
         close = difflib.get_close_matches(name, names(objective), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"{objective} has no recipe {name!r}; there are: {', '.join(names(objective)) or 'none'}.{hint}")
-    return read_yaml(_folder(objective) / f"{name}.yaml")
+    return _folder(objective) / f"{name}.yaml"
 
 
 def describe(objective: str) -> list[str]:

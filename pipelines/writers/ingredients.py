@@ -27,6 +27,7 @@ from diffalign.protocols import LanguageModel
 from diffalign.references import AdapterOff, Frozen, Past
 from diffalign.types import Texts
 from diffalign.weights import TrainedWeights
+from pipelines import devices
 from pipelines.families._encoding import digest
 from pipelines.progress import Bar, Progress
 from pipelines.rewrite_pairs import Expansion, RewritePair, RewriteTable, read_expansions, read_rewrites
@@ -246,7 +247,7 @@ def prepare(
         if settings.data.token_rewards is not None:
             data = _rewarded(settings, data, writer, accelerator.device, bar.advance)
     prompts = [row.prompt for row in rows.rows]
-    train_rows, validation_rows = split_rows(prompts, settings.data.validation_pairs, settings.seed)
+    train_rows, validation_rows = (r.tolist() for r in split_rows(prompts, settings.data.validation_pairs, settings.seed))
     say(f"{len(train_rows)} rows to train on, {len(validation_rows)} for validation")
     writer, reference = _attach(settings, writer, accelerator)
     weights = TrainedWeights(writer.model)
@@ -334,8 +335,9 @@ def _attach(settings: PromptTrainSettings, writer: Writer, accelerator: Accelera
             frozen = writer.frozen_copy(getattr(torch, PRECISIONS[settings.compute.mixed_precision]))
         writer.train_fully()
     writer.set_gradient_checkpointing(settings.compute.gradient_checkpointing)
+    devices.refuse_sharding(accelerator, "A prompt writer")
     writer.to(accelerator.device)
-    trained = writer.with_network(accelerator.prepare_model(writer.model))
+    trained = writer.with_network(devices.wrapped(writer.model, accelerator))
     if settings.adapter == "lora":
         return trained, AdapterOff(trained)
     return trained, Frozen(frozen.to(accelerator.device)) if frozen else Frozen(trained)

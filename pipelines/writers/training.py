@@ -40,8 +40,9 @@ FAR = 0.1
 def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, accelerator: Accelerator, report: Any) -> Trainer:
     """The trainer of a run."""
     everyone = Together(accelerator)
+    given = ingredients.given(settings, prepared, everyone)
     return Trainer(
-        learner=settings.objective.learner(ingredients.given(settings, prepared, everyone)),
+        learner=settings.objective.learner(given),
         policy=prepared.writer,
         validation=validation_batches(prepared.data, prepared.validation_rows, settings.batch.batch_size),
         accelerator=accelerator,
@@ -51,6 +52,7 @@ def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, 
         identity=run_identity(name, settings, prepared, everyone.world),
         report=report,
         weights=prepared.weights,
+        waiting=given.texts.waiting,
     )
 
 

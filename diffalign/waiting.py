@@ -1,0 +1,37 @@
+"""How much of a run's time goes by until data are there: what a loader that is too slow costs."""
+
+from __future__ import annotations
+
+import time
+
+from diffalign.data.ahead import Stopwatch
+
+
+class Waiting:
+    """Shares of the steps' time, as the process sees it. ``watch`` is the loader's; without one nobody knows.
+
+    The time of a step is that from asking for its data to its end. What a source does with the data (sampling from the policy) is
+    work; validation and checkpoints, between ``step_done`` and the next ``ask``, are not of any step.
+    """
+
+    def __init__(self, watch: Stopwatch | None) -> None:
+        self._watch = watch
+        self._asked = self._before = self._waited = self._whole = 0.0
+
+    def ask(self) -> None:
+        """The data of a step are asked for."""
+        if self._watch:
+            self._asked, self._before = time.perf_counter(), self._watch.seconds
+
+    def step_done(self) -> dict[str, float]:
+        """``waiting``, the share of this step, in [0, 1]."""
+        if not self._watch:
+            return {}
+        waited, whole = self._watch.seconds - self._before, time.perf_counter() - self._asked
+        self._waited, self._whole = self._waited + waited, self._whole + whole
+        return {"waiting": waited / whole}
+
+    @property
+    def share(self) -> float | None:
+        """Of all steps so far; None if nobody knows."""
+        return self._waited / self._whole if self._whole else None

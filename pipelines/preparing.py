@@ -1,0 +1,56 @@
+"""``diffalign train OBJECTIVE --prepare``: fill the cache of a run, or a part of it, and train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffalign.data.cache import fill_cache
+from diffalign.errors import UserError
+from diffalign.train import Together
+from pipelines import ingredients, memory_presets
+from pipelines.image_settings import TrainSettings
+from pipelines.progress import Bar
+from pipelines.run import Say
+from pipelines.run_folder import start_accelerator
+
+
+def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: bool = True) -> int:
+    """Encode the pairs of these settings as training would; returns how many shards are still missing.
+
+    Args:
+        part: ``"3/16"`` for the third of sixteen parts, ``"1/1"`` for everything. Jobs with the other parts may run at any time.
+
+    Raises:
+        UserError: no such part, no folder for the cache, an objective without pairs, or what ``fill_cache`` raises.
+    """
+    share, folder = share_from(part), settings.data.cache
+    if ingredients.samples_itself(settings):
+        raise UserError("--prepare encodes pairs or pictures; this objective makes its own, and encodes prompts when it trains.")
+    if folder is None:
+        raise UserError("--prepare needs --cache FOLDER, where training will look for what is encoded.")
+    settings, _ = memory_presets.applied(settings)
+    accelerator = start_accelerator(settings)
+    say = say if accelerator.is_main_process else lambda _: None
+    family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
+    say(table.description)
+    family.encoder.work_on(accelerator.device)
+    with Bar(progress and accelerator.is_main_process) as bar:
+        how = {"processes": Together(accelerator), "progress": bar.advance}
+        missing = fill_cache(**ingredients.encoding(settings, table, family), **how, part=share)
+    say(_told(folder, part, missing))
+    accelerator.end_training()
+    return missing
+
+
+def share_from(part: str) -> tuple[int, int]:
+    """``"3/16"`` as (2, 16). Raises ``UserError`` for what is no part."""
+    which, _, of = part.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+        raise UserError(f"--prepare is {part!r}; expected K/N with K from 1 to N, as in 3/16.")
+    return int(which) - 1, int(of)
+
+
+def _told(folder: Path, part: str, missing: int) -> str:
+    if not missing:
+        return f"The cache in {folder} is complete."
+    return f"Part {part} is done; {missing} shards of the cache in {folder} are still missing: the other parts' jobs encode them."

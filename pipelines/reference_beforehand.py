@@ -1,0 +1,79 @@
+"""The reference asked before training, so that it need not be there while the policy learns.
+
+Before its first step the network is the reference (or is with its adapter switched off), so no copy of it is made. What is asked
+is what the policy will be asked at the same draws, in the same precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign.data.cache import PairCache
+from diffalign.data.draws import KeptDraws
+from diffalign.data.kept_errors import KeptErrors, keep_errors, with_known
+from diffalign.data.loader import LoaderSettings
+from diffalign.data.pairs import Progress
+from diffalign.objectives._denoising import errors_beforehand
+from diffalign.references import AdapterOff, Frozen
+from diffalign.train import Together
+from diffalign.types import PairBatch
+from pipelines.families._denoiser import working_dtype
+from pipelines.image_settings import TrainSettings
+from pipelines.run_folder import CACHE_FOLDER
+
+FOLDER = "reference"
+
+
+def is_enough(settings: TrainSettings) -> bool:
+    """Whether training can do without the reference: its errors are kept, or only validation asks it and it would be a copy."""
+    objective = settings.objective
+    asked_by_nobody = objective.about.draws_ahead and objective.cost.looking == 0
+    return settings.reference.reference_draws > 0 or (settings.adapter == "full" and asked_by_nobody)
+
+
+def folder_of(settings: TrainSettings) -> Path:
+    """Where the errors are kept."""
+    return settings.reference.reference_cache or (settings.data.cache or settings.output / CACHE_FOLDER) / FOLDER
+
+
+class Asked:
+    """The network as it is before the first step."""
+
+    def __init__(
+        self, settings: TrainSettings, family: Any, cache: PairCache, visits: LoaderSettings, accelerator: Accelerator
+    ) -> None:
+        self._settings, self._cache, self._visits, self._accelerator = settings, cache, visits, accelerator
+        bare = family.denoiser.with_network(family.network)  # no wrapper: processes ask at their own pace
+        self._start = AdapterOff(bare) if family.has_adapter else Frozen(bare)
+        self._schedule, self._dtype = bare.schedule, working_dtype(family.network)
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        """Its errors [B, 2] of winners and losers."""
+        return errors_beforehand(batch.to(self._accelerator.device), self._start, self._schedule, self._cache.kind)
+
+    def known(self, batches: Sequence[PairBatch]) -> list[PairBatch]:
+        """Batches of validation with its errors."""
+        return with_known(batches, self, Together(self._accelerator))
+
+    def keep(self, base_digest: str, progress: Progress) -> KeptErrors:
+        """Its errors at the draws of all pairs, from the folder or asked now."""
+        settings, visits = self._settings, self._visits
+        own = settings.reference
+        draws = KeptDraws(
+            own.reference_draws, own.reference_seed, visits.levels, visits.prompt_dropout, visits.flip, visits.latent_mode
+        )
+        depends_on = {
+            "reference": base_digest,
+            "precision": {"mixed": settings.compute.mixed_precision, "weights": str(self._dtype).removeprefix("torch.")},
+            "encoded": self._cache.fingerprint,
+            "schedule": {**self._schedule.fingerprint(), "error_as": settings.error_as},
+        }
+        how = {"batch_size": max(1, settings.data.encode_batch // 2), "progress": progress}
+        return keep_errors(
+            self._cache, draws, self, folder_of(settings), depends_on, processes=Together(self._accelerator), **how
+        )

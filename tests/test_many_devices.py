@@ -1,0 +1,227 @@
+"""One run is the same run on any number of processes, by either engine; and goes on with another number or engine.
+
+Real gloo processes: two here, one launch for all of it; four, every kind of run, bf16 and the command line under ``-m slow``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+import spread
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from miniature import save_untrained, write_pairs
+from spread import RUNS, environment
+
+from diffalign.errors import UserError
+from pipelines import cli
+from pipelines.run import settings_of
+from pipelines.training import align, pairs_per_step
+
+HERE = Path(spread.__file__).parent
+FEW = {"ddp": ("sft, extrapolated", "d3po", "dro with a lora"), "fsdp": ("sft, extrapolated",)}
+ALL = {"ddp": tuple(RUNS), "fsdp": tuple(name for name, run in RUNS.items() if not run.lora)}
+"""Runs by engine. An adapter is not sharded."""
+
+
+def torchrun(world: int, words: Iterable[object], environment: Mapping[str, str] | None = None) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    around = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    done = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, env=around, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def spread_out(folder: Path, world: int, engines: Mapping[str, tuple[str, ...]]) -> str:
+    """One process; several, from the beginning and on from it; and one on from several. What the several printed."""
+    alone = Accelerator(cpu=True)
+    for name in {name for names in engines.values() for name in names}:
+        spread.run(name, folder / "one" / name, alone)
+    asked_for = [f"{engine}={';'.join(names)}" for engine, names in engines.items()]
+    said = torchrun(world, [HERE / "spread.py", folder, folder / "one", *asked_for])
+    assert f"processes {world}" in said
+    for engine, names in engines.items():
+        for name in names:
+            spread.run(name, folder / f"one, on from {engine}" / name, alone, folder / engine / name)
+    return said
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, spread_out(folder, 2, FEW)
+
+
+def curve(folder: Path) -> dict[tuple[str, int], dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(row["kind"], row["step"]): row for row in rows}
+
+
+def asked(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("asked-*.json"))]
+
+
+def check_same(one: dict, other: dict, tolerance: float = 1e-9) -> None:
+    """All that is measured: losses, gradients' norms, validation."""
+    for where, row in other.items():
+        for key in row.keys() - {"kind", "step", "bins", "advice", "seconds"}:
+            assert row[key] == pytest.approx(one[where][key], rel=tolerance, abs=tolerance), (where, key)
+
+
+def check_whole(folder: Path, engine: str, name: str) -> None:
+    one, several = curve(folder / "one" / name), curve(folder / engine / name)
+    assert one.keys() == several.keys()
+    check_same(one, several)
+    assert len({row["loss"] for (kind, _), row in one.items() if kind == "train"}) > 1  # it is a curve
+    assert {found["network"].startswith("FSDP") for found in asked(folder / engine / name)} == {engine == "fsdp"}
+
+
+def check_resumed(folder: Path, how: str, name: str) -> None:
+    one, resumed = curve(folder / "one" / name), curve(folder / how / name)
+    assert {step for kind, step in resumed if kind == "train"} == {3, 4}
+    check_same(one, resumed)
+
+
+def check_shared(folder: Path, engine: str, name: str) -> None:
+    (one,), several = asked(folder / "one" / name), asked(folder / engine / name)
+    assert sum(found["samples"] for found in several) == one["samples"]
+    assert len({found["samples"] for found in several}) == 1  # as many each
+    together = sorted(tuple(pair) for found in several for pair in found["judged"])
+    assert together == [(prompt, pytest.approx(value, abs=1e-9)) for prompt, value in sorted(map(tuple, one["judged"]))]
+    assert bool(together) == (name == "d3po") and len(set(together)) == len(together)
+
+
+@pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine, names in FEW.items() for name in names])
+def test_two_processes_give_the_curve_of_one(engine: str, name: str, runs: tuple[Path, str]) -> None:
+    """In float64, to its rounding."""
+    check_whole(runs[0], engine, name)
+
+
+@pytest.mark.parametrize("how", ["{}, resumed", "one, on from {}"])
+@pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine, names in FEW.items() for name in names])
+def test_a_run_goes_on_with_another_number_of_processes(engine: str, name: str, how: str, runs: tuple[Path, str]) -> None:
+    """The checkpoint of step 2, written by one process and read by two, or the other way; steps 3 and 4 are those of one."""
+    check_resumed(runs[0], how.format(engine), name)
+
+
+@pytest.mark.parametrize("name", ["d3po", "dro with a lora"])
+def test_sampling_and_judging_are_shared_and_never_done_twice(name: str, runs: tuple[Path, str]) -> None:
+    """Over both processes, the network sees as many samples as that of one does, and the judge the very same pictures."""
+    check_shared(runs[0], "ddp", name)
+
+
+def test_processes_may_call_a_network_unequally_often(runs: tuple[Path, str]) -> None:
+    """A buffer that were sent with each call would bind them; a step that follows has the same gradient on both."""
+    (line, *_) = [line for line in runs[1].splitlines() if line.startswith("norms")]
+    one, other = map(float, line.split()[1:])
+    assert one == other > 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Sharding is FSDP2 here, and Accelerate is set to version 1",
+        "Leave fsdp_activation_checkpointing out: --gradient-checkpointing recomputes activations.",
+        "A LoRA cannot be sharded (FSDP2): leave the --config_file out",
+    ],
+)
+def test_other_sharding_is_refused(said: str, runs: tuple[Path, str]) -> None:
+    assert said in " ".join(line for line in runs[1].splitlines() if line.startswith("refused:"))
+
+
+def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="set to DeepSpeed, which training is not written for. FSDP2 shares out"):
+        align("sft", recipe="tiny", output=tmp_path / "out", prompts="none", steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_configurations(capsys: pytest.CaptureFixture) -> None:
+    """The command prints a path, and Accelerate takes from it what it should."""
+    assert cli.main(["devices"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ddp", "fsdp2"]
+    assert cli.main(["devices", "fsdp2"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert cli.main(["devices", "fsdp"]) == 2
+    assert "Did you mean fsdp2?" in capsys.readouterr().err
+    assert "ACCELERATE_USE_FSDP" not in environment("ddp")
+    told = environment("fsdp2")
+    assert (told["ACCELERATE_USE_FSDP"], told["FSDP_VERSION"], told["FSDP_RESHARD_AFTER_FORWARD"]) == ("true", "2", "true")
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("sft", 3 * 2 * 4), ("d3po", 2 * 4)])
+def test_what_must_stay_the_same_is_the_pairs_of_a_step(name: str, pairs: int) -> None:
+    """Of what an objective samples, a batch counts transitions: twice as many of them are no substitute for a process."""
+    own = {"pairs": "tiny"} if name == "sft" else {"train_prompts": "tiny", "reward": ("oracle",)}
+    settings = settings_of(name, None, {"model": "tiny", "output": "o", "batch_size": 3, "accumulation": 2, **own})
+    assert pairs_per_step(settings, 4) == pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_kind_of_run_by_both_engines(world: int, tmp_path: Path) -> None:
+    spread_out(tmp_path, world, ALL)
+    for engine, names in ALL.items():
+        for name in names:
+            check_whole(tmp_path, engine, name)
+            for how in (f"{engine}, resumed", f"one, on from {engine}"):
+                check_resumed(tmp_path, how, name)
+    for name in ("d3po", "dro with a lora"):
+        check_shared(tmp_path, "ddp", name)
+    check_shared(tmp_path, "fsdp", "d3po")
+
+
+COMMAND = ["-m", "pipelines.cli", "train", "diffusion-dpo", "--adapter", "full", "--steps", "4", "--checkpoint-every", "2"]
+COMMAND += ["--validate-every", "2", "--validation-pairs", "3", "--learning-rate", "1e-4", "--beta", "500", "--ema-decay", "0.9"]
+COMMAND += ["--prompts", "none", "--quiet"]
+
+
+@pytest.mark.slow
+def test_the_command_line_with_the_shipped_configuration(tmp_path: Path) -> None:
+    """Sharded on two and on four, its export, and on from any checkpoint: in float32, by 2e-5 as one process does it."""
+    words = [*COMMAND, "--model", save_untrained(tmp_path / "model"), "--pairs", write_pairs(tmp_path / "data", 12)]
+    sharded = environment("fsdp2")
+
+    def train(name: str, world: int, batch: int, *more: str) -> Path:
+        asked_for = [*words, "--batch-size", batch, "--accumulation", "2", "--output", tmp_path / name, *more]
+        torchrun(world, asked_for, sharded if world > 1 else None)
+        return tmp_path / name
+
+    def cut(name: str, source: str) -> None:
+        shutil.copytree(tmp_path / source, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "checkpoint-00000004")
+
+    one, two = train("one", 1, 4), train("two", 2, 2)
+    cut("one on from two", "two")
+    cut("four on from one", "one")
+    runs = [one, two, train("one on from two", 1, 4, "--resume"), train("four on from one", 4, 1, "--resume")]
+    nets = [UNet2DConditionModel.from_pretrained(run / "unet").state_dict() for run in runs]
+    for run, net in zip(runs[1:], nets[1:], strict=True):
+        assert curve(run).keys() == curve(one).keys()
+        check_same(curve(one), curve(run), 2e-5)
+        assert all((net[name] - value).abs().max() < 2e-5 for name, value in nets[0].items())
+    began = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet").state_dict()
+    assert max((nets[0][name] - value).abs().max() for name, value in began.items()) > 1e-4
+
+
+@pytest.mark.slow
+def test_sharded_weights_in_bf16(tmp_path: Path) -> None:
+    """Gathered in bf16, kept and averaged in float32: near what autocast does with whole weights."""
+    words = [*COMMAND, "--model", save_untrained(tmp_path / "model"), "--pairs", write_pairs(tmp_path / "data", 12)]
+    words += ["--mixed-precision", "bf16", "--batch-size", "2", "--output"]
+    torchrun(2, [*words, tmp_path / "whole"])
+    torchrun(2, [*words, tmp_path / "sharded"], environment("fsdp2"))
+    whole, sharded = curve(tmp_path / "whole"), curve(tmp_path / "sharded")
+    assert whole.keys() == sharded.keys()
+    for where, row in whole.items():
+        assert sharded[where]["winner_error"] == pytest.approx(row["winner_error"], rel=1e-3), where
+    kept = torch.load(tmp_path / "sharded" / "checkpoints" / "checkpoint-00000004" / "weights.pt", weights_only=True)
+    assert {value.dtype for value in kept.values()} == {torch.float32}
