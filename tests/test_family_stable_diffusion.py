@@ -253,6 +253,10 @@ def test_attention_is_by_the_kernel_that_was_asked_for(family) -> None:
     called = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called
     assert not any("attention_math" in name for name in called)
+    family.set_attention("sdpa")
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), torch.profiler.profile() as profile:
+        family.denoiser(*draw())
+    assert not any("flash" in event.key for event in profile.key_averages())
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder

@@ -239,3 +239,10 @@ def test_perturbed_grids_and_what_comes_after_each_level() -> None:
     assert grid.tolist() == [[750, 500, 250, 0], [999, 749, 499, 249]]
     assert steps_down(grid).tolist() == [[500, 250, 0, -1], [749, 499, 249, -1]]
     assert steps_down(grid[0]).tolist() == [500, 250, 0, -1]
+
+
+def test_a_schedule_with_another_end_is_made_once() -> None:
+    """It keeps tables on devices, which would otherwise be brought there at every call."""
+    schedule = NoiseSchedule(sd_alpha_bar(), clean_end="first")
+    other = schedule.ending("one")
+    assert other.clean_end == "one" and schedule.ending("one") is other and other.ending("one") is other
