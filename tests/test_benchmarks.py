@@ -19,12 +19,20 @@ from pipelines.prompts import held_out_prompts
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture
-def rollout(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("rollout")
-    for name in ("rollout", "models"):
-        sys.modules.pop(name, None)
+def program(name: str) -> Any:
+    """A fixture: one of the benchmarks as a module, gone again afterwards with what it imports from beside itself."""
+
+    @pytest.fixture
+    def imported(monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module(name)
+        for beside in BENCHMARKS.glob("*.py"):
+            sys.modules.pop(beside.stem, None)
+
+    return imported
+
+
+rollout, bench, prepare, step, scaling = map(program, ("rollout", "objectives", "prepare", "step", "scaling"))
 
 
 def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
@@ -62,13 +70,6 @@ def test_samples_are_counted(rollout, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frozen["counts"]["ours"] == {"learning": 16, "looking": 16, "calls": 3}
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("objectives")
-    sys.modules.pop("objectives", None)
-
-
 def test_every_objective_gets_the_same_budget(bench: Any) -> None:
     """To half a step of its own, in forward passes of the recipe as it is."""
     budget = 23_040
@@ -97,14 +98,6 @@ def test_the_sweep_is_named_by_what_it_runs(bench: Any) -> None:
     told = bench.noisy("rdpo", 0.2)
     assert told.name == "noise20-rdpo" and dict(told.options) == {"loss": "rdpo", "loss_options": {"noise": 0.2}}
     assert bench.noisy("adpo", 0.0).name == "noise00-adpo"
-
-
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("prepare")
-    for name in ("prepare", "step"):
-        sys.modules.pop(name, None)
 
 
 def test_sigkill_costs_a_shard_at_most(prepare: Any) -> None:
@@ -156,14 +149,6 @@ def test_the_readmes_table_has_every_family_and_objective() -> None:
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-@pytest.fixture
-def step(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("step")
-    for name in ("step", "models"):
-        sys.modules.pop(name, None)
-
-
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_what_the_yardstick_computes_and_we_do_not(step, adapter: str, tmp_path: Path) -> None:
     """Pictures and prompts encoded and samples through the networks in a step of two pairs."""
@@ -211,13 +196,6 @@ def test_where_draws_are_kept_nothing_else_differs(step, tmp_path: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------------------ many devices
-
-
-@pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("scaling")
-    sys.modules.pop("scaling", None)
 
 
 def test_what_rings_send_and_what_it_costs(scaling: Any) -> None:
