@@ -13,6 +13,7 @@ Variants run in alternation in one process; medians are reported, so the ratios 
     ..., 4 at a time  four times as many pairs in the micro-batch: in the memory that the caches leave free
     ..., bf16         the naive step with autocast and encoders and reference in bfloat16, as the scripts have it on GPUs; ours
                       with a base that is stored in bfloat16 (LoRA), or float32 weights under autocast (full)
+                      Below a LoRA on a CPU, ours takes convolutions over few positions as matrix products (as training does)
     ..., compiled     torch.compile of the blocks on top (--compile)
 
 All take the same pairs with the same objective and AdamW. Peak memory (--memory) is measured in a fresh process for each variant
@@ -97,6 +98,8 @@ class Policy:
         else:
             self.family = stable_diffusion.build(build_pipeline(shape))
             self.family.release_encoders()
+            if DEVICE == "cpu" and adapter == "lora" and not variant.naive:
+                self.family.use_products()
             if adapter == "lora":
                 self.family.network.to(torch.bfloat16 if variant.half and not variant.naive else torch.float32)
                 self.family.attach_lora(rank=RANK)
@@ -141,7 +144,7 @@ class Bench:
         made: dict[Any, Policy] = {}
         found = {}
         for v in variants:
-            weights = "all" if self.adapter == "full" else (v.half and not v.naive, v.compiled)
+            weights = "all" if self.adapter == "full" else (v.half and not v.naive, v.naive, v.compiled)
             share = made.get(weights)
             found[v] = Policy(self.adapter, v, shape, share)
             made.setdefault(weights, found[v])

@@ -60,15 +60,16 @@ class LoopRounds:
             self._begun = True
             self._renew(self._weights.copy("cpu") if self._by else {})
 
-    def stepped(self, step: int, last: bool) -> None:
-        """After ``step`` optimizer steps; ``last`` if no other follows."""
+    def stepped(self, step: int, last: bool) -> bool:
+        """After ``step`` optimizer steps; ``last`` if no other follows. Whether weights were moved."""
         if step % self._every or last:
-            return
+            return False
         end = self._weights.copy("cpu") if self._by else {}
         if self._by:
             with self._ema.carried() if self._ema else nullcontext():
                 self._weights.move(self._end, self._by)
         self._renew(end)
+        return self._by > 0
 
     def _renew(self, end: Weights) -> None:
         self._end = end

@@ -32,11 +32,11 @@ from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.learner import Batch, Learner
 from diffalign.loop_rounds import LoopRounds
-from diffalign.optimisation import Ema, OptimiserSettings, build_optimizer, build_schedule
+from diffalign.optimisation import Ema, OptimiserSettings, build_schedule
 from diffalign.protocols import Policy
 from diffalign.settings import check_options, option
-from diffalign.sharding import WholeOptimizer
 from diffalign.types import Outcome
+from diffalign.updates import updates_of
 from diffalign.waiting import Waiting
 from diffalign.weights import TrainedWeights
 
@@ -204,25 +204,26 @@ class Trainer:
         report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
         weights: TrainedWeights | None = None,
         waiting: Stopwatch | None = None,
+        zero: Mapping[str, Any] | None = None,
     ) -> None:
+        """``zero`` is a section of DeepSpeed's configuration (``updates_of``)."""
         self._learner, self._policy = learner, policy
         self._waiting = Waiting(waiting)
         self._validation, self._report = validation if learner.validate else [], report
         self._accelerator, self._loop = accelerator, loop
         self._identity = {**identity, **({"rounds": loop.rounds} if loop.rounds else {})}
-        self._max_grad_norm = optimiser.max_grad_norm
-        self._parameters = list(policy.trainable_parameters())
-        self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, optimiser))
-        self._schedule = build_schedule(self._optimizer.optimizer, loop.steps, optimiser)
+        parameters = list(policy.trainable_parameters())
+        self._updates = updates_of(accelerator, policy.network, parameters, optimiser, zero)
+        self._schedule = build_schedule(self._updates.optimizer, loop.steps, optimiser)
         self._position, self._random = Position(), RandomState(accelerator)
-        self._ema = Ema(self._parameters, loop.ema_decay) if loop.ema_decay else None
+        self._ema = Ema(parameters, loop.ema_decay) if loop.ema_decay else None
         self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
         self._metrics_file = output / "metrics.jsonl"
         weights = weights or TrainedWeights(accelerator.unwrap_model(policy.network))
         self._rounds = _rounds_of(loop, learner, weights, self._ema)
         self._things: dict[str, Stateful] = {
             "weights": weights,
-            "optimizer": WholeOptimizer(self._optimizer.optimizer) if weights.sharded else self._optimizer.optimizer,
+            "optimizer": self._updates.saved,
             "schedule": self._schedule,
             "position": self._position,
             "random": self._random,
@@ -297,8 +298,8 @@ class Trainer:
                 tick = time.perf_counter()
                 numbers, stop = self._optimizer_step(micro_batches, interruption)
                 self._position.step += 1
-                if self._rounds:
-                    self._rounds.stepped(self.step, last=self.step == self._loop.steps)
+                if self._rounds and self._rounds.stepped(self.step, last=self.step == self._loop.steps):
+                    self._updates.weights_changed()
                 numbers["seconds"] = time.perf_counter() - tick
                 self._after_step(numbers | self._waiting.step_done())
                 if stop or (interruption.requested and self._accelerator.num_processes == 1):
@@ -329,24 +330,22 @@ class Trainer:
         was interrupted by then.
         """
         outcomes, weights, samples = [], [], sum(len(batch) for batch in micro_batches)
-        rate = self._optimizer.param_groups[0]["lr"]
+        rate = self._updates.optimizer.param_groups[0]["lr"]
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self._accelerator.device)
-            is_last = number == len(micro_batches)
-            with nullcontext() if is_last else self._accelerator.no_sync(self._policy.network):
+            with self._updates.adding(last=number == len(micro_batches)):
                 outcome = self._learner.losses(batch)
                 loss = (batch.weight * outcome.loss).sum() / samples
-                self._accelerator.backward(loss)
+                self._updates.backward(loss)
             outcomes.append(outcome)
             weights.append(batch.weight)
-        norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm or math.inf)
+        norm = self._updates.clipped()
         numbers = self._means(outcomes, weights, gradient_norm=norm, interrupted=float(interruption.requested))
         stop = numbers.pop("interrupted") > 0
         numbers["learning_rate"] = float(rate)
         self._refuse_non_finite(numbers, outcomes)
-        self._optimizer.step()
+        self._updates.take()
         self._schedule.step()
-        self._optimizer.zero_grad()
         if self._ema:
             self._ema.update()
         return numbers, stop

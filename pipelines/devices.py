@@ -1,36 +1,39 @@
-"""How a network is spread over the processes of a run: one copy each (DDP), or a share each (FSDP2).
+"""How a network is spread over the processes of a run: one copy each (DDP, ZeRO), or a share each (FSDP2).
 
 Accelerate's configuration says which (``accelerate launch --config_file``; ours are in ``recipes/accelerate``), or the variables
 that it stands for, under ``torchrun``. Sharding is for full fine-tuning: weights, gradients and moments are shared out, and what
-a block needs is gathered while it computes. The frozen copy that training may compare with is not.
+a block needs is gathered while it computes. The frozen copy that training may compare with is not. DeepSpeed's ZeRO shares out
+moments and gradients (stages 1 and 2), and the network is whole everywhere.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.errors import UserError
 
-_OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-"""Engines of Accelerate that the loop and its checkpoints are not written for."""
+_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
 def refuse_other_engines() -> None:
-    """Raises UserError if Accelerate's configuration asks for an engine that training is not written for."""
-    for variable, name in _OTHERS.items():
-        if _is_asked(variable):
-            raise UserError(
-                f"Accelerate is set to {name}, which training is not written for. FSDP2 shares out weights, gradients and "
-                "moments as well: accelerate launch --config_file $(diffalign devices fsdp2)."
-            )
+    """Raises UserError if Accelerate's configuration asks for an engine that training is not written for, or that is missing."""
+    if _is_asked("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(
+            "Accelerate is set to Megatron-LM, which training is not written for. FSDP2 shares out weights, gradients and "
+            "moments as well: accelerate launch --config_file $(diffalign devices fsdp2)."
+        )
+    if _is_asked(_DEEPSPEED) and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("Accelerate is set to DeepSpeed, which is not installed: pip install 'diffalign[deepspeed]'.")
 
 
 def _is_asked(variable: str) -> bool:
@@ -50,6 +53,26 @@ def begin(accelerator: Accelerator) -> None:
             state.distributed_type = DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.FSDP:
         _refuse_other_sharding(accelerator)
+    if section := zero(accelerator):
+        _refuse_other_zero(accelerator, section)
+
+
+def zero(accelerator: Accelerator) -> dict[str, Any] | None:
+    """What DeepSpeed is told of ZeRO, if that was asked for: the section ``zero_optimization`` of its configuration."""
+    if not _is_asked(_DEEPSPEED):
+        return None
+    plugin = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()  # on a CPU, Accelerate takes no notice of it
+    return dict(plugin.deepspeed_config["zero_optimization"])
+
+
+def _refuse_other_zero(accelerator: Accelerator, section: Mapping[str, Any]) -> None:
+    if section["stage"] not in (1, 2):
+        raise UserError(
+            f"ZeRO is of stage 1 or 2 here, and Accelerate is set to {section['stage']}. FSDP2 shares out weights, too: "
+            "accelerate launch --config_file $(diffalign devices fsdp2)."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("compute.mixed_precision is fp16: with ZeRO networks are trained in bf16 or float32, so set bf16 or no.")
 
 
 def _refuse_other_sharding(accelerator: Accelerator) -> None:
@@ -68,14 +91,14 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 
 def refuse_sharding(accelerator: Accelerator, what: str) -> None:
-    """Raises UserError if weights would be shared out. ``what`` cannot be: the beginning of a sentence."""
-    if is_sharding(accelerator):
-        raise UserError(f"{what} cannot be sharded (FSDP2): leave the --config_file out, or take that for DDP.")
+    """Raises UserError if weights or moments would be shared out. ``what`` cannot be: the beginning of a sentence."""
+    if is_sharding(accelerator) or zero(accelerator):
+        raise UserError(f"{what} cannot be sharded (FSDP2, ZeRO): leave the --config_file out, or take that for DDP.")
 
 
 def wrapped(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """``network`` in the precision that was asked for, with gradients averaged over processes unless ``shard`` sees to it."""
-    made = accelerator.prepare_model(network, evaluation_mode=is_sharding(accelerator))
+    """``network`` in the precision asked for, with gradients averaged over processes, unless ``shard`` or ZeRO sees to that."""
+    made = accelerator.prepare_model(network, evaluation_mode=is_sharding(accelerator) or zero(accelerator) is not None)
     if isinstance(made, DistributedDataParallel):
         # Buffers never change here. Sent with each call they would bind processes that make different numbers of calls.
         made.broadcast_buffers = False

@@ -401,6 +401,8 @@ def _attach(
         devices.refuse_sharding(accelerator, "The moments of an 8-bit optimizer")
     if settings.adapter == "lora":
         devices.refuse_sharding(accelerator, "A LoRA")
+        if accelerator.device.type == "cpu":
+            family.use_products()
         family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=settings.seed)
         if saved is not None:
             family.load_adapter(saved)
@@ -413,7 +415,8 @@ def _attach(
     family.set_attention(compute.attention, accelerator.device)
     if line := family.attention(compute.attention, getattr(torch, PRECISIONS[compute.mixed_precision]), accelerator.device):
         say(line)
-    family.set_channels_last(compute.channels_last)
+    if compute.channels_last:
+        family.set_channels_last(True)
     family.set_gradient_checkpointing(compute.gradient_checkpointing)
     if compute.compile:
         family.compile_blocks()

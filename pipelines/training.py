@@ -28,7 +28,7 @@ from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer
 from diffalign.weights import TrainedWeights
-from pipelines import config, families, ingredients, memory_presets, run
+from pipelines import config, devices, families, ingredients, memory_presets, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
@@ -93,6 +93,7 @@ def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accele
         report=report,
         weights=prepared.weights,
         waiting=given.pairs.waiting if given.pairs else None,
+        zero=devices.zero(accelerator),
     )
 
 

@@ -239,4 +239,5 @@ def make_trainer(
         identity={},
         report=report,
         weights=all_given.weights,
+        zero=devices.zero(accelerator),
     )

@@ -1,4 +1,4 @@
-"""The same runs on one process and on several, copied to each (DDP) or shared out among them (FSDP2).
+"""The same runs on one process and on several, copied to each (DDP) or shared out among them (FSDP2, ZeRO).
 
 As a program under torchrun (``... spread.py OUTPUT BEGUN ENGINE=NAME;NAME...``): runs from their beginning, and from the
 checkpoint of step 2 in BEGUN/NAME, which another number of processes has written. Beside each run lies ``asked-RANK.json``: what
@@ -28,16 +28,20 @@ from diffalign.errors import UserError
 from pipelines import devices, recipes
 
 CHECKPOINT = "checkpoint-00000002"
+CONFIGURED = {"fsdp": "fsdp2", "zero": "zero2"}
+"""Engines with a configuration of their own. In one launch, they come after DDP, and one of them at most."""
 
 
 def environment(name: str) -> dict[str, str]:
     """What ``accelerate launch`` tells its processes, given a shipped configuration."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     words = ["--config_file", str(recipes.path("accelerate", name)), "--num_processes", "2", "script.py"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
-    told = prepare_multi_gpu_env(args)
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    told = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     return {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
@@ -134,6 +138,14 @@ def refusals(accelerator: Accelerator) -> None:
     complain(lambda: devices.refuse_sharding(accelerator, "A LoRA"))
 
 
+def other_zero(accelerator: Accelerator) -> None:
+    """What ZeRO is asked for and is not done."""
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    complain(lambda: devices.begin(accelerator))
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "2"
+    complain(lambda: devices.refuse_sharding(accelerator, "A LoRA"))
+
+
 def complain(act: Callable[[], None]) -> None:
     try:
         act()
@@ -146,14 +158,17 @@ def main(output: Path, begun: Path, engines: Sequence[str]) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
     uneven_calls(accelerator)
     for engine, names in (words.split("=") for words in engines):
-        if engine == "fsdp":
-            os.environ.update(environment("fsdp2"))
+        if engine in CONFIGURED:
+            os.environ.update(environment(CONFIGURED[engine]))
         devices.begin(accelerator)
         if engine == "fsdp" and accelerator.is_main_process:
             refusals(accelerator)
+        if engine == "zero" and accelerator.is_main_process:
+            other_zero(accelerator)
+        dtype = torch.float32 if engine == "zero" else torch.float64  # DeepSpeed keeps weights and moments in float32
         for name in names.split(";"):
-            run(name, output / engine / name, accelerator)
-            run(name, output / f"{engine}, resumed" / name, accelerator, begun / name)
+            run(name, output / engine / name, accelerator, dtype=dtype)
+            run(name, output / f"{engine}, resumed" / name, accelerator, begun / name, dtype)
     if accelerator.is_main_process:
         print("processes", accelerator.num_processes)
 

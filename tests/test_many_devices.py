@@ -5,6 +5,7 @@ Real gloo processes: two here, one launch for all of it; four, every kind of run
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from pipelines import cli
 from pipelines.run import settings_of
 from pipelines.training import align, pairs_per_step
 
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install 'diffalign[deepspeed]'")
 HERE = Path(spread.__file__).parent
 FEW = {"ddp": ("sft, extrapolated", "d3po", "dro with a lora"), "fsdp": ("sft, extrapolated",)}
 ALL = {"ddp": tuple(RUNS), "fsdp": tuple(name for name, run in RUNS.items() if not run.lora)}
@@ -40,17 +42,17 @@ def torchrun(world: int, words: Iterable[object], environment: Mapping[str, str]
     return done.stdout
 
 
-def spread_out(folder: Path, world: int, engines: Mapping[str, tuple[str, ...]]) -> str:
+def spread_out(folder: Path, world: int, engines: Mapping[str, tuple[str, ...]], dtype: torch.dtype = torch.float64) -> str:
     """One process; several, from the beginning and on from it; and one on from several. What the several printed."""
     alone = Accelerator(cpu=True)
     for name in {name for names in engines.values() for name in names}:
-        spread.run(name, folder / "one" / name, alone)
+        spread.run(name, folder / "one" / name, alone, dtype=dtype)
     asked_for = [f"{engine}={';'.join(names)}" for engine, names in engines.items()]
     said = torchrun(world, [HERE / "spread.py", folder, folder / "one", *asked_for])
     assert f"processes {world}" in said
     for engine, names in engines.items():
         for name in names:
-            spread.run(name, folder / f"one, on from {engine}" / name, alone, folder / engine / name)
+            spread.run(name, folder / f"one, on from {engine}" / name, alone, folder / engine / name, dtype)
     return said
 
 
@@ -72,22 +74,22 @@ def asked(folder: Path) -> list[dict]:
 def check_same(one: dict, other: dict, tolerance: float = 1e-9) -> None:
     """All that is measured: losses, gradients' norms, validation."""
     for where, row in other.items():
-        for key in row.keys() - {"kind", "step", "bins", "advice", "seconds"}:
+        for key in row.keys() - {"kind", "step", "bins", "advice", "seconds", "waiting"}:
             assert row[key] == pytest.approx(one[where][key], rel=tolerance, abs=tolerance), (where, key)
 
 
-def check_whole(folder: Path, engine: str, name: str) -> None:
+def check_whole(folder: Path, engine: str, name: str, tolerance: float = 1e-9) -> None:
     one, several = curve(folder / "one" / name), curve(folder / engine / name)
     assert one.keys() == several.keys()
-    check_same(one, several)
+    check_same(one, several, tolerance)
     assert len({row["loss"] for (kind, _), row in one.items() if kind == "train"}) > 1  # it is a curve
     assert {found["network"].startswith("FSDP") for found in asked(folder / engine / name)} == {engine == "fsdp"}
 
 
-def check_resumed(folder: Path, how: str, name: str) -> None:
+def check_resumed(folder: Path, how: str, name: str, tolerance: float = 1e-9) -> None:
     one, resumed = curve(folder / "one" / name), curve(folder / how / name)
     assert {step for kind, step in resumed if kind == "train"} == {3, 4}
-    check_same(one, resumed)
+    check_same(one, resumed, tolerance)
 
 
 def check_shared(folder: Path, engine: str, name: str) -> None:
@@ -130,16 +132,24 @@ def test_processes_may_call_a_network_unequally_often(runs: tuple[Path, str]) ->
     [
         "Sharding is FSDP2 here, and Accelerate is set to version 1",
         "Leave fsdp_activation_checkpointing out: --gradient-checkpointing recomputes activations.",
-        "A LoRA cannot be sharded (FSDP2): leave the --config_file out",
+        "A LoRA cannot be sharded (FSDP2, ZeRO): leave the --config_file out",
     ],
 )
 def test_other_sharding_is_refused(said: str, runs: tuple[Path, str]) -> None:
     assert said in " ".join(line for line in runs[1].splitlines() if line.startswith("refused:"))
 
 
-def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="set to DeepSpeed, which training is not written for. FSDP2 shares out"):
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("ACCELERATE_USE_MEGATRON_LM", "set to Megatron-LM, which training is not written for. FSDP2 shares out"),
+        ("ACCELERATE_USE_DEEPSPEED", "set to DeepSpeed, which is not installed: pip install 'diffalign\\[deepspeed\\]'"),
+    ],
+)
+def test_other_engines_are_refused(variable: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=said):
         align("sft", recipe="tiny", output=tmp_path / "out", prompts="none", steps=1)
     assert not (tmp_path / "out").exists()
 
@@ -147,13 +157,15 @@ def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_the_shipped_configurations(capsys: pytest.CaptureFixture) -> None:
     """The command prints a path, and Accelerate takes from it what it should."""
     assert cli.main(["devices"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ddp", "fsdp2"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ddp", "fsdp2", "zero2"]
     assert cli.main(["devices", "fsdp2"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
     assert cli.main(["devices", "fsdp"]) == 2
     assert "Did you mean fsdp2?" in capsys.readouterr().err
     assert "ACCELERATE_USE_FSDP" not in environment("ddp")
     told = environment("fsdp2")
+    deep = environment("zero2")
+    assert (deep["ACCELERATE_USE_DEEPSPEED"], deep["ACCELERATE_DEEPSPEED_ZERO_STAGE"]) == ("true", "2")
     assert (told["ACCELERATE_USE_FSDP"], told["FSDP_VERSION"], told["FSDP_RESHARD_AFTER_FORWARD"]) == ("true", "2", "true")
 
 
@@ -184,11 +196,29 @@ COMMAND += ["--validate-every", "2", "--validation-pairs", "3", "--learning-rate
 COMMAND += ["--prompts", "none", "--quiet"]
 
 
+ZERO = ("sft, extrapolated", "dpo", "d3po", "seppo")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_zero_gives_the_curve_of_one_process(world: int, tmp_path: Path) -> None:
+    """In float32, which is what DeepSpeed keeps: whole runs, runs on from a checkpoint of one, and one on from theirs."""
+    said = spread_out(tmp_path, world, {"zero": ZERO[: 4 if world == 4 else 2]}, torch.float32)
+    for name in ZERO[: 4 if world == 4 else 2]:
+        check_whole(tmp_path, "zero", name, 2e-4)
+        for how in ("zero, resumed", "one, on from zero"):
+            check_resumed(tmp_path, how, name, 2e-4)
+    refused = " ".join(line for line in said.splitlines() if line.startswith("refused:"))
+    assert "ZeRO is of stage 1 or 2 here, and Accelerate is set to 3." in refused
+    assert "A LoRA cannot be sharded (FSDP2, ZeRO)" in refused
+
+
 @pytest.mark.slow
-def test_the_command_line_with_the_shipped_configuration(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_the_command_line_with_the_shipped_configuration(engine: str, tmp_path: Path) -> None:
     """Sharded on two and on four, its export, and on from any checkpoint: in float32, by 2e-5 as one process does it."""
     words = [*COMMAND, "--model", save_untrained(tmp_path / "model"), "--pairs", write_pairs(tmp_path / "data", 12)]
-    sharded = environment("fsdp2")
+    sharded = environment(engine)
 
     def train(name: str, world: int, batch: int, *more: str) -> Path:
         asked_for = [*words, "--batch-size", batch, "--accumulation", "2", "--output", tmp_path / name, *more]

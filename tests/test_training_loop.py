@@ -129,7 +129,7 @@ def test_the_optimizer_goes_on_with_the_tensors_that_were_restored(tmp_path: Pat
     make_trainer(tmp_path, steps=2).run()
     trainer = make_trainer(tmp_path, steps=4, identity={"reference": "small"})
     trainer.resume()
-    held = {id(p) for group in trainer._optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in trainer._updates.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in trainer._policy.trainable_parameters()}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from diffalign.protocols import Predictor
-from pipelines.families import _attention, _compiled, _lora, _quantised
+from pipelines.families import _attention, _compiled, _convolutions, _lora, _quantised
 from pipelines.families._denoiser import NetworkDenoiser, working_dtype
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
@@ -229,6 +229,10 @@ class Family:
         if self._network_name != UNET:
             return
         self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
+
+    def use_products(self) -> int:
+        """For a frozen network on a CPU: large convolutions over few positions are matrix products; how many may be."""
+        return _convolutions.use_products(self.network)
 
     def compile_blocks(self, **options: Any) -> int:
         """Have ``torch.compile(**options)`` take the network's repeated blocks; how many they are. After ``attach_lora``."""

@@ -1,0 +1,86 @@
+"""From losses to new weights: gradients are added up over micro-batches, averaged over processes, clipped, and taken.
+
+Accelerate does it for one process, for copies of the model (DDP) and for shares of it (FSDP2); DeepSpeed has a way of its own of
+keeping moments in shares (``zero``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffalign.checkpoint import Stateful
+from diffalign.optimisation import OptimiserSettings, build_optimizer
+from diffalign.sharding import WholeOptimizer, is_sharded
+
+
+class Updates(Protocol):
+    """What the loop asks of whoever keeps gradients and moments."""
+
+    optimizer: torch.optim.Optimizer  # its groups hold the learning rate
+    saved: Stateful  # moments, whole and by parameter, however they are kept here
+
+    def adding(self, last: bool) -> AbstractContextManager:
+        """Around the losses and the backward pass of a micro-batch; ``last`` if it is the step's last."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, []."""
+
+    def clipped(self) -> Tensor:
+        """The gradient's norm over all processes, [], before it is clipped; not finite if the gradient is not."""
+
+    def take(self) -> None:
+        """Update the weights, and forget the gradient."""
+
+    def weights_changed(self) -> None:
+        """Somebody else has written to the parameters."""
+
+
+class Accelerated:
+    """By Accelerate and a PyTorch optimizer."""
+
+    def __init__(
+        self, accelerator: Accelerator, network: nn.Module, parameters: Iterable[nn.Parameter], settings: OptimiserSettings
+    ) -> None:
+        self._accelerator, self._network, self._parameters = accelerator, network, list(parameters)
+        self._most = settings.max_grad_norm or math.inf
+        self._prepared = accelerator.prepare_optimizer(build_optimizer(self._parameters, settings))
+        self.optimizer: torch.optim.Optimizer = self._prepared.optimizer
+        self.saved: Stateful = WholeOptimizer(self.optimizer) if is_sharded(self._parameters) else self.optimizer
+
+    def adding(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self._accelerator.no_sync(self._network)
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def clipped(self) -> Tensor:
+        return self._accelerator.clip_grad_norm_(self._parameters, self._most)
+
+    def take(self) -> None:
+        self._prepared.step()
+        self._prepared.zero_grad()
+
+    def weights_changed(self) -> None:
+        """They are the optimizer's own."""
+
+
+def updates_of(
+    accelerator: Accelerator,
+    network: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    settings: OptimiserSettings,
+    zero: Mapping[str, Any] | None = None,
+) -> Updates:
+    """``zero`` is the section ``zero_optimization`` of DeepSpeed's configuration, if that is to keep the moments."""
+    if zero is None:
+        return Accelerated(accelerator, network, parameters, settings)
+    from diffalign.zero import Zero
+
+    return Zero(accelerator, network, parameters, settings, zero)
