@@ -337,12 +337,12 @@ def as_markdown(rows: Sequence[Line], base: dict[str, Any]) -> str:
 
 
 def report(folder: Path) -> None:
-    """``objectives.md`` and ``objectives.png``; ``noise.md`` and ``noise.png`` if the sweep was run."""
+    """A table and a plot of each comparison that was run: ``objectives.md`` and ``.png``, ``noise...``, ``draws...``."""
     base = json.loads((folder / "results" / "base.json").read_text())
-    rows = list(lines(folder, OBJECTIVES))
-    (folder / "objectives.md").write_text(as_markdown(rows, base))
-    print(as_markdown(rows, base))
-    _draw_objectives(rows, base, folder / "objectives.png")
+    if rows := list(lines(folder, OBJECTIVES)):
+        (folder / "objectives.md").write_text(as_markdown(rows, base))
+        print(as_markdown(rows, base))
+        _draw_objectives(rows, base, folder / "objectives.png")
     sweep = {
         name: [(level, line) for level in NOISE_LEVELS for line in lines(folder, [noisy(name, level).name])] for name in NOISY
     }
