@@ -50,8 +50,8 @@ class Accelerated:
     ) -> None:
         self._accelerator, self._network, self._parameters = accelerator, network, list(parameters)
         self._most = settings.max_grad_norm or math.inf
-        self._prepared = accelerator.prepare_optimizer(build_optimizer(self._parameters, settings))
-        self.optimizer: torch.optim.Optimizer = self._prepared.optimizer
+        self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, settings))
+        self.optimizer: torch.optim.Optimizer = self._optimizer.optimizer
         self.saved: Stateful = WholeOptimizer(self.optimizer) if is_sharded(self._parameters) else self.optimizer
 
     def adding(self, last: bool) -> AbstractContextManager:
@@ -64,8 +64,8 @@ class Accelerated:
         return self._accelerator.clip_grad_norm_(self._parameters, self._most)
 
     def take(self) -> None:
-        self._prepared.step()
-        self._prepared.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def weights_changed(self) -> None:
         """They are the optimizer's own."""
