@@ -10,7 +10,7 @@ from miniatures import MINIATURES
 from torch import Tensor
 
 from diffalign.references import AdapterOff
-from pipelines.families import wrap
+from pipelines.families import _convolutions, wrap
 from pipelines.families._compiled import repeated_blocks
 
 
@@ -25,12 +25,13 @@ class Counting:
         return graph.forward
 
 
-def asked(name: str) -> tuple[Any, Any]:
+def asked(name: str, products: bool = False) -> tuple[Any, Any]:
     """A family with an adapter that matters, and a step of it: the reference asked without a graph, the policy with one."""
     pipe = MINIATURES[name].build()
     with torch.no_grad():
         said, _ = MINIATURES[name].said(pipe, ["a red circle", "two blue squares"])
     family = wrap(pipe)
+    assert not products or family.use_products() > 0
     family.attach_lora(rank=2, seed=0)
     with torch.no_grad():
         for i, parameter in enumerate(family.denoiser.trainable_parameters()):
@@ -51,10 +52,13 @@ def asked(name: str) -> tuple[Any, Any]:
     return family, step
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "sd3"])
-def test_graphs_survive_the_switch_of_the_adapter(name: str) -> None:
+@pytest.mark.parametrize(("name", "products"), [("stable_diffusion", False), ("stable_diffusion", True), ("sd3", False)])
+def test_graphs_survive_the_switch_of_the_adapter(name: str, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where convolutions choose by their picture's size."""
+    monkeypatch.setattr(_convolutions, "WEIGHTS", 1)
+    monkeypatch.setattr(_convolutions, "SHARE", {torch.float32: 0.25})  # below 4 positions for each channel
     torch.compiler.reset()
-    family, step = asked(name)
+    family, step = asked(name, products)
     plain, compiler = step(), Counting()
     assert not torch.equal(plain[0], plain[1])  # the adapter matters
     count = family.compile_blocks(backend=compiler)

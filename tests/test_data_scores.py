@@ -161,9 +161,9 @@ def test_a_cache_of_an_older_version_is_told_by_name(tmp_path: Path) -> None:
     build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL)
     known = tmp_path / "c" / "fingerprint.json"
     known.write_text(json.dumps(json.loads(known.read_text()) | {"version": 1}))
-    with pytest.raises(StaleCacheError, match="is of version 1, and this diffalign reads version 4"):
+    with pytest.raises(StaleCacheError, match="is of version 1, and this diffalign reads version 5"):
         PairCache.open(tmp_path / "c")
-    with pytest.raises(StaleCacheError, match="version was 1 and is now 4"):
+    with pytest.raises(StaleCacheError, match="version was 1 and is now 5"):
         PairCache.open(tmp_path / "c", cache_fingerprint(table, SmallEncoder(), CENTRAL))
 
 

@@ -98,7 +98,7 @@ def test_draws_are_functions_of_seed_row_and_number() -> None:
     "order",
     [
         Order(10, seed=3),
-        BucketOrder([(1, 1), (2, 1), (1, 1), (1, 1), (2, 1), (1, 1)], batch_size=2, seed=0),
+        BucketOrder([0, 1, 0, 0, 1, 0], batch_size=2, seed=0),
         Curriculum(range(12), stages=3, cumulative=False, steps=60, global_batch=4, seed=0),
     ],
     ids=["order", "buckets", "curriculum"],

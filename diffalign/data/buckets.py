@@ -11,7 +11,9 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from diffalign.data.draws import generator
 
@@ -40,32 +42,38 @@ def nearest(size: tuple[int, int], resolution: int, step: int) -> Shape:
 
 
 class BucketOrder:
-    """Each epoch visits all rows, in blocks of ``batch_size`` positions that hold rows of one shape, in a seeded order.
+    """Each epoch visits all rows, in blocks of ``batch_size`` positions that hold rows of one bucket, in a seeded order.
 
-    Where a shape's rows do not fill its last block, the first of them come again: nothing is left out. Blocks are what a
-    micro-batch takes, so the order does not depend on the number of processes.
+    ``of_row`` is the number of each row's bucket. Where a bucket's rows do not fill its last block, the first of them come again:
+    nothing is left out. Blocks are what a micro-batch takes, so the order does not depend on the number of processes.
     """
 
-    def __init__(self, of_row: Sequence[Shape], batch_size: int, seed: int) -> None:
+    def __init__(self, of_row: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
         self._batch_size, self._seed = batch_size, seed
-        self._groups = [[i for i, shape in enumerate(of_row) if shape == one] for one in sorted(set(of_row))]
-        counts = [math.ceil(len(group) / batch_size) for group in self._groups]
-        self._blocks = [(g, k) for g, count in enumerate(counts) for k in range(count)]
+        _, sizes = np.unique(of_row, return_counts=True)
+        self._groups = np.split(np.argsort(of_row, kind="stable"), np.cumsum(sizes)[:-1])
+        self._ends = np.cumsum(-(-sizes // batch_size))  # of each group's blocks
+
+    @property
+    def _blocks(self) -> int:
+        return int(self._ends[-1])
 
     def row(self, position: int) -> int:
         """The row at a position."""
         block, place = divmod(position, self._batch_size)
-        epoch, number = divmod(block, len(self._blocks))
-        g, k = self._blocks[_shuffled(len(self._blocks), self._seed, epoch, -1)[number]]
-        group = self._groups[g]
-        return group[_shuffled(len(group), self._seed, epoch, g)[(k * self._batch_size + place) % len(group)]]
+        epoch, number = divmod(block, self._blocks)
+        chosen = int(_shuffled(self._blocks, self._seed, epoch, -1)[number])
+        g = int(np.searchsorted(self._ends, chosen, side="right"))
+        group, first = self._groups[g], self._ends[g - 1] if g else 0
+        rank = int(chosen - first) * self._batch_size + place
+        return int(group[_shuffled(len(group), self._seed, epoch, g)[rank % len(group)]])
 
     def epoch(self, position: int) -> int:
         """The pass over the rows to which a position belongs, from 0."""
-        return position // self._batch_size // len(self._blocks)
+        return position // self._batch_size // self._blocks
 
 
 @lru_cache(maxsize=256)
-def _shuffled(n: int, seed: int, epoch: int, group: int) -> list[int]:
-    """A permutation of ``n`` things of a group in an epoch; group -1 is the blocks."""
-    return torch.randperm(n, generator=generator(seed, "buckets", epoch, group + 1)).tolist()
+def _shuffled(n: int, seed: int, epoch: int, group: int) -> Tensor:
+    """A permutation of ``n`` things of a group in an epoch, int64 [n]; group -1 is the blocks."""
+    return torch.randperm(n, generator=generator(seed, "buckets", epoch, group + 1))

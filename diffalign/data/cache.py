@@ -39,7 +39,7 @@ from diffalign.errors import UserError
 from diffalign.learner import Alone, Processes
 from diffalign.protocols import Encoder
 
-VERSION = 4
+VERSION = 5
 """Raise it when the files change their meaning."""
 
 
@@ -254,6 +254,11 @@ class PairCache:
     def buckets(self) -> bool:
         """Whether the pairs have shapes of their own."""
         return self.fingerprint["transform"].get("buckets", False)
+
+    @property
+    def bucket_numbers(self) -> np.ndarray:
+        """int32 [N], which of the transform's shapes every pair is cut to; all 0 without buckets."""
+        return self._pairs["bucket"]
 
     def shape_of(self, pair_index: int) -> tuple[int, int, int]:
         """(C, h, w) of both latents of a pair."""

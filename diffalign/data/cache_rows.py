@@ -32,8 +32,9 @@ from diffalign.learner import Processes
 PART = 4096
 """Rows that are read at a time; a kill costs each process the part that it was about."""
 VALUES = [(name, "<f4") for name in ("label", "weight", "winner_score", "loser_score")]
-KEYS = np.dtype([("row", "<i8"), ("winner", "V16"), ("loser", "V16"), *VALUES])
-COLUMNS = np.dtype([*((name, "<i8") for name in ("row", "winner", "loser", "prompt")), *VALUES])
+BUCKET = ("bucket", "<i4")
+KEYS = np.dtype([("row", "<i8"), ("winner", "V16"), ("loser", "V16"), BUCKET, *VALUES])
+COLUMNS = np.dtype([*((name, "<i8") for name in ("row", "winner", "loser", "prompt")), BUCKET, *VALUES])
 Skipped = tuple[int, str, str]
 """Row, origin, reason."""
 NAMED = 5  # unreadable rows named in a refusal
@@ -89,8 +90,8 @@ class Rows:
             if isinstance(outcome, RowProblem):
                 skipped.append((row, outcome.origin, _reason(outcome)))
             else:
-                pair, keys = outcome
-                kept.append((row, keys[0], keys[-1], pair.label, pair.weight, *(pair.scores or (np.nan, np.nan))))
+                pair, keys, bucket = outcome
+                kept.append((row, keys[0], keys[-1], bucket, pair.label, pair.weight, *(pair.scores or (np.nan, np.nan))))
                 texts["prompts"].append(pair.prompt)
                 texts["origins"].append(pair.origin)
             if self._progress:
@@ -114,7 +115,8 @@ class Rows:
         for row in rows:
             yield row, pair_of(self._table, row)
 
-    def _keyed(self, read: tuple[int, PreferencePair | RowProblem]) -> tuple[PreferencePair, list[bytes]] | RowProblem:
+    def _keyed(self, read: tuple[int, PreferencePair | RowProblem]) -> tuple[PreferencePair, list[bytes], int] | RowProblem:
+        """A pair, the keys of its pictures, and which of the transform's shapes it is cut to."""
         row, pair = read
         if isinstance(pair, RowProblem):
             return pair
@@ -127,7 +129,7 @@ class Rows:
                 keys.append(_key(source, self._transform, position, target))
             except UnreadableImage as error:
                 return RowProblem(pair.origin, side, str(error))
-        return pair, keys
+        return pair, keys, self._transform.shapes.index(target)
 
     # ------------------------------------------------------------------------------------------------------------ joining
 
@@ -149,7 +151,7 @@ class Rows:
             for part in range(self._parts):
                 keys, texts = self._part(part)
                 pairs = np.empty(len(keys), COLUMNS)
-                for name in ("row", *(name for name, _ in VALUES)):
+                for name, _ in (("row", "<i8"), BUCKET, *VALUES):
                     pairs[name] = keys[name]
                 shown, new = pictures.of(np.stack([keys["winner"], keys["loser"]], axis=1).ravel().tolist())
                 pairs["winner"], pairs["loser"] = np.array(shown, dtype=np.int64).reshape(-1, 2).T * self._stride

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class EncodedPairs(Protocol):
     weights: Sequence[float]
     scores: Tensor | None  # [N, 2] float32 of winner and loser, NaN where there is none; may be missing altogether
     latent_shape: tuple[int, ...]
-    buckets: bool  # whether pairs have shapes of their own, which ``shape_of`` tells; may be missing
+    buckets: bool  # whether pairs have shapes of their own, which ``shape_of`` and ``bucket_numbers`` tell; may be missing
 
     def __len__(self) -> int: ...
 
@@ -98,8 +99,8 @@ class PairLoader:
     def _by_shape(self) -> BucketOrder:
         if self._settings.curriculum != "none":
             raise UserError("A curriculum orders pairs by their scores, and buckets order them by shape; leave one of them out.")
-        of_row = [shape_of(self._pairs, row)[1:] for row in self._rows]
-        return BucketOrder(of_row, self._settings.batch_size, self._settings.seed)
+        numbers = np.asarray(self._pairs.bucket_numbers)[np.asarray(self._rows)]  # type: ignore[attr-defined]
+        return BucketOrder(numbers, self._settings.batch_size, self._settings.seed)
 
     def _by_margin(self) -> Curriculum:
         s, stages = self._settings, self._settings.curriculum_stages
@@ -144,8 +145,8 @@ def shape_of(pairs: EncodedPairs, row: int) -> tuple[int, ...]:
     return pairs.shape_of(row) if getattr(pairs, "buckets", False) else pairs.latent_shape
 
 
-def easiest_first(pairs: EncodedPairs, rows: Sequence[int]) -> list[int]:
-    """Places in ``rows``, by how far apart a judge puts the two pictures, furthest first; pairs without scores come last.
+def easiest_first(pairs: EncodedPairs, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [N]: places in ``rows``, by how far apart a judge puts the two pictures, furthest first; without scores comes last.
 
     The gap counts, not whom it favours: where judge and label disagree a pair is easy to tell apart all the same, as in
     Curriculum-DPO's code. Equal gaps stay in the order of the rows.
@@ -154,16 +155,16 @@ def easiest_first(pairs: EncodedPairs, rows: Sequence[int]) -> list[int]:
         UserError: no pair has scores, or none whose pictures differ in them.
     """
     known = getattr(pairs, "scores", None)
-    if known is None or bool(torch.as_tensor(known)[list(rows)].isnan().any(dim=1).all()):
+    found = None if known is None else np.asarray(known, dtype=np.float64)[np.asarray(rows)]
+    if found is None or np.isnan(found).any(axis=1).all():
         raise UserError(
             "A curriculum orders pairs by a judge's scores, which these data do not have. Name a judge (--reward), use data that "
             "`diffalign relabel` wrote (--scores), or set curriculum to none."
         )
-    winner, loser = torch.as_tensor(known, dtype=torch.float64)[list(rows)].unbind(dim=1)
-    gap = (winner - loser).abs().nan_to_num(nan=-1.0)
-    if float(gap.max()) == 0.0:
+    gap = np.nan_to_num(np.abs(found[:, 0] - found[:, 1]), nan=-1.0)
+    if gap.max() == 0.0:
         raise UserError("A curriculum orders pairs by their scores' difference, which is zero for all of them: single pictures?")
-    return gap.argsort(descending=True, stable=True).tolist()
+    return np.argsort(-gap, kind="stable")
 
 
 def collate(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw], latent_mode: bool) -> PairBatch:
