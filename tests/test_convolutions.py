@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_runs import on_disk, run, write_pairs
+from miniatures import MINIATURES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipelines.families import _convolutions
+from pipelines.families import _convolutions, wrap
 from pipelines.families._convolutions import use_products
-from pipelines.training import align
 
 CHANNELS = 256
 FLOAT32, BFLOAT16 = CHANNELS // 20, CHANNELS // 4
@@ -95,12 +96,45 @@ def test_small_ones_stay_and_what_is_saved_is_the_same() -> None:
     network = nn.Sequential(convolution(), nn.Conv2d(8, 8, 3, padding=1))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert use_products(network) == 1
-    assert [module for module in network if "_conv_forward" in vars(module)] == [network[0]]
+    assert [vars(module)["_conv_forward"].__func__.__name__ for module in network] == ["convolved", "_plainly"]
     copied = copy.deepcopy(network[0])
     assert copied._conv_forward.__self__ is copied
     after = network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_network_without_large_ones_stays() -> None:
+    small = nn.Conv2d(8, 8, 3, padding=1)
+    assert use_products(small) == 0
+    assert "_conv_forward" not in vars(small) and small.weight.is_contiguous()
+
+
+def test_gradients_stand_as_activations_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels-last, all the way through a UNet with attention, whose blocks hand on pictures in the other order."""
+    monkeypatch.setattr(_convolutions, "WEIGHTS", 1)
+    pipe = MINIATURES["stable_diffusion"].build()
+    family = wrap(pipe)
+    with torch.no_grad():
+        said, _ = MINIATURES["stable_diffusion"].said(pipe, ["a red circle"])
+    x, t = torch.randn(1, *family.latent_shape(32)), torch.tensor([300])
+    before = family.denoiser(x, t, said)
+    assert family.use_products() > 0
+    family.attach_lora(rank=2)
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def listen(module: nn.Module, given: tuple[Tensor], answer: Tensor) -> None:
+        if given[0].dim() == 4 and answer.requires_grad:
+            answer.register_hook(lambda gradient: found.append((given[0], gradient)))
+
+    for module in family.network.modules():
+        if isinstance(module, nn.SiLU):
+            module.register_forward_hook(listen)
+    after = family.denoiser(x, t, said)
+    after.square().mean().backward()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert len(found) > 4
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for pair in found for one in pair)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
@@ -110,6 +144,6 @@ def test_a_run_takes_products_below_a_lora(adapter: str, monkeypatch: pytest.Mon
     taken = []
     asked = _convolutions.convolved
     monkeypatch.setattr(_convolutions, "convolved", lambda module, *given: taken.append(module) or asked(module, *given))
-    pace = {"steps": 1, "accumulation": 1, "batch_size": 2, "validation_pairs": 0, "prompts": "none", "progress": False}
-    align("diffusion-dpo", recipe="tiny", adapter=adapter, output=str(tmp_path / "run"), **pace)
+    saved, pairs = on_disk("stable_diffusion", tmp_path), write_pairs(tmp_path / "data", 4)
+    run(saved, pairs, "diffusion-dpo", tmp_path / "run", adapter=adapter, steps=1)
     assert bool(taken) is (adapter == "lora")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -64,7 +65,18 @@ def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT follows the base's dtype; updates of 1e-5 would be lost in bfloat16
-    setattr(network, _LAYERS, _found(network))
+    layers = _found(network)
+    for layer in layers:
+        layer._cast_input_dtype = MethodType(_cast_but_under_autocast, layer)
+    setattr(network, _LAYERS, layers)
+
+
+def _cast_but_under_autocast(layer: Any, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """PEFT brings what an adapter is given to float32, which autocast undoes at once: two copies of every layer's activations,
+    and two of their gradients."""
+    if x is not None and torch.is_autocast_enabled(x.device.type):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 def _check(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> None:
