@@ -74,7 +74,7 @@ def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
 def _cast_but_under_autocast(layer: Any, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """PEFT brings what an adapter is given to float32, which autocast undoes at once: two copies of every layer's activations,
     and two of their gradients."""
-    if x is not None and torch.is_autocast_enabled(x.device.type):
+    if x is not None and torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return x
     return type(layer)._cast_input_dtype(layer, x, dtype)
 
