@@ -36,9 +36,10 @@ ALL = {"ddp": tuple(RUNS), "fsdp": tuple(name for name, run in RUNS.items() if n
 
 def torchrun(world: int, words: Iterable[object], environment: Mapping[str, str] | None = None) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    around = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    where = {"PYTHONFAULTHANDLER": "1"}  # or nobody learns where a process crashed: once, at random, one did
+    around = {**os.environ, "OMP_NUM_THREADS": "1", **where, **(environment or {})}
     done = subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, env=around, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-12000:]
     return done.stdout
 
 
