@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a file with the marks, in which the table is put")
     args = parser.parse_args()
     outcomes = Outcomes()
-    code = pytest.main(["-q", "-p", "no:cacheprovider", str(TESTS)], plugins=[outcomes])
+    code = pytest.main(["-q", "-m", "slow or not slow", "-p", "no:cacheprovider", str(TESTS)], plugins=[outcomes])
     found = table(outcomes.runs).to_markdown()
     print(found)
     if args.write is not None:

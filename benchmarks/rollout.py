@@ -198,10 +198,11 @@ def measure(shape: str, rounds: int, batch: int) -> list[dict[str, Any]]:
         "D3PO, sampling": "sample",
         "DRO, sampling": "walk",
     }
-    return [{"shape": shape, "what": what, **_compared(bench, name, rounds)} for what, name in steps.items()]
+    return [{"shape": shape, "what": what, **compared(bench, name, rounds)} for what, name in steps.items()]
 
 
-def _compared(bench: Bench, name: str, rounds: int) -> dict[str, Any]:
+def compared(bench: Bench, name: str, rounds: int) -> dict[str, Any]:
+    """Both ways of one step, in alternation: medians of their seconds, and what each asked of the network."""
     variants: dict[str, Callable[[], None]] = {v: getattr(bench, f"{name}_{v}") for v in ("released", "ours")}
     seconds: dict[str, list[float]] = {v: [] for v in variants}
     counts = {}

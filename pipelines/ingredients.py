@@ -52,7 +52,6 @@ from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_score
 from pipelines.run import PRECISIONS, Say
 from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
-from reward_models._judge import Scorer
 
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 """Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
@@ -154,12 +153,25 @@ def start_adapter(settings: TrainSettings) -> families.SavedAdapter | None:
 
 
 def training_judges(settings: TrainSettings, function: RewardFunction | None = None) -> Judges:
-    """The judges of training, loaded; none if none is named, or if people chose. A ``function`` takes the place of any."""
+    """The judges of training, loaded; none if none is named, or if people chose. A ``function`` takes the place of any.
+
+    Raises:
+        UserError: an unknown judge, or one that cannot score the data's pairs where there are such.
+    """
     chosen = settings.reward
+    if not samples_itself(settings):
+        _refuse_for_pairs(chosen.reward, function)
     if function is not None:
         return {name: function for name in chosen.reward}
     wanted = chosen.reward and settings.feedback is None
     return load_judges(",".join(chosen.reward), chosen.reward_options) if wanted else {}
+
+
+def _refuse_for_pairs(names: Sequence[str], function: RewardFunction | None) -> None:
+    if function is not None:
+        raise UserError("A function rewards what is sampled; the data's pairs are scored by a judge, by its name (reward=...).")
+    if len(names) > 1:
+        raise UserError(f"The data's pairs are scored by one judge; --reward names {len(names)}: {', '.join(names)}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
@@ -362,10 +374,6 @@ def _encode_prompts(
 
 def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progress: Callable) -> Tensor:
     """A judge's scores of the encoded pairs."""
-    if not all(isinstance(judge, Scorer) for judge in judges.values()):
-        raise UserError("A function rewards what is sampled; the data's pairs are scored by a judge, by its name (reward=...).")
-    if len(judges) > 1:
-        raise UserError(f"The data's pairs are scored by one judge; --reward names {len(judges)}: {', '.join(judges)}.")
     say(f"{len(cache)} pairs are judged by {next(iter(judges))}")
     return pair_scores(table, cache.rows(), judges, progress)
 

@@ -63,8 +63,8 @@ def test_both_ways_of_learning_from_a_pair_give_the_same_gradient(rollout, monke
 
 def test_samples_are_counted(rollout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "STEPS", 4)
-    found = {r["what"]: r for r in rollout.measure("tiny", rounds=1, batch=2)}
-    learning, frozen = found["D3PO, learning"], found["D3PO, learning, frozen start"]
+    tiny = rollout.Bench("tiny", batch=2)
+    learning, frozen = (rollout.compared(tiny, step, rounds=1) for step in ("learn", "start"))
     assert learning["counts"]["released"] == {"learning": 16, "looking": 16, "calls": 16}
     assert learning["counts"]["ours"] == {"learning": 16, "looking": 0, "calls": 2}
     assert frozen["counts"]["ours"] == {"learning": 16, "looking": 16, "calls": 3}

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from diffalign.data import layouts, readers
+from diffalign.data.layouts import pick_a_pic as pick_a_pic_layout
 from diffalign.data.open import open_pairs
 from diffalign.data.pairs import ImageSource, RowProblem, UnreadableImage
 from diffalign.data.readers.parquet import ROWS_AT_ONCE
@@ -193,6 +194,34 @@ def test_ties_are_kept_as_one_half_or_dropped_and_unlabelled_rows_are_left_out(t
     assert [p.prompt for p in drop] == ["prompt 0"] and drop.left_out == {"ties": 2, "unlabelled": 1}
     assert keep.fingerprint != drop.fingerprint
     assert "2 ties left out" in drop.description
+
+
+def test_each_kind_of_label_is_looked_at_once_not_each_row(tmp_path, monkeypatch):
+    rows, asked = 3000, []
+    pictures = {"jpg_0": [png(0)] * rows, "jpg_1": [png(1)] * rows, "caption": ["p"] * rows}
+    pq.write_table(pa.table({**pictures, "label_0": [1.0, 0.5, 0.0] * (rows // 3)}), tmp_path / "p.parquet")
+    plain = pick_a_pic_layout.probability
+    monkeypatch.setattr(pick_a_pic_layout, "probability", lambda row: asked.append(row) or plain(row))
+    table = open_pairs(tmp_path / "p.parquet", ties="drop")
+    assert len(table) == 2000 and table.left_out["ties"] == 1000 and len(asked) == 3
+
+
+def test_labels_that_cannot_be_remembered_are_looked_at(tmp_path):
+    place = as_jsonl(tmp_path)
+    base = {"prompt": "p", "chosen": "img/0a.png", "rejected": "img/0b.png"}
+    place.write_text("\n".join(json.dumps(base | {"label": label}) for label in (1, [1.0], 0.5, 1.0)))
+    table = open_pairs(place, ties="drop")
+    assert len(table) == 3 and table.left_out["ties"] == 1 and table[2].label == 1.0
+    with pytest.raises(RowProblem, match="line 2.*label"):
+        table[1]
+
+
+@pytest.mark.parametrize("said", [(0, False), (False, 0)])
+def test_labels_that_python_takes_for_equal_are_told_apart(said, tmp_path):
+    base = {"caption": "p", "jpg_0": "0a.png", "jpg_1": "0b.png", "label_0": 1}
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(base | {"has_label": known}) for known in said))
+    table = open_pairs(tmp_path / "p.jsonl")
+    assert [table.origin(row) for row in range(len(table))] == [f"p.jsonl:line {2 if said[0] is False else 1}"]
 
 
 def test_labels_and_weights_of_a_listing_are_used(tmp_path):

@@ -172,9 +172,18 @@ def base_of(saved: Saved) -> torch.Tensor:
     return BASES[saved.folder]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-@pytest.mark.parametrize("objective", objectives.names(of_prompts=False))
-@pytest.mark.parametrize("family", families.names())
+def every_run() -> list[Any]:
+    """Family, objective, adapter. Each family meets each objective here with one adapter, and slowly with the other."""
+    found = []
+    for row, family in enumerate(families.names()):
+        for column, objective in enumerate(objectives.names(of_prompts=False)):
+            first = (row + column) % 2
+            for k, adapter in enumerate(("lora", "full")):
+                found.append(pytest.param(family, objective, adapter, marks=() if k == first else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("family", "objective", "adapter"), every_run())
 def test_a_run(
     family: str, objective: str, adapter: str, folders: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

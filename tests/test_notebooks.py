@@ -39,7 +39,7 @@ EXPECTED = {
         files=("pictures/low/00004.png", "pictures/high/metadata.jsonl"),
     ),
     "optimize_prompts": Expected(
-        'captions, candidates, sft_steps, steps, held_out, output = 6, 4, 60, 3, 4, "runs"',
+        'captions, candidates, sft_steps, steps, held_out, output = 6, 4, 30, 3, 2, "runs"',
         pictures=2,
         words=("pairs from 6 prompts", "as weighted", "0.0"),
         files=("runs/sem/model.safetensors", "runs/report/report.md", "runs/pairs.candidates.jsonl"),

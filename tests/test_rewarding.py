@@ -98,6 +98,13 @@ def test_a_function_of_ones_own_rewards_training(tmp_path: Path) -> None:
     assert math.isfinite(line["reward"])
 
 
-def test_pairs_are_not_scored_by_a_function(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="A function rewards what is sampled"):
-        align("smpo", recipe="tiny", judge=redness, output=str(tmp_path / "run"), steps=1, prompts="none", progress=False)
+@pytest.mark.parametrize(
+    ("judges", "reason"),
+    [
+        ({"judge": redness}, "A function rewards what is sampled"),
+        ({"reward": ["jpeg", "oracle"]}, "scored by one judge; --reward names 2: jpeg, oracle"),
+    ],
+)
+def test_what_cannot_score_pairs_is_refused_before_anything_is_loaded(judges: dict, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        align("smpo", recipe="tiny", model="nowhere", output=str(tmp_path / "run"), steps=1, prompts="none", **judges)

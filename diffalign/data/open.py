@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from array import array
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,16 +160,27 @@ def _kept(rows: Rows, layout: Layout, names: Mapping[str, str], ties: str) -> tu
     left_out = {"ties": 0, "unlabelled": 0}
     if not present:
         return range(len(rows)), left_out
-    kept = []
+    reason_of = partial(_left_out, layout, present, ties)
+    remembered = lru_cache(maxsize=1024, typed=True)(reason_of)  # there are few labels, whatever the number of rows
+    kept = array("q")
     for index, cells in enumerate(zip(*(rows.column(names[role]) for role in present), strict=True)):
         try:
-            probability = layout.probability(dict(zip(present, cells, strict=True)))
-        except ValueError:
-            probability = 1.0
-        if probability is None:
-            left_out["unlabelled"] += 1
-        elif probability == 0.5 and ties == "drop":
-            left_out["ties"] += 1
+            reason = remembered(*cells)
+        except TypeError:  # a list in a cell cannot be remembered
+            reason = reason_of(*cells)
+        if reason:
+            left_out[reason] += 1
         else:
             kept.append(index)
     return kept, left_out
+
+
+def _left_out(layout: Layout, roles: Sequence[str], ties: str, *cells: Any) -> str | None:
+    """Why a row with these labels is not used; None for one that is."""
+    try:
+        probability = layout.probability(dict(zip(roles, cells, strict=True)))
+    except ValueError:
+        return None
+    if probability is None:
+        return "unlabelled"
+    return "ties" if probability == 0.5 and ties == "drop" else None
