@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +32,14 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plot takes longer than the run of a miniature: none is drawn but in tests marked ``curves``."""
+    training = sys.modules.get("pipelines.training")
+    if training is not None and request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(training, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def tensors(output: Path, name: str = "pytorch_lora_weights.safetensors") -> dic
     return {name: value.tolist() for name, value in load_file(output / name).items()}
 
 
+@pytest.mark.curves
 def test_a_lora_run_leaves_what_diffusers_loads(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

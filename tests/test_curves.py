@@ -1,0 +1,46 @@
+"""The training curves: a panel for everything that was measured, and none for what was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.curves import draw_curves
+
+TRAIN = {"kind": "train", "loss": 0.6931}
+BINS = [{"t_from": 100 * i, "t_to": 100 * i + 100, "accuracy": 0.5 + 0.03 * i} for i in range(10)]
+HELD_OUT = {"kind": "validation", "loss": 0.69, "accuracy": 0.6}
+DRIFTS = {"winner_drift": 0.001, "loser_drift": 0.002}
+
+
+def drawn(tmp_path: Path, *rows: dict[str, Any]) -> Path | None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({**row, "step": step}) + "\n" for step, row in enumerate(rows)))
+    return draw_curves(metrics, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(
+    ("rows", "panels"),
+    [
+        ([TRAIN], 1),
+        ([HELD_OUT | DRIFTS | {"bins": BINS}, TRAIN, TRAIN], 4),
+        ([HELD_OUT | {"winner_ratio": 0.1, "loser_ratio": -0.1}, TRAIN], 3),
+        ([{"kind": "validation", "loss": 0.69, "winner_log_p": -1.2}, TRAIN], 2),
+        ([TRAIN | {"reward": 0.3, "clipped": 0.0}, TRAIN | {"reward": 0.4, "clipped": 0.0}], 3),
+        ([TRAIN | {"reward": 0.3}, TRAIN], 1),
+    ],
+    ids=["loss alone", "pairs", "ratios", "tokens", "on-line", "a reward now and then"],
+)
+def test_there_is_a_panel_for_what_was_measured(rows: list[dict], panels: int, tmp_path: Path) -> None:
+    picture = Image.open(drawn(tmp_path, *rows))
+    assert picture.size == (int(3.75 * panels * 110), int(3.2 * 110))
+    assert len(np.unique(picture.convert("L"))) > 20
+
+
+def test_a_run_that_logged_nothing_has_no_picture(tmp_path: Path) -> None:
+    assert drawn(tmp_path, HELD_OUT) is None and not (tmp_path / "curves.png").exists()
