@@ -1,7 +1,11 @@
-"""What tests give to an objective beside the network: scored pairs, single pictures, prompts, a judge that looks at latents."""
+"""What tests give to an objective beside the network: scored pairs, single pictures, prompts, a judge that looks at latents.
+
+And what they hold against it: gradients, a logistic loss and log-ratios by hand.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -10,10 +14,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import functional as F
 from worlds import PairsInMemory, given, small_denoiser
 
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.learner import Given, Kind, Learner
+from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives.d3po import D3PO
 from diffalign.objectives.ddpo import DDPO
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
@@ -26,12 +32,16 @@ from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import OptimiserSettings
 from diffalign.references import AdapterOff, Frozen
+from diffalign.sources.dataset import noised
 from diffalign.train import LoopSettings, Together, Trainer
+from diffalign.types import LogRatio, PairBatch
 from pipelines import devices
 from pipelines.families import _lora
 from pipelines.families.stable_diffusion import UNetDenoiser
 
 SEED = 5
+LN2 = math.log(2.0)
+OFF = 2e-3  # how far from the start a policy is, per weight
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -115,7 +125,23 @@ CASES = {
 }
 
 
-def moved(network: torch.nn.Module, by: float = 2e-3, seed: int = 7) -> None:
+def seppo(**options) -> SePPO:
+    return SePPO(**{"beta": 500, "rollout_steps": 2, "guidance": 1.0, **options})
+
+
+def dro(**options) -> DiffusionDRO:
+    return DiffusionDRO(**{"margin": 1.0, "rollout_steps": 3, **options})
+
+
+def d3po(**options) -> D3PO:
+    return D3PO(**{"round_pairs": 2, **ROLLED, **options})
+
+
+def ddpo(**options) -> DDPO:
+    return DDPO(**{"round_pairs": 2, "baseline": "round", "clip": 0.1, **ROLLED, **options})
+
+
+def moved(network: torch.nn.Module, by: float = OFF, seed: int = 7) -> None:
     """Push what is trained a little way off, the same way for the same seed."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -193,6 +219,24 @@ def gradients(loss: Tensor, network: torch.nn.Module) -> Tensor:
     trained = [p for p in network.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, trained, allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(trained, found, strict=True)])
+
+
+# -------------------------------------------------------------------------------------------------------------- by hand
+
+
+def ratio_on(batch: PairBatch, policy: Any, reference: Any) -> LogRatio:
+    """By hand: log-ratios of plainly noised pairs."""
+    pair = noised(batch, policy.schedule)
+    with torch.no_grad():
+        return log_ratio(denoising(*pair_errors(policy, pair)), denoising(*pair_errors(reference, pair)))
+
+
+def exchanged(batch: PairBatch) -> PairBatch:
+    return replace(batch, winner=batch.loser, loser=batch.winner)
+
+
+def logistic(h: Tensor) -> Tensor:
+    return -F.logsigmoid(h)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
