@@ -242,6 +242,12 @@ def logistic(h: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
+def signs_are_of_rounding(row: Mapping[str, Any]) -> bool:
+    """Whether the accuracy in a row of metrics counts signs of margins that are zero, as those of transitions are before a
+    round's first update: one processor gives zero, another 1e-17 of either sign, whatever the number of processes."""
+    return abs(row.get("margin", 1.0)) < 1e-9
+
+
 def make_trainer(
     output: Path,
     case: Case,
