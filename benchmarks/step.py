@@ -68,7 +68,10 @@ VARIANTS = (
     Variant("kept errors, bf16", kept=True, half=True),
     Variant("kept errors, bf16, 4 at a time", kept=True, half=True, times=4),
 )
-COMPILED = Variant("kept errors, bf16, compiled", kept=True, half=True, compiled=True)
+COMPILED = (
+    Variant("kept errors, compiled", kept=True, compiled=True),
+    Variant("kept errors, bf16, compiled", kept=True, half=True, compiled=True),
+)
 
 
 class Halved(nn.Module):
@@ -421,20 +424,20 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=None, metavar="NAME", help="only these")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="one more variant, with compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="two more variants, with compiled blocks")
     parser.add_argument("--memory", action="store_true", help="also the peak memory, each in a process of its own")
     parser.add_argument("--profile", metavar="NAME", help="a variant, and nothing else")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("ADAPTER", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    known = {v.name: v for v in (*VARIANTS, COMPILED)}
+    known = {v.name: v for v in (*VARIANTS, *COMPILED)}
     if args.one:
         one(args, args.one[0], known[args.one[1]])
         return
     if args.profile:
         profile(args, args.adapters[0], known[args.profile])
         return
-    names = args.variants or [v.name for v in VARIANTS] + ([COMPILED.name] if args.compile else [])
+    names = args.variants or [v.name for v in VARIANTS] + [v.name for v in COMPILED if args.compile]
     variants = tuple(known[name] for name in names)
     rows = []
     for adapter in args.adapters:

@@ -85,6 +85,16 @@ def sketch(origin: Origin, dtype: torch.dtype) -> Family:
     return module.build(_pipeline(origin.pipeline_class, parts), origin=origin)
 
 
+def network(origin: Origin, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The network that is trained, by its name in the pipeline, as shapes on the meta device; nothing where there is no
+    configuration by itself, as beside a single file."""
+    if origin.configured_at is None:
+        return {}
+    folder, name = _small_files(origin), registry()[origin.family].NETWORK
+    with quietly():
+        return {name: _part(folder, name, _index(folder)[name], dtype)}
+
+
 def _index(folder: Path) -> dict[str, list[str]]:
     """Library and class of every part that there is."""
     index = json.loads((folder / INDEX_FILE).read_text())
