@@ -177,8 +177,8 @@ def _refuse_for_pairs(names: Sequence[str], function: RewardFunction | None) -> 
 # ------------------------------------------------------------------------------------------------------------- prepare
 
 
-def load_model(settings: TrainSettings, say: Say) -> Any:
-    """The checkpoint as something to train."""
+def load_model(settings: TrainSettings, say: Say, *, network: bool = True) -> Any:
+    """The checkpoint as something to train; without the ``network`` as something to encode with."""
     dtype = _weights_dtype(settings)
     expected = None if settings.prediction_type == "auto" else settings.prediction_type
     family = families.load_family(
@@ -189,6 +189,7 @@ def load_model(settings: TrainSettings, say: Say) -> Any:
         without=settings.without,
         base_lora=settings.base_lora,
         text_dtype=settings.data.text_precision,
+        network=network,
     )
     schedule = family.denoiser.schedule
     merged = "".join(f", with {lora.path} merged into it" for lora in family.origin.base_loras)

@@ -31,7 +31,7 @@ def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: b
     settings, _ = memory_presets.applied(settings)
     accelerator = start_accelerator(settings)
     say = say if accelerator.is_main_process else lambda _: None
-    family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
+    family, table = ingredients.load_model(settings, say, network=False), ingredients.open_data(settings)
     say(table.description)
     family.encoder.work_on(accelerator.device)
     with Bar(progress and accelerator.is_main_process) as bar:

@@ -12,6 +12,7 @@ from diffalign import objectives
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
 from pipelines.progress import TrainingBar
+from pipelines.run_folder import OutputFolder
 
 Say = Callable[[str], None]
 Report = Callable[..., None]
@@ -38,14 +39,24 @@ def settings_of(name: str, recipe: str | None, options: Mapping[str, Any]) -> An
 
 
 def through_the_loop(
-    build: Callable[[Report], Trainer], settings: Any, accelerator: Accelerator, *, resume: bool, say: Say, progress: bool
+    build: Callable[[Report], Trainer],
+    settings: Any,
+    accelerator: Accelerator,
+    folder: OutputFolder,
+    *,
+    say: Say,
+    progress: bool,
 ) -> tuple[Trainer, Finished]:
-    """Build the trainer and run it to its end or its interruption, with tracker and progress bar."""
-    if accelerator.log_with:
-        accelerator.init_trackers(settings.compute.tracker)
+    """Build the trainer, make the output folder its own, and run to the end or an interruption, with tracker and progress bar."""
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
         trainer = build(partial(bar.update, steps=settings.loop.steps))
-        if resume and trainer.resume():
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:  # nothing can be wrong any more: an older run may go
+            folder.claim()
+        accelerator.wait_for_everyone()
+        if accelerator.log_with:
+            accelerator.init_trackers(settings.compute.tracker)
+        if folder.resume and trainer.resume():
             say(f"resumed at step {trainer.step}")
         bar.start(trainer.step, settings.loop.steps)
         finished = trainer.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,15 +51,30 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def claim_output(output: Path, text: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration."""
-    if overwrite and output.is_dir():
-        for entry in output.iterdir():
-            if entry.name not in (CACHE_FOLDER, PROMPT_FOLDER):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    if not (resume and (output / CONFIG_FILE).is_file()):
-        (output / CONFIG_FILE).write_text(text)
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder of a run that may be there (``check_output``), and the ``text`` of its configuration. One process calls it."""
+
+    path: Path
+    text: str
+    resume: bool
+    overwrite: bool
+
+    def mark(self) -> None:
+        """Have a folder without a run known as one, before anything is encoded into it. A run that is there stays whole."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / CONFIG_FILE).is_file():
+            (self.path / CONFIG_FILE).write_text(self.text)
+
+    def claim(self) -> None:
+        """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration."""
+        if self.overwrite and self.path.is_dir():
+            for entry in self.path.iterdir():
+                if entry.name not in (CACHE_FOLDER, PROMPT_FOLDER):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.resume and (self.path / CONFIG_FILE).is_file()):
+            (self.path / CONFIG_FILE).write_text(self.text)
 
 
 def to_yaml(command: str, settings: Any) -> str:

@@ -42,7 +42,7 @@ from pipelines.progress import Bar
 from pipelines.prompts import held_out_prompts
 from pipelines.rewarding import RewardFunction
 from pipelines.run import Say
-from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
+from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, OutputFolder, check_output, start_accelerator, to_yaml
 from pipelines.sampling import SAMPLING_FILE
 from reward_models._judge import Scorer
 
@@ -154,8 +154,8 @@ def train(
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
     for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
         say(remark)
-    claim = partial(claim_output, settings.output, to_yaml(f"train {name}", settings), resume=resume, overwrite=overwrite)
-    trained = _train_and_export(name, settings, accelerator, claim, resume, say, progress, judge)
+    folder = OutputFolder(settings.output, to_yaml(f"train {name}", settings), resume, overwrite)
+    trained = _train_and_export(name, settings, accelerator, folder, say, progress, judge)
     accelerator.free_memory()
     if accelerator.is_main_process and not trained.finished.interrupted:
         finish(name, settings, trained, time.perf_counter() - start, say, progress)
@@ -178,20 +178,18 @@ def _train_and_export(
     name: str,
     settings: TrainSettings,
     accelerator: Accelerator,
-    claim: Callable[[], None],
-    resume: bool,
+    folder: OutputFolder,
     say: Say,
     progress: bool,
     judge: RewardFunction | None,
 ) -> Trained:
     """Everything that needs the networks, which are let go when it returns: what follows needs the memory."""
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
-    accelerator.wait_for_everyone()  # every process has checked the folder before one of them fills it
     if accelerator.is_main_process:
-        claim()
+        folder.mark()
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
     build = partial(build_trainer, name, settings, prepared, accelerator)
-    trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
+    trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
     if not finished.interrupted:
         with trainer.ema.applied() if trainer.ema else nullcontext():
             prepared.weights.collect()

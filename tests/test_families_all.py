@@ -105,6 +105,20 @@ def test_what_decides_an_encoding_is_in_its_fingerprint(saved: Saved) -> None:
         assert json.dumps(changed.fingerprint()) != first, name
 
 
+def test_encoding_needs_no_network(saved: Saved) -> None:
+    whole, bare = families.load_family(saved.folder), families.load_family(saved.folder, network=False)
+    assert all(weight.is_meta for weight in bare.network.parameters())
+    assert bare.encoder.fingerprint() == whole.encoder.fingerprint()
+    encoders = [one.work_on(torch.device("cpu")) or one for one in (whole.encoder, bare.encoder)]
+    pixels = torch.linspace(-1, 1, 3 * PIXELS**2).view(1, 3, PIXELS, PIXELS)
+    for first, second in (
+        [encoder.encode_images(pixels) for encoder in encoders],
+        [encoder.encode_prompts(PROMPTS) for encoder in encoders],
+    ):
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert bare.latent_shape(PIXELS) == whole.latent_shape(PIXELS)
+
+
 # ------------------------------------------------------------------------------------------------- sampling and schedule
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from miniature import edited, sample, save_untrained, write_pairs
 from safetensors.torch import load_file
 
@@ -70,7 +70,9 @@ def test_a_cache_is_prepared_in_parts_and_trained_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(ShardFiller, "MAX_BYTES", 1)  # a batch in each
-    cache, encoded = tmp_path / "cache", []
+    cache, encoded, read = tmp_path / "cache", [], []
+    from_pretrained = UNet2DConditionModel.from_pretrained
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *a, **k: read.append(a) or from_pretrained(*a, **k))
     original = StableDiffusionEncoder.encode_images
     monkeypatch.setattr(
         StableDiffusionEncoder, "encode_images", lambda self, pixels: encoded.append(len(pixels)) or original(self, pixels)
@@ -79,9 +81,9 @@ def test_a_cache_is_prepared_in_parts_and_trained_on(
         assert run(inputs, tmp_path / "run", "--cache", str(cache), "--prepare", part) == 0
     said = capsys.readouterr().out
     assert "Part 1/2 is done; " in said and f"The cache in {cache} is complete." in said and not (tmp_path / "run").exists()
-    assert sum(encoded) == 20
+    assert sum(encoded) == 20 and not read  # the UNet is not needed for it
     assert run(inputs, tmp_path / "run", "--cache", str(cache), "--tracker", "none") == 0
-    assert sum(encoded) == 20 and not (tmp_path / "run" / "cache").exists()
+    assert read and sum(encoded) == 20 and not (tmp_path / "run" / "cache").exists()
     for words, message in (
         (["--prepare"], "--prepare needs --cache FOLDER"),
         (["--prepare", "3/2", "--cache", str(cache)], "--prepare is '3/2'; expected K/N"),
@@ -231,6 +233,12 @@ def test_an_output_folder_with_another_run(inputs: Inputs, tmp_path: Path, capsy
     assert run(inputs, out) == 2
     refused(capsys, "--resume", "--overwrite")
     assert tensors(out) == kept
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run(inputs, tmp_path / "elsewhere") == 0
+    other = ["--cache", str(tmp_path / "elsewhere" / "cache"), "--resolution", "32"]
+    assert run(inputs, out, "--overwrite", *other) == 2  # that cache is of another size: seen late, when data are encoded
+    refused(capsys, "transform", "another folder")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert run(inputs, out, "--overwrite", "--seed", "9") == 0
     assert tensors(out) != kept
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
-from pipelines.families._sources import family_of, find, read, registry, torch_dtype
+from pipelines.families._sources import Origin, family_of, find, read, registry, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -91,10 +91,13 @@ def load_family(
     without: Sequence[str] = (),
     base_lora: Model | None = None,
     text_dtype: str = "float32",
+    network: bool = True,
 ) -> Family:
     """A checkpoint to train, on the CPU: the network in ``dtype``, the text encoders in ``text_dtype``, all else in float32.
 
     Args:
+        network: False to encode and no more: the network is not read, where its configuration is known without it; it has
+            shapes and no numbers.
         prediction_type: what the network is believed to predict; None goes by the checkpoint's scheduler.
         without: as for ``load_pipeline``.
         base_lora: a LoRA of any making, which becomes part of the base: merged into the weights, in float32.
@@ -109,9 +112,16 @@ def load_family(
         raise UserError(
             f"{origin.adapter} is a LoRA on {origin.model}. Training starts from a whole model: name {origin.model} instead."
         )
-    pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32, text=torch_dtype(text_dtype))
+    instead = {} if network else _without_numbers(origin, torch_dtype(dtype))
+    pipe = read(origin, dtype=torch_dtype(dtype), others=torch.float32, text=torch_dtype(text_dtype), **instead)
     module = importlib.import_module(f"{__name__}.{origin.family}")
     return module.build(pipe, prediction_type=prediction_type, origin=origin)
+
+
+def _without_numbers(origin: Origin, dtype: torch.dtype) -> dict[str, Any]:
+    from pipelines.families._sketch import network
+
+    return network(origin, dtype)
 
 
 def wrap(pipe: DiffusionPipeline) -> Family:

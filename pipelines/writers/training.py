@@ -26,7 +26,7 @@ from pipelines.curves import draw_curves, read_metrics
 from pipelines.outputs import write_json
 from pipelines.prompts import held_out_prompts
 from pipelines.run import Say
-from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, check_output, claim_output, start_accelerator, to_yaml
+from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, OutputFolder, check_output, start_accelerator, to_yaml
 from pipelines.writers import card, ingredients
 from pipelines.writers.drift import Drift
 from pipelines.writers.ingredients import Prepared
@@ -97,13 +97,9 @@ def train(
     writer.to(accelerator.device)
     before = _rewritten(settings, writer, shown) if accelerator.is_main_process else []
     prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
-    settings.objective.learner(ingredients.given(settings, prepared, Together(accelerator)))  # or says what the data lack
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:  # nothing can be wrong any more: an older run may go
-        claim_output(settings.output, to_yaml(COMMANDS[name], settings), resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+    folder = OutputFolder(settings.output, to_yaml(COMMANDS[name], settings), resume, overwrite)
     build = partial(build_trainer, name, settings, prepared, accelerator)
-    trainer, finished = run.through_the_loop(build, settings, accelerator, resume=resume, say=say, progress=progress)
+    trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
     if accelerator.is_main_process and not finished.interrupted:
         finish(name, settings, prepared, trainer, shown, before, time.perf_counter() - start, say)
     return run.close(accelerator, finished, say)
