@@ -42,6 +42,7 @@ from diffalign.types import PairBatch
 from diffalign.weights import TrainedWeights
 from pipelines import devices, families, feedback, reference_beforehand
 from pipelines.families import _quantised
+from pipelines.families._compiled import compile_blocks
 from pipelines.families._encoding import digest
 from pipelines.families._sources import find_loras, recorded_loras
 from pipelines.image_settings import DataSettings, TrainSettings
@@ -404,28 +405,20 @@ def _attach(
     settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say, saved: families.SavedAdapter | None = None
 ) -> Predictor | None:
     """Make parameters trainable, place everything on the device, and return the reference; None if training never asks it."""
-    compute, lora, beforehand = settings.compute, settings.lora, reference_beforehand.is_enough(settings)
-    frozen = None
+    compute, beforehand = settings.compute, reference_beforehand.is_enough(settings)
+    precision = getattr(torch, PRECISIONS[compute.mixed_precision])
     if settings.optimiser.eight_bit:
         devices.refuse_sharding(accelerator, "The moments of an 8-bit optimizer")
-    if settings.adapter == "lora":
-        devices.refuse_sharding(accelerator, "A LoRA")
-        if accelerator.device.type == "cpu":
-            family.use_products()
-        family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=settings.seed)
-        if saved is not None:
-            family.load_adapter(saved)
-    else:
-        frozen = None if beforehand else family.frozen_copy(getattr(torch, PRECISIONS[compute.mixed_precision]))
-        family.train_fully()
-    if beforehand or not devices.is_sharding(accelerator):  # or else each process gets no more than its share
-        family.network.to(accelerator.device)
-    family.network.train()
+    _make_trainable(settings, family, accelerator, saved)
     family.set_attention(compute.attention, accelerator.device)
-    if line := family.attention(compute.attention, getattr(torch, PRECISIONS[compute.mixed_precision]), accelerator.device):
+    if line := family.attention(compute.attention, precision, accelerator.device):
         say(line)
     if compute.channels_last:
         family.set_channels_last(True)
+    frozen = None if beforehand or settings.adapter == "lora" else family.frozen_copy(precision)  # computes the same way
+    if beforehand or not devices.is_sharding(accelerator):  # or else each process gets no more than its share
+        family.network.to(accelerator.device)
+    family.network.train()
     family.set_gradient_checkpointing(compute.gradient_checkpointing)
     if compute.compile:
         family.compile_blocks()
@@ -435,7 +428,23 @@ def _attach(
     if frozen is None:
         return AdapterOff(family.denoiser)
     frozen.network.to(accelerator.device)
+    if compute.compile:
+        compile_blocks(frozen.network)
     return Frozen(frozen)
+
+
+def _make_trainable(settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None) -> None:
+    """Put an adapter on, new or ``saved``, or make all weights trainable."""
+    if settings.adapter != "lora":
+        family.train_fully()
+        return
+    devices.refuse_sharding(accelerator, "A LoRA")
+    if accelerator.device.type == "cpu":
+        family.use_products()
+    lora = settings.lora
+    family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=settings.seed)
+    if saved is not None:
+        family.load_adapter(saved)
 
 
 # --------------------------------------------------------------------------------------------------------------- given

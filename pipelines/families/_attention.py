@@ -6,8 +6,8 @@ one that keeps whole matrices in memory; what it chooses here is told at the beg
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def only_flash(network: nn.Module, dtype: torch.dtype, device: torch.device | st
     for layer in layers(network):
         if not hasattr(layer, _PLAIN):
             setattr(layer, _PLAIN, layer.forward)
-            layer.forward = _by_flash(layer.forward)
+            layer.forward = MethodType(_by_flash, layer)  # a copy of the layer gets one of its own
 
 
 def any_kernel(network: nn.Module) -> None:
@@ -85,13 +85,9 @@ def any_kernel(network: nn.Module) -> None:
             del layer.forward
 
 
-def _by_flash(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def limited(*given: Any, **more: Any) -> Any:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return forward(*given, **more)
-
-    return limited
+def _by_flash(layer: nn.Module, *given: Any, **more: Any) -> Any:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return getattr(layer, _PLAIN)(*given, **more)
 
 
 def _some(head: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
