@@ -10,6 +10,7 @@ from typing import Any, Literal
 from diffalign.objectives._about import FROZEN_START, PROMPTS, About
 from diffalign.settings import check_options, option
 from pipelines.config import Schema, flag_of
+from pipelines.run_folder import CACHE_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where encoded pairs are, and what follows from them."""
+        return self.data.cache or self.output / CACHE_FOLDER
 
 
 TOP_LEVEL = {

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.hold_out import split_rows
@@ -51,7 +50,7 @@ from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
 from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
 from pipelines.run import PRECISIONS, Say
-from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
+from pipelines.run_folder import PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
 
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
@@ -310,12 +309,13 @@ def _encode(
         with accelerator.main_process_first():
             return None, _encode_prompts(settings, table, family, progress, stored)
     say(table.description)
-    cache = build_cache(**encoding(settings, table, family), processes=Together(accelerator), progress=progress)
+    everyone = Together(accelerator)
+    cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress)
     for origin, reason in cache.skipped[:10]:
         say(f"skipped {origin}: {reason}")
     if judges:
-        with accelerator.main_process_first():
-            cache.scores = _judged(table, cache, judges, say, progress)
+        say(f"{len(cache)} pairs are judged by {next(iter(judges))}, or were before")
+        cache.scores = pair_scores(table, cache.rows(), judges, settings.cache_folder, everyone, progress)
     return cache, None
 
 
@@ -358,7 +358,7 @@ def encoding(settings: TrainSettings, table: PairTable, family: Any) -> dict[str
     return {
         "table": table,
         "encoder": family.encoder,
-        "directory": data.cache or settings.output / CACHE_FOLDER,
+        "directory": settings.cache_folder,
         "transform": Transform(resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
         "batch_size": data.encode_batch,
         "max_unreadable": data.max_unreadable,
@@ -372,12 +372,6 @@ def _encode_prompts(
         return feedback.open_prompts(stored, family.encoder)
     texts, folder = prompts_to_sample(settings, table), settings.data.cache or settings.output / PROMPT_FOLDER
     return build_prompt_cache(texts, family.encoder, folder, batch_size=settings.data.encode_batch, progress=progress)
-
-
-def _judged(table: PairTable, cache: PairCache, judges: Judges, say: Say, progress: Callable) -> Tensor:
-    """A judge's scores of the encoded pairs."""
-    say(f"{len(cache)} pairs are judged by {next(iter(judges))}")
-    return pair_scores(table, cache.rows(), judges, progress)
 
 
 def _tell_of_long_prompts(family: Any, cache: PairCache | None, prompts: PromptCache | None, say: Say) -> None:

@@ -24,7 +24,6 @@ from diffalign.train import Together
 from diffalign.types import PairBatch
 from pipelines.families._denoiser import working_dtype
 from pipelines.image_settings import TrainSettings
-from pipelines.run_folder import CACHE_FOLDER
 
 FOLDER = "reference"
 
@@ -38,7 +37,7 @@ def is_enough(settings: TrainSettings) -> bool:
 
 def folder_of(settings: TrainSettings) -> Path:
     """Where the errors are kept."""
-    return settings.reference.reference_cache or (settings.data.cache or settings.output / CACHE_FOLDER) / FOLDER
+    return settings.reference.reference_cache or settings.cache_folder / FOLDER
 
 
 class Asked:

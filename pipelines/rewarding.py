@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import reward_models
+from diffalign.data.kept_values import kept_values
 from diffalign.data.pairs import Progress, UnreadableImage
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
+from diffalign.learner import Processes
 from reward_models._judge import Scorer
 from reward_models.base import JudgeError
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Any]
 """Somebody's own judge: pictures [N, 3, H, W] in [0, 1] and their prompts to N numbers, larger is better."""
 Judges = Mapping[str, Scorer | RewardFunction]
+JUDGED_AT_ONCE, OPEN_AT_ONCE = 512, 64
+"""Pairs whose scores are written to the disk together; pairs whose pictures are in memory together."""
 
 
 class PictureJudge:
@@ -79,26 +85,40 @@ def direction(judge: Scorer | RewardFunction) -> float:
 
 
 def pair_scores(
-    table: PairTable, rows: Sequence[int], judge: Mapping[str, Scorer], progress: Progress | None, at_once: int = 64
+    table: PairTable,
+    rows: Sequence[int],
+    judge: Mapping[str, Scorer],
+    directory: Path,
+    processes: Processes,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """[len(rows), 2] float32: one judge's scores of winner and loser; remembered between runs by the judges' own cache.
+    """[len(rows), 2] float32: one judge's scores of winner and loser of ``rows`` of the table.
+
+    All ``processes`` must call it: they share the work. What was judged before is read from a folder in ``directory``, that of
+    the encoded pairs, which bears the judge's fingerprint.
 
     Raises:
         UserError: a picture cannot be judged.
     """
-    out = []
-    for low in range(0, len(rows), at_once):
-        pairs = [table[int(row)] for row in rows[low : low + at_once]]
-        shown = [(source, pair) for pair in pairs for source in (pair.winner, pair.loser)]
+    (scorer,) = judge.values()
+    folder = directory / f"scores-{scorer.fingerprint[:16]}"
+    how = {"processes": processes, "progress": progress, "stage": "judging", "at_once": JUDGED_AT_ONCE}
+    found = kept_values(lambda part: _judged(table, rows[part.start : part.stop], judge), len(rows), folder, **how)
+    return torch.from_numpy(found)
+
+
+def _judged(table: PairTable, rows: Sequence[int], judge: Mapping[str, Scorer]) -> np.ndarray:
+    """[n, 2] float32, larger is better."""
+    found, (scorer,) = [], judge.values()
+    for low in range(0, len(rows), OPEN_AT_ONCE):
+        pairs = [table[int(row)] for row in rows[low : low + OPEN_AT_ONCE]]
+        shown = [(source, pair.prompt) for pair in pairs for source in (pair.winner, pair.loser)]
         try:
-            pictures = [source.open() for source, _ in shown]
-            scores = reward_models.score(judge, pictures, [pair.prompt for _, pair in shown], progress=False)
+            pictures, prompts = [source.open() for source, _ in shown], [prompt for _, prompt in shown]
+            found += reward_models.score(judge, pictures, prompts, progress=False).values()
         except (JudgeError, UnreadableImage) as error:
             raise UserError(f"{table.description} cannot be judged: {error}.") from error
-        out += (direction(next(iter(judge.values()))) * next(iter(scores.values()))).tolist()
-        if progress:
-            progress("judging", low + len(pairs), len(rows))
-    return torch.tensor(out, dtype=torch.float32).view(-1, 2)
+    return (direction(scorer) * torch.cat(found)).float().view(-1, 2).numpy()
 
 
 def score_range(scores: Any) -> tuple[float, float] | None:

@@ -6,13 +6,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from miniature import save_untrained
+from miniature import save_untrained, write_pairs
+from threads import in_threads
 
 import reward_models
+from diffalign.data.open import open_pairs
 from diffalign.errors import UserError
-from pipelines.rewarding import PictureJudge, direction, rewards_of, score_range
+from diffalign.learner import Alone
+from pipelines import rewarding
+from pipelines.rewarding import PictureJudge, direction, pair_scores, rewards_of, score_range
 from pipelines.training import align
 from reward_models.base import RewardInfo
 
@@ -96,6 +101,29 @@ def test_a_function_of_ones_own_rewards_training(tmp_path: Path) -> None:
     assert summary["steps"] == 1 and "mine" in (tmp_path / "run" / "config.yaml").read_text()
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert math.isfinite(line["reward"])
+
+
+def test_pairs_are_judged_once_by_all_processes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on whatever run comes next not at all; by another judge anew."""
+    monkeypatch.setattr(rewarding, "JUDGED_AT_ONCE", 3)
+    table, opened = open_pairs(write_pairs(tmp_path / "data", 10)), []
+    original = reward_models.score
+
+    def counting(judge: dict, pictures: list, prompts: list[str], **how: object) -> dict:
+        opened.append(len(pictures))
+        return original(judge, pictures, prompts, **how)
+
+    monkeypatch.setattr(reward_models, "score", counting)
+    rows, jpeg = np.array([0, 1, 2, 4, 5, 6, 7, 9]), {"jpeg": reward_models.load("jpeg")}
+    first, second = in_threads(2, lambda process: pair_scores(table, rows, jpeg, tmp_path / "cache", process))
+    sides = [(table[int(row)].winner, table[int(row)].loser) for row in rows]
+    expected = torch.stack([jpeg["jpeg"].score([side.open() for side in both], ["", ""]) for both in sides])
+    torch.testing.assert_close(first, expected.float())
+    assert sum(opened) == 2 * len(rows)
+    again = pair_scores(table, rows, jpeg, tmp_path / "cache", Alone())
+    assert torch.equal(first, second) and torch.equal(first, again) and sum(opened) == 2 * len(rows)
+    oracle = {"oracle": reward_models.load("oracle")}
+    assert not torch.equal(pair_scores(table, rows, oracle, tmp_path / "cache", Alone()), first)
 
 
 @pytest.mark.parametrize(
