@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffalign import losses
 from diffalign.errors import UserError
+from diffalign.objectives._family import looks_at_company
 from pipelines.estimate import GIB, Estimate, estimate
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
@@ -49,16 +49,11 @@ def _bf16(settings: TrainSettings) -> TrainSettings:
 
 def _one_at_a_time(settings: TrainSettings) -> TrainSettings:
     """The same pairs for each optimizer step, in smaller parts; not where what is learnt from a pair depends on its company."""
-    batch, objective = settings.batch, settings.objective
-    if getattr(objective, "baseline", None) in ("batch", "mismatched") or ((loss := _loss(objective)) and loss.mixes_batch):
+    batch = settings.batch
+    if looks_at_company(settings.objective):
         return settings
     times = 1 if samples_itself(settings) else batch.batch_size  # of what an objective samples, accumulation counts the pairs
     return replace(settings, batch=replace(batch, batch_size=1, accumulation=batch.accumulation * times))
-
-
-def _loss(objective: Any) -> losses.Loss | None:
-    name = getattr(objective, "loss", None)
-    return losses.load(name) if name in losses.names() else None
 
 
 def _lora(settings: TrainSettings) -> TrainSettings:

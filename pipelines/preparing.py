@@ -38,6 +38,8 @@ def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: b
         how = {"processes": Together(accelerator), "progress": bar.advance}
         missing = fill_cache(**ingredients.encoding(settings, table, family), **how, part=share)
     say(_told(folder, part, missing))
+    if settings.reference.reference_draws:
+        say("The reference's errors are not made here, for they need the network: the first run to train makes and keeps them.")
     accelerator.end_training()
     return missing
 

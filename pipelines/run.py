@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from diffalign import objectives
+from diffalign.objectives._family import looks_at_company
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
 from pipelines.progress import TrainingBar
@@ -76,6 +77,14 @@ def close(accelerator: Accelerator, finished: Finished, say: Say) -> Finished:
     if finished.interrupted:
         say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
     return finished
+
+
+def division(settings: Any, world: int, buckets: bool = False) -> dict[str, Any]:
+    """How a step's pairs are divided, where that changes what is learnt: nothing of most runs, which need only as many pairs."""
+    batch = settings.batch
+    if looks_at_company(settings.objective):
+        return {"batch_size, accumulation, processes": [batch.batch_size, batch.accumulation, world]}
+    return {"batch_size": batch.batch_size} if buckets else {}  # blocks of one shape follow each other
 
 
 def identity(name: str, settings: Any, base_digest: str, data_digest: str) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         **base_loras(prepared.family.origin.base_loras),
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "pairs_per_step": pairs_per_step(settings, world),
+        **run.division(settings, world, settings.data.buckets),
     }
 
 

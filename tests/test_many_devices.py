@@ -25,7 +25,7 @@ from spread import RUNS, environment
 
 from diffalign.errors import UserError
 from pipelines import cli
-from pipelines.run import settings_of
+from pipelines.run import division, settings_of
 from pipelines.training import align, pairs_per_step
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install 'diffalign[deepspeed]'")
@@ -178,6 +178,22 @@ def test_what_must_stay_the_same_is_the_pairs_of_a_step(name: str, pairs: int) -
     own = {"pairs": "tiny"} if name == "sft" else {"train_prompts": "tiny", "reward": ("oracle",)}
     settings = settings_of(name, None, {"model": "tiny", "output": "o", "batch_size": 3, "accumulation": 2, **own})
     assert pairs_per_step(settings, 4) == pairs
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, {}),
+        ({"loss": "ipo"}, {}),
+        ({"buckets": True}, {"batch_size": 3}),
+        ({"loss": "beta-dpo"}, {"batch_size, accumulation, processes": [3, 2, 4]}),
+        ({"loss": "bco", "buckets": True}, {"batch_size, accumulation, processes": [3, 2, 4]}),
+    ],
+)
+def test_the_division_of_a_step_must_stay_where_it_matters(options: dict, known: dict) -> None:
+    given = {"pairs": "tiny", "model": "tiny", "output": "o", "batch_size": 3, "accumulation": 2, **options}
+    settings = settings_of("diffusion-dpo", None, given)
+    assert division(settings, 4, settings.data.buckets) == known
 
 
 @pytest.mark.slow

@@ -80,10 +80,13 @@ def test_a_cache_is_prepared_in_parts_and_trained_on(
     for part in ("1/2", "2/2"):
         assert run(inputs, tmp_path / "run", "--cache", str(cache), "--prepare", part) == 0
     said = capsys.readouterr().out
+    assert "The reference's errors are not made here" not in said
     assert "Part 1/2 is done; " in said and f"The cache in {cache} is complete." in said and not (tmp_path / "run").exists()
     assert sum(encoded) == 20 and not read  # the UNet is not needed for it
     assert run(inputs, tmp_path / "run", "--cache", str(cache), "--tracker", "none") == 0
     assert read and sum(encoded) == 20 and not (tmp_path / "run" / "cache").exists()
+    assert run(inputs, tmp_path / "run", "--cache", str(cache), "--prepare", "--reference-draws", "2") == 0
+    assert "The reference's errors are not made here" in capsys.readouterr().out
     for words, message in (
         (["--prepare"], "--prepare needs --cache FOLDER"),
         (["--prepare", "3/2", "--cache", str(cache)], "--prepare is '3/2'; expected K/N"),
@@ -262,6 +265,16 @@ def test_resuming_nothing_and_resuming_something_else(inputs: Inputs, tmp_path: 
     for words in (["--prompt-dropout", "0.5"], ["--latents", "mode"]):
         assert run(inputs, tmp_path / "run", "--resume", *words) == 2
         refused(capsys, "belongs to another run", f"data.{words[0][2:].replace('-', '_')}")
+
+
+@pytest.mark.parametrize(("loss", "code"), [("ipo", 0), ("beta-dpo", 2)])
+def test_a_step_is_divided_anew_only_where_it_does_not_matter(
+    loss: str, code: int, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--loss", loss, "--batch-size", "4"]
+    assert run(inputs, tmp_path / "run", *words) == 0
+    assert run(inputs, tmp_path / "run", "--resume", "--loss", loss, "--accumulation", "2") == code
+    assert ("[4, 1, 1] then, [2, 2, 1] now" in " ".join(capsys.readouterr().err.split())) == (code == 2)
 
 
 def test_an_unknown_judge_is_found_before_anything_is_loaded(

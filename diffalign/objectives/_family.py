@@ -55,6 +55,15 @@ class LossChoice:
         return losses.load(self.loss, extras, **own | losses.read_options(self.loss, self.loss_options or {}))
 
 
+def looks_at_company(objective: Any) -> bool:
+    """Whether what is learnt from a pair depends on the others of its micro-batch: by a loss that mixes them, or a baseline."""
+    if getattr(objective, "baseline", None) in ("batch", "mismatched"):
+        return True
+    name = getattr(objective, "loss", None)
+    chosen = losses.load(name) if name in losses.names() else None
+    return chosen is not None and (chosen.mixes_batch or chosen.baseline is not None)
+
+
 PER_TOKEN = ("simpo", "orpo", "ipo")
 """Losses that take log-probabilities per token where they come from (Meng et al. 2024, Hong et al. 2024; IPO as TRL has it)."""
 SMALL_BETA = 10.0

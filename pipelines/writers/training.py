@@ -62,6 +62,7 @@ def run_identity(name: str, settings: PromptTrainSettings, prepared: Prepared, w
         **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
         "token_rewards": settings.data.token_rewards,
         "rows_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
+        **run.division(settings, world),
     }
 
 
