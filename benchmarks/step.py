@@ -10,7 +10,7 @@ Variants run in alternation in one process; medians are reported, so the ratios 
     cached            latents and prompts from the memory-mapped cache, read ahead by the loader; LoRA: the reference is the
                       policy with its adapter switched off; full: a frozen copy
     kept errors       the reference's errors are kept, too (--reference-draws): no reference is asked, and none is in memory
-    ..., 4 at a time  four times as many pairs in the micro-batch: in the memory that the caches leave free
+    ..., 4 at a time  four times as many pairs in the micro-batch: of ours, in the memory that the caches leave free
     ..., bf16         the naive step with autocast and encoders and reference in bfloat16, as the scripts have it on GPUs; ours
                       with a base that is stored in bfloat16 (LoRA), or float32 weights under autocast (full)
                       Below a LoRA on a CPU, ours takes convolutions over few positions as matrix products (as training does)
@@ -68,6 +68,8 @@ VARIANTS = (
     Variant("kept errors, bf16", kept=True, half=True),
     Variant("kept errors, bf16, 4 at a time", kept=True, half=True, times=4),
 )
+SAME_BATCH = Variant("naive, 4 at a time", naive=True, times=4)
+"""Only when it is named (--variants): what the batch alone is worth."""
 COMPILED = (
     Variant("kept errors, compiled", kept=True, compiled=True),
     Variant("kept errors, bf16, compiled", kept=True, half=True, compiled=True),
@@ -247,8 +249,9 @@ class Bench:
         from diffalign.data.transform import CENTER
         from diffalign.levels import Levels
 
-        rows = [(self.drawn + i) % len(self.table) for i in range(self.pairs)]
-        self.drawn += self.pairs
+        count = self.pairs * variant.times
+        rows = [(self.drawn + i) % len(self.table) for i in range(count)]
+        self.drawn += count
         pairs = [self.table[row] for row in rows]
         sides = [pair.side(side).open() for side in ("winner", "loser") for pair in pairs]
         pixels = torch.stack([self.transform.apply(picture, CENTER, flipped=False) for picture in sides]).to(DEVICE)
@@ -430,7 +433,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("ADAPTER", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    known = {v.name: v for v in (*VARIANTS, *COMPILED)}
+    known = {v.name: v for v in (*VARIANTS, SAME_BATCH, *COMPILED)}
     if args.one:
         one(args, args.one[0], known[args.one[1]])
         return

@@ -152,13 +152,15 @@ def test_the_readmes_table_has_every_family_and_objective() -> None:
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_what_the_yardstick_computes_and_we_do_not(step, adapter: str, tmp_path: Path) -> None:
     """Pictures and prompts encoded and samples through the networks in a step of two pairs."""
-    bench = step.Bench("tiny", 64, adapter, 2, step.VARIANTS, tmp_path)
-    counted = {v.name: counts_of(bench, v) for v in step.VARIANTS}
+    variants = (*step.VARIANTS, step.SAME_BATCH)
+    bench = step.Bench("tiny", 64, adapter, 2, variants, tmp_path)
+    counted = {v.name: counts_of(bench, v) for v in variants}
     asked = {"learning": 4, "frozen": 4, "pictures": 0, "prompts": 0}
     for half in ("", ", bf16"):
         assert counted[f"naive{half}"] == asked | {"pictures": 4, "prompts": 2}
         assert counted[f"cached{half}"] == asked
         assert counted[f"kept errors{half}"] == asked | {"frozen": 0}
+    assert counted["naive, 4 at a time"] == {"learning": 16, "frozen": 16, "pictures": 16, "prompts": 8}
 
 
 def counts_of(bench: Any, variant: Any) -> dict[str, int]:
