@@ -103,14 +103,59 @@ def test_draws_are_functions_of_seed_row_and_number() -> None:
     ],
     ids=["order", "buckets", "curriculum"],
 )
-def test_a_row_comes_in_one_epoch_after_the_other(order: Any) -> None:
+def test_one_visit_to_a_row_comes_after_the_other(order: Any) -> None:
     visits: dict[int, list[int]] = {}
     for position in range(200):
-        visits.setdefault(order.row(position), []).append(order.epoch(position))
-    for epochs in visits.values():
-        assert sorted(set(epochs)) == list(range(epochs[0], epochs[-1] + 1))  # none is left out
-        assert epochs == sorted(epochs)
-        assert isinstance(order, BucketOrder) or len(epochs) == len(set(epochs))
+        visits.setdefault(order.row(position), []).append(order.visit(position))
+    for numbers in visits.values():
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))  # none is left out, none comes again
+
+
+def test_visits_to_a_row_that_comes_again_in_an_epoch() -> None:
+    """Buckets of 13, 3 and 1 in batches of 4: 16, 4 and 4 places an epoch. One row has 4 visits in each; of the others some have
+    one more, which the next epoch has as well."""
+    order, epoch, visits = BucketOrder([0] * 13 + [1] * 3 + [2], batch_size=4, seed=0), 24, {}
+    for number in range(10):
+        for position in range(number * epoch, (number + 1) * epoch):
+            visits.setdefault(order.row(position), []).append((number, order.visit(position)))
+    assert sorted(visit for _, visit in visits[16]) == list(range(40))
+    for row in range(16):
+        assert {visit - number for number, visit in visits[row]} <= {0, 1}
+        assert {visit for _, visit in visits[row]} >= set(range(10))
+    blocks = [[(order.row(p), order.visit(p)) for p in range(first, first + 4)] for first in range(0, 240, 4)]
+    assert all(len(set(block)) == 4 for block in blocks)
+
+
+class Told:
+    """Kept draws whose errors say which they are."""
+
+    def __init__(self, of: KeptDraws, rows: int) -> None:
+        self.draws = of
+        codes = np.stack(np.meshgrid(np.arange(rows), np.arange(of.count), indexing="ij"), axis=-1).astype(np.float32)
+        self.visited = KeptErrors(of, codes, {}, 0.0).visited
+
+
+class InBuckets(PairsInMemory):
+    """Thirteen pairs in one bucket, and one in another."""
+
+    buckets, bucket_numbers = True, [0] * 13 + [2]
+
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        return self.latent_shape
+
+
+def test_a_pair_that_fills_a_batch_alone_has_another_draw_at_each_place() -> None:
+    loader = PairLoader(InBuckets(14), range(14), LoaderSettings(4), kept=Told(draws(8), 14))
+    steps = [batch for (batch,) in loader.steps(0, 10)]  # two epochs
+    alone = [batch for batch in steps if batch.index.tolist() == [13] * 4]
+    assert len(alone) == 2
+    assert torch.cat([batch.known[:, 1] for batch in alone]).sort().values.tolist() == list(range(8))  # all that there are
+    for batch in alone:
+        assert len(set(batch.t.tolist())) == 4 and len({noise.sum().item() for noise in batch.noise}) == 4
+    for step, batch in enumerate(steps):
+        assert len({tuple(both) for both in batch.known.tolist()}) == 4
+        ((resumed,),) = loader.steps(step, step + 1)
+        assert all(torch.equal(getattr(resumed, name), getattr(batch, name)) for name in ("index", "t", "noise", "known"))
 
 
 # ------------------------------------------------------------------------------------------------------ what is on disk

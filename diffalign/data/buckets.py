@@ -60,17 +60,30 @@ class BucketOrder:
 
     def row(self, position: int) -> int:
         """The row at a position."""
+        epoch, g, rank = self._place(position)
+        group = self._groups[g]
+        return int(group[_shuffled(len(group), self._seed, epoch, g)[rank % len(group)]])
+
+    def visit(self, position: int) -> int:
+        """Which visit to its row a position is, from 0: where a row comes again in an epoch, that is its next one.
+
+        An epoch counts as many visits as all rows of its bucket have in it; what some have beyond is the next epoch's first.
+        """
+        epoch, g, rank = self._place(position)
+        rows, blocks = len(self._groups[g]), int(self._ends[g] - self._first(g))
+        return epoch * (blocks * self._batch_size // rows) + rank // rows
+
+    def _place(self, position: int) -> tuple[int, int, int]:
+        """The epoch of a position, the bucket that its block holds, and its rank among that bucket's positions of the epoch."""
         block, place = divmod(position, self._batch_size)
         epoch, number = divmod(block, self._blocks)
         chosen = int(_shuffled(self._blocks, self._seed, epoch, -1)[number])
         g = int(np.searchsorted(self._ends, chosen, side="right"))
-        group, first = self._groups[g], self._ends[g - 1] if g else 0
-        rank = int(chosen - first) * self._batch_size + place
-        return int(group[_shuffled(len(group), self._seed, epoch, g)[rank % len(group)]])
+        return epoch, g, (chosen - self._first(g)) * self._batch_size + place
 
-    def epoch(self, position: int) -> int:
-        """The pass over the rows to which a position belongs, from 0."""
-        return position // self._batch_size // self._blocks
+    def _first(self, g: int) -> int:
+        """The first block of a bucket."""
+        return int(self._ends[g - 1]) if g else 0
 
 
 @lru_cache(maxsize=256)

@@ -40,8 +40,8 @@ class Order:
         epoch, offset = divmod(position, self.n)
         return int(_permutation(self.n, self.seed, "order", epoch)[offset])
 
-    def epoch(self, position: int) -> int:
-        """The pass over the rows to which a position belongs, from 0."""
+    def visit(self, position: int) -> int:
+        """Which visit to its row a position is, from 0: the pass over the rows to which it belongs."""
         return position // self.n
 
 
@@ -73,7 +73,7 @@ class Curriculum:
         shuffled = _permutation(high - low, self._seed, "curriculum", epoch * len(self._begins) + k)
         return int(self._ranking[low + int(shuffled[offset])])
 
-    def epoch(self, position: int) -> int:
+    def visit(self, position: int) -> int:
         """A number of the pass over a stage's rows to which a position belongs; passes of different stages may share one."""
         k = self.stage(position)
         low = 0 if self._cumulative or k == 0 else self._ends[k - 1]
@@ -114,7 +114,7 @@ def _drawn(g: torch.Generator, t: int | float, shape: tuple[int, ...], prompt_dr
 class KeptDraws:
     """``count`` draws that every row has for good, in place of one for each visit, so that what depends on them can be kept.
 
-    Epoch e visits draw ``e mod count`` of every row. The levels of a row's draws are of as many equally likely parts of
+    Visit v to a row has its draw ``v mod count``. The levels of a row's draws are of as many equally likely parts of
     ``levels``, in an order of its own, so that each visit has the distribution that a free draw has.
     """
 

@@ -49,9 +49,9 @@ class KeptErrors:
     def __len__(self) -> int:
         return len(self._errors)
 
-    def visited(self, row: int, epoch: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]:
-        """The draw that an epoch has for a row with latents of ``shape``, and the errors [2] at it."""
-        number = epoch % self.draws.count
+    def visited(self, row: int, visit: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]:
+        """The draw that a visit, counted from 0, has for a row with latents of ``shape``, and the errors [2] at it."""
+        number = visit % self.draws.count
         return self.draws.draw(row, number, shape), torch.from_numpy(np.array(self._errors[row, number]))
 
 

@@ -40,7 +40,7 @@ class EncodedPairs(Protocol):
 class KeptVisits(Protocol):
     """What the loader asks of draws that are kept (``data.kept_errors.KeptErrors``)."""
 
-    def visited(self, row: int, epoch: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]: ...
+    def visited(self, row: int, visit: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class PairLoader:
         if self._kept is None:
             draws = [draw(s.seed, p, shape, s.levels, s.prompt_dropout, s.flip) for p in positions]
             return collate(self._pairs, rows, draws, s.latent_mode)
-        visits = [self._kept.visited(row, self._order.epoch(p), shape) for row, p in zip(rows, positions, strict=True)]
+        visits = [self._kept.visited(row, self._order.visit(p), shape) for row, p in zip(rows, positions, strict=True)]
         batch = collate(self._pairs, rows, [drawn for drawn, _ in visits], s.latent_mode)
         return replace(batch, known=torch.stack([errors for _, errors in visits]))
 
