@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,94 @@ def test_half_written_files_of_others_who_share_are_left_alone(table: PairTable,
     assert aside.exists()
     filled(table, tmp_path / "c", SmallEncoder())
     assert not aside.exists()
+
+
+def meanwhile(patch: pytest.MonkeyPatch, where: Any, name: str, early: bool, happens: Callable[[], None]) -> None:
+    """Something happens before or after the first call of a method."""
+    original, calls = getattr(where, name), []
+
+    def call(*given: Any) -> Any:
+        calls.append(name)
+        first = len(calls) == 1
+        if first and early:
+            happens()
+        found = original(*given)
+        if first and not early:
+            happens()
+        return found
+
+    patch.setattr(where, name, call)
+
+
+MOMENTS = {
+    "when it begins to read": (cache_rows.Rows, "read", True, []),
+    "when it reads": (cache_rows.Rows, "_read_part", True, [8, 9, 10, 11]),
+    "when it has read": (cache_rows.Rows, "read", False, []),
+    "when it has numbered the rows": (cache_rows.Rows, "join", False, []),
+    "when it has the index": (cache_rows.Rows, "index", False, []),
+}
+"""And the rows that are read afterwards."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_other_jobs_may_complete_the_cache_at_any_moment(
+    moment: str, table: PairTable, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are gone by then: that is no damage, they are not read again, and nothing is left behind."""
+    where, name, early, still = MOMENTS[moment]
+    read, original, encoder = [], PairTable.__getitem__, SmallEncoder()
+    monkeypatch.setattr(PairTable, "__getitem__", lambda self, row: read.append(row) or original(self, row))
+
+    def complete() -> None:
+        assert [filled(table, tmp_path / "c", SmallEncoder(), part=(which, 2)) for which in (0, 1)] == [7, 0]
+        read.clear()
+
+    meanwhile(monkeypatch, where, name, early, complete)
+    assert filled(table, tmp_path / "c", encoder, part=(1, 2)) == 0 and contents(tmp_path / "c") == whole
+    assert read == still and encoder.calls == 0
+
+
+def test_processes_agree_on_what_other_jobs_have_completed(
+    table: PairTable, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes one has the index when the others complete the cache, and one does not have it yet."""
+    original, turn, done = cache_rows.Rows.index, RLock(), []
+
+    def index(self: cache_rows.Rows) -> cache_rows.Index:
+        with turn:
+            found = original(self)
+            if not done:
+                done.append(True)
+                assert [filled(table, tmp_path / "c", SmallEncoder(), part=(which, 2)) for which in (0, 1)] == [7, 0]
+            return found
+
+    monkeypatch.setattr(cache_rows.Rows, "index", index)
+    missing = in_threads(2, lambda process: filled(table, tmp_path / "c", SmallEncoder(), processes=process, part=(1, 2)))
+    assert missing == [0, 0] and contents(tmp_path / "c") == whole
+
+
+def test_what_killed_jobs_left_half_written_goes_when_the_cache_is_complete(
+    table: PairTable, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was a living job's that had been beaten to its shard, the shard is there. A cache inside is left alone."""
+    assert filled(table, tmp_path / "c", SmallEncoder(), part=(0, 2)) == 7
+    places = [f"{place}{cache_files.PARTIAL}" for place in ("images/00009.moments.npy.1234", "origins.utf8.1234", "journal/x")]
+    inside = tmp_path / "c/reference/errors" / f"00000.npy.1234{cache_files.PARTIAL}"
+    inside.parent.mkdir(parents=True)
+    for path in (inside, *(tmp_path / "c" / place for place in places)):
+        path.write_bytes(b"half")
+    others: list[int] = []
+    write_bytes = cache_files.write_bytes
+
+    def write(stream: Any, content: Any) -> None:
+        write_bytes(stream, content)
+        if "images/00010.moments" in Path(stream.name).as_posix() and not others:
+            others.append(1)
+            assert filled(table, tmp_path / "c", SmallEncoder(), part=(1, 2)) == 0
+
+    monkeypatch.setattr(cache_files, "write_bytes", write)
+    assert filled(table, tmp_path / "c", SmallEncoder(), part=(1, 2)) == 0 and others
+    assert contents(tmp_path / "c") == whole | {inside.relative_to(tmp_path / "c").as_posix(): b"half"}
 
 
 def test_shares_are_contiguous_and_cover_everything() -> None:

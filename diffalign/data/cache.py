@@ -144,12 +144,10 @@ class _Filling:
 
     def fill(self, part: Share, processes: Processes, **how: Any) -> int:
         """Returns how many shards are still missing."""
-        started = time.monotonic()
-        self._rows.read(part, processes)
-        if processes.rank == 0:
-            self._rows.join()
-        processes.all(None)
-        index, common = self._rows.index(), {**how, "dtype": self._dtype, "progress": self._progress}
+        started, index = time.monotonic(), self._numbered(part, processes)
+        if index is None:
+            return 0
+        common = {**how, "dtype": self._dtype, "progress": self._progress}
         self._rows.refuse_none(len(index.pairs))
         self._rows.refuse(index.skipped)
         images = images_to_fill(
@@ -169,17 +167,33 @@ class _Filling:
         processes.all(None)
         return missing
 
+    def _numbered(self, part: Share, processes: Processes) -> Index | None:
+        """The rows, read and numbered; None, in all processes, if another job has completed the cache meanwhile."""
+        self._rows.read(part, processes)
+        if processes.rank == 0:
+            with self._folder.unless_complete():
+                self._rows.join()
+        processes.all(None)
+        index = None
+        with self._folder.unless_complete():
+            index = self._rows.index()
+        if all(processes.all(index is not None)):
+            return index
+        if processes.rank == 0:
+            self._rows.forget()  # what was read in vain
+        return None
+
     def _finish(self, index: Index, images: ShardFiller, prompts: ShardFiller, started: float) -> None:
-        """Write the index; ``complete.json`` comes last."""
+        """Write the index; ``complete.json`` comes last, and then goes what a complete cache does not need."""
         with self._folder.locked(wait=True):  # several jobs may be the last
-            if self._folder.complete:
-                return
-            found = self._rows.finish(images.remembered()[1])
-            stride = 2 if self._transform.flip else 1
-            counts = {"unique_images": len(index.owners), "images_per_shard": images.per_shard * stride}
-            about = {**counts, **prompts_about(prompts, len(index.prompts)), **found}
-            self._folder.write_json("complete.json", {**about, "seconds": round(time.monotonic() - started, 2)})
+            if not self._folder.complete:
+                found = self._rows.finish(images.remembered()[1])
+                stride = 2 if self._transform.flip else 1
+                counts = {"unique_images": len(index.owners), "images_per_shard": images.per_shard * stride}
+                about = {**counts, **prompts_about(prompts, len(index.prompts)), **found}
+                self._folder.write_json("complete.json", {**about, "seconds": round(time.monotonic() - started, 2)})
             self._rows.forget()
+            self._folder.sweep()  # of killed jobs; one that lives has nothing left to write that is not there
 
 
 class PairCache:

@@ -38,6 +38,8 @@ except ImportError:  # Windows has no such lock; two processes filling one cache
 from diffalign.errors import StaleCacheError, UserError
 
 PARTIAL = ".partial"
+PLACES = (".", "rows", "images", "prompts", "journal", "errors")
+"""Folders of a cache, of whatever kind."""
 
 
 def write_bytes(stream: BinaryIO, content: bytes | np.ndarray) -> None:
@@ -79,13 +81,20 @@ class CacheFolder:
                 yield write
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(aside, target)
+            self._rename(aside, target)
         except BaseException as error:
             with contextlib.suppress(OSError):  # the failure worth telling is the first one
                 aside.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise UserError(self._refusal(name, size, error)) from error
             raise
+
+    def _rename(self, aside: Path, target: Path) -> None:
+        try:
+            os.replace(aside, target)
+        except FileNotFoundError:
+            if not (self.complete and target.exists()):  # else another job wrote the same, ended, and swept this away
+                raise
 
     def write_json(self, name: str, value: Any) -> None:
         """The journal on one line, whatever people may want to read with indentation."""
@@ -113,6 +122,18 @@ class CacheFolder:
     @property
     def complete(self) -> bool:
         return (self.root / "complete.json").exists()
+
+    @contextlib.contextmanager
+    def unless_complete(self) -> Iterator[None]:
+        """A ``UserError`` inside counts only while the cache is not complete.
+
+        Once it is, another job has ended, and has removed what only filling needs.
+        """
+        try:
+            yield
+        except UserError:
+            if not self.complete:
+                raise
 
     def opened(self, part: str, version: int, expected: Mapping[str, Any] | None) -> CacheFolder:
         """This folder, if it holds a complete cache made as ``expected`` says, or of any data for None.
@@ -157,8 +178,15 @@ class CacheFolder:
                 raise UserError(f"{self.root} exists and is not a cache of diffalign; give an empty or a new folder.")
             self.write_json("fingerprint.json", fingerprint)
         self.refuse_stale(fingerprint)
-        for leftover in [] if shared else self.root.rglob("*" + PARTIAL):
-            leftover.unlink()
+        if not shared:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Remove half-written files; not those of another cache in a folder inside."""
+        for place in PLACES:
+            for leftover in (self.root / place).glob("*" + PARTIAL):
+                with contextlib.suppress(OSError):  # they are in nobody's way
+                    leftover.unlink()
 
     def refuse_stale(self, expected: Mapping[str, Any]) -> None:
         """Raises ``StaleCacheError`` that names every field in which the cache differs from what is asked for."""

@@ -65,7 +65,7 @@ class Rows:
     def read(self, share: Share, processes: Processes) -> None:
         """Read what is missing of a share of the parts, then what other jobs have not read: none waits for one that is not there.
 
-        All processes must call it.
+        Nothing more of a cache that another job completes meanwhile. All processes must call it.
         """
         if processes.all(self._joined)[0]:
             return
@@ -78,9 +78,10 @@ class Rows:
         return (self._folder.root / _name(part, "json")).exists()
 
     def _read(self, parts: list[int] | range) -> None:
-        for part in parts:
-            if not self._there(part):
-                self._read_part(part)
+        with self._folder.unless_complete():
+            for part in parts:
+                if not (self._there(part) or self._folder.complete):
+                    self._read_part(part)
 
     def _read_part(self, part: int) -> None:
         """The numbers, then the texts, which commit the part."""
