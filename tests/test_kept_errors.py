@@ -18,6 +18,7 @@ from worlds import PairsInMemory, flow_denoiser, small_denoiser
 
 from diffalign.data import kept_errors
 from diffalign.data.buckets import BucketOrder
+from diffalign.data.cache_files import CacheFolder
 from diffalign.data.draws import Curriculum, KeptDraws, Order
 from diffalign.data.kept_errors import KeptErrors, keep_errors, with_known
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
@@ -199,6 +200,44 @@ def test_an_interruption_costs_one_shard(tmp_path: Path, monkeypatch: pytest.Mon
     assert rest.samples == 150 * 3 - 2 * 9
     assert (tmp_path / "broken" / "errors.npy").read_bytes() == (whole / "errors.npy").read_bytes()
     assert not list((tmp_path / "broken").rglob("errors/*"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_another_run_has_completed_meanwhile_is_not_asked_again(
+    world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends after this one has looked, and before this one has the lock."""
+    locked, late = CacheFolder.locked, [Asked() for _ in range(world)]
+    first: list[KeptErrors] = []
+
+    def waiting(folder: CacheFolder) -> Any:
+        if not first:
+            first.append(None)
+            first[0] = kept(tmp_path)
+        return locked(folder)
+
+    monkeypatch.setattr(CacheFolder, "locked", waiting)
+    found = in_threads(world, lambda process: kept(tmp_path, late[process.rank], processes=process))
+    assert all(ask.calls == 0 for ask in late)
+    assert all(torch.equal(one.visited(3, 1, SHAPE)[1], first[0].visited(3, 1, SHAPE)[1]) for one in found)
+
+
+@pytest.mark.parametrize("harm", ["empty", "header", "cut", "other"])
+def test_a_torn_shard_is_asked_again(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_errors, "LEAST", 1)
+    kept(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "torn", Asked(fails_after=5))  # one call for each shard, a row's three draws
+    shard = tmp_path / "torn/errors/00001.npy"
+    content = shard.read_bytes()
+    if harm == "other":
+        np.save(shard, np.zeros((2, 3, 2), np.float32))
+    else:
+        shard.write_bytes(content[: {"empty": 0, "header": 20, "cut": len(content) - 4}[harm]])
+    rest = Asked()
+    kept(tmp_path / "torn", rest)
+    assert rest.samples == (12 - 5 + 1) * 3
+    assert (tmp_path / "torn/errors.npy").read_bytes() == (tmp_path / "whole/errors.npy").read_bytes()
 
 
 @pytest.mark.parametrize(

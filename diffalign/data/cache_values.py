@@ -168,7 +168,7 @@ class Shards:
         root = self._folder.root
         try:
             return np.load(root / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: an empty one
             raise damaged(self._folder, name, error) from error
 
     def conditioning(self, number: int, per_shard: int, names: Sequence[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ the work by shards. The errors of a pair depend on nothing but what the fingerpr
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,19 +89,16 @@ def keep_errors(
 
 def _fill_together(folder: CacheFolder, fingerprint: Mapping[str, Any], filling: _Filling, processes: Processes) -> None:
     started = time.monotonic()
-    if processes.rank:
-        processes.all(None)  # claimed
-        filling.fill(processes)
-        processes.all(None)  # filled
-        processes.all(None)  # complete
-        return
-    with folder.locked():
-        folder.claim(fingerprint)
-        processes.all(None)
+    with contextlib.nullcontext() if processes.rank else folder.locked():
+        if processes.rank == 0:
+            folder.claim(fingerprint)
+        if processes.all(folder.complete)[0]:  # another run may have ended meanwhile
+            return
         filling.fill(processes)
         processes.all(None)
-        filling.finish(time.monotonic() - started)
-    processes.all(None)
+        if processes.rank == 0:
+            filling.finish(time.monotonic() - started)
+        processes.all(None)
 
 
 class _Filling:
@@ -117,12 +115,20 @@ class _Filling:
 
     def fill(self, processes: Processes) -> None:
         """This process's part of the shards that are not there yet."""
-        missing = [n for n in range(len(self._shards)) if not (self._folder.root / _shard(n)).exists()]
+        missing = [n for n in range(len(self._shards)) if not self._there(n)]
         mine = [n for n in missing if n % processes.world == processes.rank]
         for done, number in enumerate(mine, start=1):
             self._folder.write(_shard(number), self._errors(self._shards[number]))
             if self._progress:
                 self._progress("reference", len(self._shards) - len(mine) + done, len(self._shards))
+
+    def _there(self, number: int) -> bool:
+        """Whether a shard is on the disk and whole; one that is torn is asked again."""
+        try:
+            found = Shards(self._folder).load(_shard(number))
+        except UserError:
+            return False
+        return found.shape == (len(self._shards[number]), self._draws.count, 2)
 
     def _errors(self, rows: range) -> np.ndarray:
         """[n, K, 2] of some rows."""
@@ -149,8 +155,8 @@ class _Filling:
 
     def finish(self, seconds: float) -> None:
         """All shards as one array; ``complete.json`` comes last, and then the shards go."""
-        names = [_shard(number) for number in range(len(self._shards))]
-        self._folder.write("errors.npy", np.concatenate([np.load(self._folder.root / name) for name in names]))
+        names, shards = [_shard(number) for number in range(len(self._shards))], Shards(self._folder)
+        self._folder.write("errors.npy", np.concatenate([shards.load(name) for name in names]))
         self._folder.write_json("complete.json", {"shards": len(names), "seconds": round(seconds, 2)})
         for name in names:
             (self._folder.root / name).unlink()
