@@ -62,7 +62,7 @@ def refuse_another_model(stored: Stored, here: Mapping[str, Any], model: str, lo
 def open_prompts(stored: Stored, encoder: Any) -> PromptCache:
     """The rollout's encoded prompts. Raises UserError if ``encoder`` is not the one that encoded them."""
     try:
-        return build_prompt_cache(list(stored.prompts), encoder, stored.store.folder / PROMPT_FOLDER)
+        return build_prompt_cache(list(stored.prompts), encoder, stored.store.folder / PROMPT_FOLDER, option="--feedback")
     except StaleCacheError as error:
         raise UserError(
             f"The trajectories in {stored.store.folder} were made by another model than this run starts from: its text encoder "

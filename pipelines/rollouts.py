@@ -235,7 +235,7 @@ class _Sampler:
         self.family.network.eval()
 
     def encoded(self, prompts: Sequence[str], folder: Path, progress: Progress | None) -> PromptCache:
-        return build_prompt_cache(list(prompts), self.family.encoder, folder, progress=progress)
+        return build_prompt_cache(list(prompts), self.family.encoder, folder, progress=progress, option="--out")
 
     def trajectories(self, made: MadeBy, numbers: range, cache: PromptCache, batch_size: int) -> Trajectory:
         groups, seeds = [made.group(n) for n in numbers], [_seeds(made, n) for n in numbers]

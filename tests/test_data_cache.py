@@ -313,7 +313,8 @@ def test_a_full_disk_keeps_what_was_committed_and_says_what_is_needed(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(cache_files, "write_bytes", full)
         with pytest.raises(
-            UserError, match=r"images/00002.moments.npy .*cache in .*No space left.*free; this file alone needs [\d,]+"
+            UserError,
+            match=r"images/00002.moments.npy .*No space left.*this file alone needs [\d,]+\).* another folder \(--cache\)",
         ):
             build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
     assert not list((tmp_path / "c").rglob("*.partial"))
@@ -354,7 +355,9 @@ def test_a_stale_cache_is_refused_naming_every_difference(tmp_path):
     message = str(caught.value)
     for part in ('encoder.weights was "a" and is now "b"', "transform.resolution was 16 and is now 24", 'dtype was "float16"'):
         assert part in message
-    assert "transform.flip was false and is now true" in message and "another folder" in message and "data." not in message
+    assert (
+        "transform.flip was false and is now true" in message and "another folder (--cache)" in message and "data." not in message
+    )
     with pytest.raises(StaleCacheError, match="data.fingerprint.*data.ties"):
         build_cache(open_pairs(place, ties="drop"), SmallEncoder(), tmp_path / "c", CENTRAL)
     assert contents(tmp_path / "c") == before

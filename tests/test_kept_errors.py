@@ -262,6 +262,23 @@ def test_other_circumstances_are_refused_by_name(changed: dict, named: str, tmp_
     assert ask.calls == 0
 
 
+def test_of_many_differences_the_first_are_named_and_the_way_out(tmp_path: Path) -> None:
+    kept(tmp_path, depends_on={**ABOUT, "encoded": {"data": {f"field {n}": n for n in range(9)}}})
+    with pytest.raises(StaleCacheError) as caught:
+        kept(tmp_path, depends_on={**ABOUT, "encoded": {"data": {f"field {n}": -1 for n in range(9)}}})
+    message = str(caught.value)
+    assert message.count(" and is now -1") == 6 and "encoded.data.field 5 was 5 and is now -1; and 3 more. " in message
+    assert message.endswith("Name another folder (--reference-cache), or delete this one to make it anew.")
+
+
+def test_a_folder_that_cannot_be_used_says_how_to_choose_another(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"folder for kept reference errors cannot .* Name another one \(--reference-cache\)"):
+        kept(tmp_path / "file")
+    with pytest.raises(UserError, match=r"is not a cache of diffalign; name an empty or a new folder \(--reference-cache\)"):
+        kept(tmp_path)
+
+
 def test_an_error_that_is_no_number_is_named(tmp_path: Path) -> None:
     def ask(batch: PairBatch) -> Tensor:
         return torch.where(batch.index[:, None] == 5, torch.nan, 1.0).expand(-1, 2)

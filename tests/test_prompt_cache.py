@@ -13,9 +13,12 @@ from test_data_cache import CENTRAL, DISTINCT, SmallEncoder, _vector, contents, 
 
 from diffalign.data import cache_files
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.draws import KeptDraws
+from diffalign.data.kept_errors import keep_errors
 from diffalign.data.open import open_pairs
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache, prompt_fingerprint
 from diffalign.errors import StaleCacheError, UserError
+from diffalign.levels import Levels
 
 PROMPTS = [f"prompt {i % 7}" for i in range(10)] + ["", "another"]
 
@@ -85,8 +88,9 @@ def test_other_prompts_another_encoder_or_precision_make_it_stale(tmp_path: Path
     message = str(caught.value)
     for part in ('encoder.weights was "a" and is now "b"', 'dtype was "float16"', "prompts.count was 12 and is now 11"):
         assert part in message
-    with pytest.raises(StaleCacheError, match="prompts.sha256 was") as caught:
-        build_prompt_cache(PROMPTS[::-1], SmallEncoder(), tmp_path / "c")
+    assert "Name another folder (--cache), or delete" in message
+    with pytest.raises(StaleCacheError, match=r"prompts.sha256 was .* Name another folder \(--out\)") as caught:
+        build_prompt_cache(PROMPTS[::-1], SmallEncoder(), tmp_path / "c", option="--out")
     assert "count" not in str(caught.value)
     with pytest.raises(StaleCacheError, match="prompts.sha256"):
         PromptCache.open(tmp_path / "c", prompt_fingerprint(["a"] * 12, SmallEncoder()))
@@ -98,16 +102,36 @@ def test_prompts_that_are_cut_elsewhere_are_other_prompts() -> None:
     assert one != two and json.loads(json.dumps(one)) == one
 
 
-def test_the_two_kinds_of_cache_are_told_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "begun"])
+def test_the_kinds_of_cache_are_told_apart_and_none_is_to_make_room_for_another(tmp_path: Path, complete: bool) -> None:
     table = open_pairs(write_pairs(tmp_path, DISTINCT))
+    cache = build_cache(table, SmallEncoder(), tmp_path / "open", CENTRAL)
+    ask, draws = (lambda batch: torch.zeros(len(batch), 2)), KeptDraws(2, 0, Levels())
+    makes = {
+        "encoded pairs": lambda folder: build_cache(table, SmallEncoder(), folder, CENTRAL),
+        "encoded prompts": lambda folder: build_prompt_cache(PROMPTS, SmallEncoder(), folder),
+        "kept reference errors": lambda folder: keep_errors(cache, draws, ask, folder, {"reference": "r"}),
+    }
+    options = {"kept reference errors": "--reference-cache"}
+    for held, make in makes.items():
+        make(tmp_path / held)
+        if not complete:
+            (tmp_path / held / "complete.json").unlink()
+        before = contents(tmp_path / held)
+        for wanted in makes.keys() - {held}:
+            named = rf"{held} holds {held}, not {wanted}: name another folder \({options.get(wanted, '--cache')}\)\.$"
+            with pytest.raises(UserError, match=named):
+                makes[wanted](tmp_path / held)
+        assert contents(tmp_path / held) == before
+
+
+def test_a_cache_of_another_kind_does_not_open(tmp_path: Path) -> None:
     build_prompt_cache(PROMPTS, SmallEncoder(), tmp_path / "prompts")
-    build_cache(table, SmallEncoder(), tmp_path / "pairs", CENTRAL)
-    with pytest.raises(UserError, match="prompts is one of prompts alone; expected one of pairs"):
+    build_cache(open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "pairs", CENTRAL)
+    with pytest.raises(UserError, match="prompts holds encoded prompts, not encoded pairs"):
         PairCache.open(tmp_path / "prompts")
-    with pytest.raises(UserError, match="pairs is one of pairs; expected one of prompts alone"):
+    with pytest.raises(UserError, match="pairs holds encoded pairs, not encoded prompts"):
         PromptCache.open(tmp_path / "pairs")
-    with pytest.raises(StaleCacheError, match="made under other circumstances"):
-        build_cache(table, SmallEncoder(), tmp_path / "prompts", CENTRAL)
     with pytest.raises(UserError, match="There is no cache in"):
         PromptCache.open(tmp_path / "nowhere")
 

@@ -105,7 +105,8 @@ def fill_cache(
 
     Raises:
         StaleCacheError: the folder holds a cache made under other circumstances.
-        UserError: too many unreadable pairs (the first are named), a full disk, or values that ``dtype`` cannot hold.
+        UserError: too many unreadable pairs (the first are named), a full disk, values that ``dtype`` cannot hold, or a folder
+            with something else.
     """
     check_settings(dtype, batch_size, shard_items)
     if not 0.0 <= max_unreadable <= 1.0:
@@ -226,7 +227,7 @@ class PairCache:
         Raises ``StaleCacheError`` if it was made under other circumstances than ``expected_fingerprint`` (from
         ``cache_fingerprint``; None accepts any), ``UserError`` if there is none, or none that is complete.
         """
-        return cls(CacheFolder(directory).opened("data", VERSION, expected_fingerprint))
+        return cls(CacheFolder(directory).opened(VERSION, expected_fingerprint))
 
     def __len__(self) -> int:
         return len(self._pairs)

@@ -25,6 +25,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -42,6 +43,24 @@ PLACES = (".", "rows", "images", "prompts", "journal", "errors")
 """Folders of a cache, of whatever kind."""
 
 
+NAMED = 6
+"""Differences that a refusal names."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a cache holds."""
+
+    what: str  # in words
+    mark: str  # what of its fingerprint no other kind has
+    option: str  # that says which folder it is
+
+
+PAIRS = Holding("encoded pairs", "data", "--cache")
+PROMPTS = Holding("encoded prompts", "prompts", "--cache")
+ERRORS = Holding("kept reference errors", "draws", "--reference-cache")
+
+
 def write_bytes(stream: BinaryIO, content: bytes | np.ndarray) -> None:
     """The one place where bytes of a cache reach the disk."""
     if isinstance(content, np.ndarray):
@@ -51,10 +70,10 @@ def write_bytes(stream: BinaryIO, content: bytes | np.ndarray) -> None:
 
 
 class CacheFolder:
-    """Paths and atomic writes of one cache."""
+    """Paths and atomic writes of one cache, which is to hold what ``holds`` says."""
 
-    def __init__(self, directory: str | Path) -> None:
-        self.root = Path(directory)
+    def __init__(self, directory: str | Path, holds: Holding = PAIRS) -> None:
+        self.root, self.holds = Path(directory), holds
 
     # ------------------------------------------------------------------------------------------------------------ writing
 
@@ -105,7 +124,8 @@ class CacheFolder:
         what = f"{name} ({size:,} bytes) could not be written to the cache in {self.root}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.root).free
-            what += f" ({free:,} bytes free; this file alone needs {size:,}). Free some space or choose another folder"
+            what += f" ({free:,} bytes free; this file alone needs {size:,}). "
+            what += f"Free some space or name another folder ({self.holds.option})"
         return f"{what}. What was committed before is intact: the same command goes on from there."
 
     # ------------------------------------------------------------------------------------------------------------ reading
@@ -135,25 +155,21 @@ class CacheFolder:
             if not self.complete:
                 raise
 
-    def opened(self, part: str, version: int, expected: Mapping[str, Any] | None) -> CacheFolder:
+    def opened(self, version: int, expected: Mapping[str, Any] | None) -> CacheFolder:
         """This folder, if it holds a complete cache made as ``expected`` says, or of any data for None.
 
-        ``part`` tells the kinds apart: the fingerprint has "data" where pairs were encoded, "prompts" where prompts alone.
-
-        Raises ``StaleCacheError`` for another one, ``UserError`` for none, or none that is complete.
+        Raises ``StaleCacheError`` for another one, ``UserError`` for none, none that is complete, or another kind.
         """
         if not (self.root / "fingerprint.json").exists():
             raise UserError(f"There is no cache in {self.root}.")
         if expected is not None:
             self.refuse_stale(expected)
         found = self.read_json("fingerprint.json")
-        if part not in found:
-            here, wanted = ("prompts alone", "pairs") if part == "data" else ("pairs", "prompts alone")
-            raise UserError(f"The cache in {self.root} is one of {here}; expected one of {wanted}.")
+        self._refuse_other_kind(found)
         if found.get("version") != version:
             raise StaleCacheError(
                 f"The cache in {self.root} is of version {found.get('version')}, and this diffalign reads version {version}. "
-                "Delete the folder, or give another one, to encode everything anew."
+                f"Name another folder ({self.holds.option}), or delete this one to make it anew."
             )
         if not self.complete:
             raise UserError(f"The cache in {self.root} is not complete; build it again, it goes on where it stopped.")
@@ -175,7 +191,8 @@ class CacheFolder:
         if not known.exists():
             occupied = self.root.exists() and (not self.root.is_dir() or any(_foreign(p) for p in self.root.iterdir()))
             if occupied and not known.exists():  # or another process has claimed it meanwhile
-                raise UserError(f"{self.root} exists and is not a cache of diffalign; give an empty or a new folder.")
+                give = f"name an empty or a new folder ({self.holds.option})"
+                raise UserError(f"{self.root} exists and is not a cache of diffalign; {give}.")
             self.write_json("fingerprint.json", fingerprint)
         self.refuse_stale(fingerprint)
         if not shared:
@@ -189,18 +206,29 @@ class CacheFolder:
                     leftover.unlink()
 
     def refuse_stale(self, expected: Mapping[str, Any]) -> None:
-        """Raises ``StaleCacheError`` that names every field in which the cache differs from what is asked for."""
-        found, wanted = flatten(self.read_json("fingerprint.json")), flatten(plain(expected))
+        """Raises ``StaleCacheError`` that names the first fields in which the cache differs from what is asked for, and counts
+        the others; ``UserError`` if it holds another kind of thing."""
+        fingerprint = self.read_json("fingerprint.json")
+        self._refuse_other_kind(fingerprint)
+        found, wanted = flatten(fingerprint), flatten(plain(expected))
         differing = [
             f"{name} was {json.dumps(found.get(name))} and is now {json.dumps(wanted.get(name))}"
             for name in sorted(found.keys() | wanted.keys())
             if found.get(name) != wanted.get(name)
         ]
         if differing:
+            more = [f"and {len(differing) - NAMED} more"] if len(differing) > NAMED else []
             raise StaleCacheError(
-                f"The cache in {self.root} was made under other circumstances: {'; '.join(differing)}. "
-                "Give another folder for the cache, or delete this one to encode everything anew."
+                f"The {self.holds.what} in {self.root} were made under other circumstances: "
+                f"{'; '.join([*differing[:NAMED], *more])}. "
+                f"Name another folder ({self.holds.option}), or delete this one to make it anew."
             )
+
+    def _refuse_other_kind(self, fingerprint: Mapping[str, Any]) -> None:
+        """Nobody is to delete one thing to make room for another."""
+        if self.holds.mark not in fingerprint:
+            found = [kind.what for kind in (PAIRS, PROMPTS, ERRORS) if kind.mark in fingerprint] or ["something else"]
+            raise UserError(f"{self.root} holds {found[0]}, not {self.holds.what}: name another folder ({self.holds.option}).")
 
     @contextlib.contextmanager
     def locked(self, shared: bool = False, wait: bool = False) -> Iterator[None]:
@@ -212,7 +240,9 @@ class CacheFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             stream = (self.root / (WAITING_LOCK if wait else LOCK)).open("w")
         except OSError as error:
-            raise UserError(f"The folder for the cache cannot be used: {error}.") from error
+            raise UserError(
+                f"The folder for {self.holds.what} cannot be used: {error}. Name another one ({self.holds.option})."
+            ) from error
         with stream:
             if fcntl is not None:
                 self._lock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.cache_files import CacheFolder, plain
+from diffalign.data.cache_files import ERRORS, CacheFolder, plain
 from diffalign.data.cache_values import Shards
 from diffalign.data.draws import Draw, KeptDraws
 from diffalign.data.loader import EncodedPairs, collate, shape_of
@@ -74,10 +74,10 @@ def keep_errors(
         depends_on: what the errors depend on beside the draws, as plain values: reference, precision, data, schedule.
 
     Raises:
-        StaleCacheError: the folder holds errors made under other circumstances; all that differ are named.
+        StaleCacheError: the folder holds errors made under other circumstances; the first that differ are named.
         UserError: the disk is full, the folder holds something else, or an error is not finite.
     """
-    processes, folder = processes or Alone(), CacheFolder(directory)
+    processes, folder = processes or Alone(), CacheFolder(directory, ERRORS)
     fingerprint = plain({"version": VERSION, **depends_on, "draws": draws.describe(), "pairs": len(pairs)})
     complete = processes.all(folder.complete)[0]
     if not complete:

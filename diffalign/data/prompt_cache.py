@@ -10,12 +10,13 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from diffalign.data.cache_files import CacheFolder, plain
+from diffalign.data.cache_files import PROMPTS, CacheFolder, plain
 from diffalign.data.cache_prompts import about, prompts_to_fill
 from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
@@ -42,8 +43,11 @@ def build_prompt_cache(
     dtype: str = "float16",
     progress: Progress | None = None,
     shard_items: int = 256,
+    option: str = PROMPTS.option,
 ) -> PromptCache:
     """Encode every prompt that is not yet in ``directory``; a complete cache is only opened. Equal prompts are encoded once.
+
+    ``option`` is what a refusal names as the way to choose another folder.
 
     Raises ``StaleCacheError`` if the folder holds a cache of other prompts or another encoder, and ``UserError`` for no prompt
     at all, a full disk, or values that ``dtype`` cannot hold.
@@ -53,13 +57,14 @@ def build_prompt_cache(
         raise UserError(f"prompts is one text, {prompts!r}; expected a list of them.")
     if not len(prompts):
         raise UserError("There are no prompts to encode.")
-    folder, expected = CacheFolder(directory), prompt_fingerprint(prompts, encoder, dtype)
+    folder = CacheFolder(directory, replace(PROMPTS, option=option))
+    expected = prompt_fingerprint(prompts, encoder, dtype)
     if not folder.complete:
         with folder.locked():
             folder.claim(expected)
             if not folder.complete:  # another process may have ended meanwhile
                 _fill(folder, prompts, encoder, batch_size=batch_size, dtype=dtype, progress=progress, shard_items=shard_items)
-    return PromptCache.open(directory, expected)
+    return PromptCache(folder.opened(VERSION, expected))
 
 
 def _fill(folder: CacheFolder, prompts: Sequence[str], encoder: Encoder, **how: Any) -> None:
@@ -94,7 +99,7 @@ class PromptCache:
         """Open a complete cache. Raises ``StaleCacheError`` if it was made under other circumstances than
         ``expected_fingerprint`` (from ``prompt_fingerprint``; None accepts any), ``UserError`` if there is none.
         """
-        return cls(CacheFolder(directory).opened("prompts", VERSION, expected_fingerprint))
+        return cls(CacheFolder(directory, PROMPTS).opened(VERSION, expected_fingerprint))
 
     def __len__(self) -> int:
         return len(self.prompts)
