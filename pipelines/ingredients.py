@@ -232,8 +232,11 @@ def prepare(
     say: Say,
     progress: bool = True,
     judge: RewardFunction | None = None,
+    renew: bool = False,
 ) -> Prepared:
     """Encode the data (or open the cache), let go of the encoders, attach what is trained.
+
+    With ``renew`` caches in the run's own folder that were made under other circumstances are made anew.
 
     Raises:
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
@@ -242,7 +245,8 @@ def prepare(
     base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
     with Bar(progress and accelerator.is_main_process) as bar:
         family.encoder.work_on(accelerator.device)
-        cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance)
+        renew = renew and settings.data.cache is None
+        cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance, renew)
     if accelerator.is_main_process:
         _tell_of_long_prompts(family, cache, prompts, say)
     family.release_encoders(keep_decoder=samples_itself(settings) and stored is None)
@@ -255,7 +259,7 @@ def prepare(
     if start is None:
         with Bar(progress and accelerator.is_main_process) as bar:
             asked = reference_beforehand.Asked(settings, family, cache, visits, accelerator)
-            kept = asked.keep(base_digest, bar.advance) if settings.reference.reference_draws else None
+            kept = asked.keep(base_digest, bar.advance, renew) if settings.reference.reference_draws else None
             validation = asked.known(validation)
         start = Cached()
     if devices.is_sharding(accelerator):
@@ -303,14 +307,15 @@ def _encode(
     judges: Judges,
     say: Say,
     progress: Callable,
+    renew: bool,
 ) -> tuple[PairCache | None, PromptCache | None]:
     """The pairs with their judge's scores if there is one, or the prompts of an objective that samples."""
     if samples_itself(settings):
         with accelerator.main_process_first():
-            return None, _encode_prompts(settings, table, family, progress, stored)
+            return None, _encode_prompts(settings, table, family, progress, stored, renew)
     say(table.description)
     everyone = Together(accelerator)
-    cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress)
+    cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress, renew=renew)
     for origin, reason in cache.skipped[:10]:
         say(f"skipped {origin}: {reason}")
     if judges:
@@ -366,12 +371,13 @@ def encoding(settings: TrainSettings, table: PairTable, family: Any) -> dict[str
 
 
 def _encode_prompts(
-    settings: TrainSettings, table: PairTable | None, family: Any, progress: Callable, stored: Stored | None = None
+    settings: TrainSettings, table: PairTable | None, family: Any, progress: Callable, stored: Stored | None, renew: bool
 ) -> PromptCache:
     if stored is not None:
         return feedback.open_prompts(stored, family.encoder)
     texts, folder = prompts_to_sample(settings, table), settings.data.cache or settings.output / PROMPT_FOLDER
-    return build_prompt_cache(texts, family.encoder, folder, batch_size=settings.data.encode_batch, progress=progress)
+    how = {"batch_size": settings.data.encode_batch, "progress": progress, "renew": renew}
+    return build_prompt_cache(texts, family.encoder, folder, **how)
 
 
 def _tell_of_long_prompts(family: Any, cache: PairCache | None, prompts: PromptCache | None, say: Say) -> None:

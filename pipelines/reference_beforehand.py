@@ -59,8 +59,8 @@ class Asked:
         """Batches of validation with its errors."""
         return with_known(batches, self, Together(self._accelerator))
 
-    def keep(self, base_digest: str, progress: Progress) -> KeptErrors:
-        """Its errors at the draws of all pairs, from the folder or asked now."""
+    def keep(self, base_digest: str, progress: Progress, renew: bool = False) -> KeptErrors:
+        """Its errors at the draws of all pairs, from the folder or asked now; ``renew`` is about a folder of the run's own."""
         settings, visits = self._settings, self._visits
         own = settings.reference
         draws = KeptDraws(
@@ -73,6 +73,7 @@ class Asked:
             "schedule": {**self._schedule.fingerprint(), "error_as": settings.error_as},
         }
         how = {"batch_size": max(1, settings.data.encode_batch // 2), "progress": progress}
+        how["renew"] = renew and own.reference_cache is None
         return keep_errors(
             self._cache, draws, self, folder_of(settings), depends_on, processes=Together(self._accelerator), **how
         )

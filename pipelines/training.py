@@ -188,7 +188,7 @@ def _train_and_export(
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     if accelerator.is_main_process:
         folder.mark()
-    prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge)
+    prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge, folder.overwrite)
     build = partial(build_trainer, name, settings, prepared, accelerator)
     trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
     if not finished.interrupted:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -244,6 +245,21 @@ def test_an_output_folder_with_another_run(inputs: Inputs, tmp_path: Path, capsy
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert run(inputs, out, "--overwrite", "--seed", "9") == 0
     assert tensors(out) != kept
+
+
+def test_a_run_that_is_replaced_takes_its_own_stale_caches_with_it(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, elsewhere = tmp_path / "run", ["--reference-cache", str(tmp_path / "errors")]
+    assert run(inputs, out, "--reference-draws", "1") == 0
+    pairs = (out / "cache" / "pairs.npy").stat().st_mtime_ns
+    assert run(inputs, out, "--overwrite", "--reference-draws", "2") == 0
+    assert (out / "cache" / "pairs.npy").stat().st_mtime_ns == pairs  # the pairs are the same
+    assert np.load(out / "cache" / "reference" / "errors.npy").shape[1] == 2
+    assert run(inputs, out, "--overwrite", "--reference-draws", "2", "--resolution", "32", *elsewhere) == 0
+    assert (out / "cache" / "pairs.npy").stat().st_mtime_ns != pairs
+    assert run(inputs, out, "--overwrite", "--reference-draws", "1", "--resolution", "32", *elsewhere) == 2  # not the run's own
+    refused(capsys, "draws", "--reference-cache")
 
 
 def test_an_output_folder_with_other_files_is_never_overwritten(

@@ -90,6 +90,7 @@ def fill_cache(
     workers: int | None = None,
     processes: Processes | None = None,
     part: Share = (0, 1),
+    renew: bool = False,
 ) -> int:
     """Encode a part of what is not yet in ``directory``; returns how many shards are still missing, 0 of a complete cache.
 
@@ -102,6 +103,7 @@ def fill_cache(
         workers: threads that decode ahead of the encoder.
         processes: that share this part. All must call it.
         part: (which, of how many), the first of them 0.
+        renew: a cache that was made under other circumstances goes, instead of being refused.
 
     Raises:
         StaleCacheError: the folder holds a cache made under other circumstances.
@@ -115,6 +117,8 @@ def fill_cache(
     expected = cache_fingerprint(table, encoder, transform, dtype)
     reading = {"max_unreadable": max_unreadable, "workers": default_workers() if workers is None else workers}
     filling = _Filling(folder, table, encoder, transform, dtype, reading, progress)
+    if renew and processes.rank == 0:
+        folder.drop_stale(expected)
     if processes.all(folder.complete)[0]:  # a complete one needs no lock: any number of processes may open it at once
         folder.refuse_stale(expected)
         return 0

@@ -224,6 +224,14 @@ class CacheFolder:
                 f"Name another folder ({self.holds.option}), or delete this one to make it anew."
             )
 
+    def drop_stale(self, expected: Mapping[str, Any]) -> None:
+        """Remove a cache that was made under other circumstances. Raises ``UserError`` if it holds another kind of thing."""
+        if (self.root / "fingerprint.json").exists():
+            try:
+                self.refuse_stale(expected)
+            except StaleCacheError:
+                shutil.rmtree(self.root)
+
     def _refuse_other_kind(self, fingerprint: Mapping[str, Any]) -> None:
         """Nobody is to delete one thing to make room for another."""
         if self.holds.mark not in fingerprint:

@@ -66,12 +66,14 @@ def keep_errors(
     batch_size: int = 16,
     processes: Processes | None = None,
     progress: Progress | None = None,
+    renew: bool = False,
 ) -> KeptErrors:
     """Ask for whatever is not yet in ``directory``; a complete folder is only opened. All processes must call it.
 
     Args:
         ask: without gradient, in the precision of training; called with ``batch_size`` pairs of one shape at most.
         depends_on: what the errors depend on beside the draws, as plain values: reference, precision, data, schedule.
+        renew: errors that were made under other circumstances go, instead of being refused.
 
     Raises:
         StaleCacheError: the folder holds errors made under other circumstances; the first that differ are named.
@@ -79,6 +81,8 @@ def keep_errors(
     """
     processes, folder = processes or Alone(), CacheFolder(directory, ERRORS)
     fingerprint = plain({"version": VERSION, **depends_on, "draws": draws.describe(), "pairs": len(pairs)})
+    if renew and processes.rank == 0:
+        folder.drop_stale(fingerprint)
     complete = processes.all(folder.complete)[0]
     if not complete:
         _fill_together(folder, fingerprint, _Filling(folder, pairs, draws, ask, batch_size, progress), processes)

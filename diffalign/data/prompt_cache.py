@@ -44,10 +44,12 @@ def build_prompt_cache(
     progress: Progress | None = None,
     shard_items: int = 256,
     option: str = PROMPTS.option,
+    renew: bool = False,
 ) -> PromptCache:
     """Encode every prompt that is not yet in ``directory``; a complete cache is only opened. Equal prompts are encoded once.
 
-    ``option`` is what a refusal names as the way to choose another folder.
+    ``option`` is what a refusal names as the way to choose another folder. With ``renew`` a cache that was made under other
+    circumstances goes, instead of being refused.
 
     Raises ``StaleCacheError`` if the folder holds a cache of other prompts or another encoder, and ``UserError`` for no prompt
     at all, a full disk, or values that ``dtype`` cannot hold.
@@ -59,6 +61,8 @@ def build_prompt_cache(
         raise UserError("There are no prompts to encode.")
     folder = CacheFolder(directory, replace(PROMPTS, option=option))
     expected = prompt_fingerprint(prompts, encoder, dtype)
+    if renew:
+        folder.drop_stale(expected)
     if not folder.complete:
         with folder.locked():
             folder.claim(expected)
