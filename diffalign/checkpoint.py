@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +20,6 @@ from typing import Any, Protocol
 import torch
 
 from diffalign.errors import UserError
-
-INTERRUPTED_STATUS = 130
-"""Exit status of a run that was stopped by a signal and left a checkpoint."""
 
 _PREFIX = "checkpoint-"
 _ASIDE = ".writing-"
@@ -48,7 +46,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
-        _flush(aside)
+        _flush(*aside.rglob("*"), aside)
         _swap(aside, target)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -64,8 +62,26 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
         torch.save(dict(state), file)
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def write_file_aside(target: Path, content: bytes) -> None:
+    """Write a file beside ``target``, flush it to the disk, and rename it to ``target``.
+
+    Raises:
+        UserError: the disk is full, or refuses (the old ``target``, if any, is untouched).
+    """
+    aside = target.with_name(f"{_ASIDE}{target.name}")
+    try:
+        try:
+            aside.write_bytes(content)
+            _flush(aside)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise _disk_error(error, target) from error
+
+
+def _flush(*paths: Path) -> None:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -118,14 +134,43 @@ class Checkpoints:
             shutil.rmtree(old)
         return target
 
+    def note(self, path: Path) -> dict[str, Any]:
+        """What ``save`` wrote beside the states of a checkpoint. Raises UserError: it is damaged."""
+        file = path / "checkpoint.json"
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise self._unreadable(file, error) from error
+
     def load(self, path: Path, things: Mapping[str, Stateful]) -> dict[str, Any]:
-        """Restore every thing in place and return the note. The names must be those that were saved."""
-        note = json.loads((path / "checkpoint.json").read_text())
+        """Restore every thing in place and return the note. The names must be those that were saved.
+
+        Raises:
+            UserError: the checkpoint is of other things, or a file of it is damaged.
+        """
+        note = self.note(path)
         if sorted(things) != note["things"]:
             raise UserError(
                 f"{path} holds {', '.join(note['things'])}, but this run needs {', '.join(sorted(things))}: "
                 "it was made with other settings (say, another adapter or EMA). Resume with the settings it was started with."
             )
         for name, thing in things.items():
-            thing.load_state_dict(torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True))
+            thing.load_state_dict(self._state(path / f"{name}.pt"))
         return note
+
+    def _state(self, file: Path) -> Mapping[str, Any]:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+            if "you tried to allocate" in str(error):  # too little memory is a RuntimeError as well, and nothing to delete
+                raise
+            raise self._unreadable(file, error) from error
+
+    def _unreadable(self, file: Path, error: Exception) -> UserError:
+        """What to do about a file of a checkpoint. Nobody goes back by himself: steps would be lost without a word."""
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):  # torch seeks before a short file
+            return UserError(f"{file} cannot be read: {error.strerror or error}.")
+        older = [path.name for path in self.all() if path.name < file.parent.name]
+        then = f"it goes on from {older[-1]}" if older else "there is no older checkpoint, so it begins anew"
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        return UserError(f"{file} is {what}. Delete the folder {file.parent} and resume again: {then}.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+INTERRUPTED_STATUS = 130
+"""Exit status of a command that was stopped by Ctrl-C, or of training that left a checkpoint on a signal."""
+
 
 class UserError(Exception):
     """The input or the request is at fault, not the program: the message says what was found and what would be right."""

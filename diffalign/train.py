@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffalign import health, sharding
+from diffalign import health, metrics_file, sharding
 from diffalign.checkpoint import Checkpoints, Stateful
 from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
@@ -38,7 +38,7 @@ from diffalign.settings import check_options, option
 from diffalign.types import Outcome
 from diffalign.updates import updates_of
 from diffalign.waiting import Waiting
-from diffalign.weights import TrainedWeights
+from diffalign.weights import TrainedWeights, without_dropout
 
 LoopReference = Literal["start", "round"]
 
@@ -256,12 +256,13 @@ class Trainer:
         """Go on from the newest checkpoint; False if there is none.
 
         Raises:
-            UserError: the checkpoint was made with another reference, data set or objective.
+            UserError: the checkpoint was made with another reference, data set or objective, or is damaged; or a line of
+                ``metrics.jsonl`` is broken.
         """
         path = self._checkpoints.latest()
         if path is None:
             return False
-        saved = json.loads((path / "checkpoint.json").read_text())["identity"]
+        saved = self._checkpoints.note(path)["identity"]
         changed = [k for k in sorted(saved.keys() | self._identity.keys()) if saved.get(k) != self._identity.get(k)]
         if changed:
             lines = "; ".join(f"{k}: {saved.get(k)!r} then, {self._identity.get(k)!r} now" for k in changed)
@@ -275,9 +276,12 @@ class Trainer:
     def _forget_metrics_after(self, step: int) -> None:
         """Drop lines of steps that will be done again."""
         if self._accelerator.is_main_process and self._metrics_file.exists():
-            lines = self._metrics_file.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self._metrics_file.write_text("".join(line + "\n" for line in kept))
+            metrics_file.forget_after(self._metrics_file, step)
+
+    def _forget_all_metrics(self) -> None:
+        """Drop what a run measured here that never got to a checkpoint; the new one would write on in its last line."""
+        if self._accelerator.is_main_process:
+            self._metrics_file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -292,6 +296,7 @@ class Trainer:
             self._rounds.begin()
         with Interruption() as interruption:
             if self.step == 0:
+                self._forget_all_metrics()
                 self.validate()
             self._waiting.ask()
             for micro_batches in self._learner.source.steps(self.step, self._loop.steps):
@@ -376,10 +381,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Metrics on the fixed pairs and draws, overall and per timestep bin; empty without validation pairs."""
+        """Metrics on the fixed pairs and draws, without dropout, overall and per timestep bin; empty without validation pairs."""
         if not self._validation:
             return {}
-        with self._ema.applied() if self._ema else nullcontext():
+        with self._ema.applied() if self._ema else nullcontext(), without_dropout(self._policy.network):
             t, columns = self._validation_columns()
         means = {name: float(values.double().mean()) for name, values in columns.items()}
         bins = health.by_timestep(t, columns, len(self._policy.schedule)) if t is not None else []

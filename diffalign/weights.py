@@ -115,8 +115,9 @@ class TrainedWeights:
 
 @contextmanager
 def without_dropout(network: nn.Module) -> Iterator[None]:
-    """Within: nothing is dropped out, and no random number is drawn for it."""
-    dropping = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    """Within: nothing is dropped out, and no random number is drawn for it. A network that drops nothing is left as it is."""
+    # Layers of rate 0 do nothing anyway; compiled blocks would be compiled once more for another mode.
+    dropping = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p and m.training]
     try:
         for module in dropping:
             module.training = False

@@ -1,6 +1,7 @@
 """The console script ``diffalign``: finds the commands in ``pipelines/commands`` and runs one.
 
-Errors of the user's making are one paragraph on stderr and exit status 2; ``--debug`` shows the traceback.
+Errors of the user's making are one paragraph on stderr and exit status 2; Ctrl-C is a line there and status 130. Of both,
+``--debug`` shows the traceback. A command that goes on where it was stopped says so in ``goes_on``, a default of its parser.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pkgutil
 import sys
 import textwrap
 
-from diffalign.errors import UserError
+from diffalign.errors import INTERRUPTED_STATUS, UserError
 from pipelines import commands
 
 
@@ -60,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(paragraph(f"diffalign {args.command}: {error}"), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print(f"Interrupted. {getattr(args, 'goes_on', '')}".rstrip(), file=sys.stderr)
+        return INTERRUPTED_STATUS
 
 
 def paragraph(text: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from diffalign.metrics_file import read_rows
 
 LOG_2 = math.log(2)
 """Where a logistic loss begins."""
@@ -23,10 +24,13 @@ HELD_OUT: list[tuple[dict[str, str], str]] = [
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of ``metrics.jsonl`` by kind (``train``, ``validation``), in order of steps."""
+    """The lines of ``metrics.jsonl`` by kind (``train``, ``validation``), in order of steps, without a torn last one.
+
+    Raises:
+        UserError: another line is broken.
+    """
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(path):
         rows[row["kind"]].append(row)
     return rows
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.curves import draw_curves
+from diffalign.errors import UserError
+from pipelines.curves import draw_curves, read_metrics
 
 TRAIN = {"kind": "train", "loss": 0.6931}
 BINS = [{"t_from": 100 * i, "t_to": 100 * i + 100, "accuracy": 0.5 + 0.03 * i} for i in range(10)]
@@ -44,3 +45,14 @@ def test_there_is_a_panel_for_what_was_measured(rows: list[dict], panels: int, t
 
 def test_a_run_that_logged_nothing_has_no_picture(tmp_path: Path) -> None:
     assert drawn(tmp_path, HELD_OUT) is None and not (tmp_path / "curves.png").exists()
+
+
+def test_a_torn_last_line_is_not_drawn_and_another_broken_one_is_named(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    whole = json.dumps(TRAIN | {"step": 1}) + "\n"
+    metrics.write_text(whole + '{"kind": "tr')
+    assert read_metrics(metrics) == {"train": [TRAIN | {"step": 1}], "validation": []}
+    assert draw_curves(metrics, tmp_path / "curves.png").is_file()
+    metrics.write_text('{"kind": "tr\n' + whole)
+    with pytest.raises(UserError, match=r"Line 1 of .*metrics\.jsonl is broken"):
+        draw_curves(metrics, tmp_path / "curves.png")

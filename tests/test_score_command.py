@@ -227,7 +227,9 @@ def test_a_thousand_pictures_killed_half_way_give_the_same_table(tmp_path: Path)
     assert not Journal(out).parts
 
 
-def test_what_was_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_done_is_not_done_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     out, seen, real = tmp_path / "s.csv", [], jpeg.kilobytes
 
     def watched(image):
@@ -237,8 +239,8 @@ def test_what_was_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypat
         return real(image)
 
     monkeypatch.setattr(jpeg, "kilobytes", watched)
-    with pytest.raises(KeyboardInterrupt):
-        run("score", folder, "--judges", "jpeg", "--out", out, "--batch-size", "4", "--no-cache")
+    assert run("score", folder, "--judges", "jpeg", "--out", out, "--batch-size", "4", "--no-cache") == 130
+    assert "Interrupted. The same command goes on where it stopped;" in capsys.readouterr().err
     assert done(out) == 2
     seen[:] = [None] * 9
     assert run("score", folder, "--judges", "jpeg", "--out", out, "--batch-size", "4", "--no-cache") == 0

@@ -97,6 +97,23 @@ def test_a_cache_is_prepared_in_parts_and_trained_on(
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_interrupted_preparation_is_one_line_and_goes_on(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--cache", str(tmp_path / "cache"), "--prepare"]
+
+    def stop(self: StableDiffusionEncoder, prompts: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusionEncoder, "encode_prompts", stop)
+        assert run(inputs, tmp_path / "run", *words) == 130
+        assert capsys.readouterr().err == "Interrupted. The same command goes on where it stopped.\n"
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, tmp_path / "run", *words, "--debug")
+    assert run(inputs, tmp_path / "run", *words) == 0
+
+
 def test_a_full_run_leaves_a_whole_pipeline(inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(inputs, out, "--adapter", "full", "--ema-decay", "0.5") == 0
@@ -110,7 +127,7 @@ def test_a_full_run_leaves_a_whole_pipeline(inputs: Inputs, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_resume_from_the_command_line_is_bitwise(
-    adapter: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["--steps", "4", "--checkpoint-every", "2", "--adapter", adapter, "--dropout", "0.1"]
     assert run(inputs, tmp_path / "whole", *words) == 0
@@ -123,8 +140,9 @@ def test_resume_from_the_command_line_is_bitwise(
 
     with monkeypatch.context() as patch:
         patch.setattr(progress.TrainingBar, "update", die)
-        with pytest.raises(KeyboardInterrupt):
-            run(inputs, tmp_path / "cut", *words)
+        assert run(inputs, tmp_path / "cut", *words) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("Interrupted. Once there is a checkpoint, go on from it with --resume") and len(said) == 1
     assert checkpoint.Checkpoints(tmp_path / "cut" / "checkpoints").latest().name == "checkpoint-00000002"
     assert run(inputs, tmp_path / "cut", *words, "--resume") == 0
     name = "pytorch_lora_weights.safetensors" if adapter == "lora" else "unet/diffusion_pytorch_model.safetensors"

@@ -22,6 +22,8 @@ from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.learner import Learner
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
+from diffalign.objectives.sft import SFT
+from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import Ema, OptimiserSettings, learning_rate_factor
 from diffalign.references import AdapterOff, Frozen
 from diffalign.train import LoopSettings, Trainer
@@ -223,6 +225,110 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert trainer.resume() and trainer.step == 2
 
 
+@pytest.mark.parametrize(
+    "torn", [b'{"kind": "tr', b"\0" * 20, b'{"kind": "train", "step": 4}\n{"kind": "\xc3'], ids=["cut", "zeros", "letter"]
+)
+def test_a_torn_last_line_of_the_metrics_is_dropped(torn: bytes, tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    file = tmp_path / "metrics.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before + torn)
+    trainer = make_trainer(tmp_path)
+    assert trainer.resume() and trainer.step == 4
+    assert file.read_bytes() == before + torn[: torn.rfind(b"\n") + 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+def test_a_run_that_begins_anew_does_not_write_on_in_a_torn_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    trainer = make_trainer(tmp_path, steps=2)
+    assert not trainer.resume()
+    trainer.run()
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("broken", ["{", "", "7", '{"kind": "train"}'])
+def test_a_broken_line_in_the_middle_of_the_metrics_is_named(broken: str, tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    file = tmp_path / "metrics.jsonl"
+    first, _, *others = file.read_text().splitlines()
+    file.write_text("\n".join([first, broken, *others]))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"Line 2 of .*metrics\.jsonl is broken.*Mend or delete"):
+        make_trainer(tmp_path).resume()
+    assert file.read_bytes() == before
+
+
+def test_metrics_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path).run()
+    file = tmp_path / "metrics.jsonl"
+    before, real = file.read_bytes(), Path.write_bytes
+
+    def full(path: Path, content: bytes) -> None:
+        real(path, content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="disk is full.*untouched"):
+        make_trainer(tmp_path).resume()
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def shortened(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "checkpoint.json"])
+@pytest.mark.parametrize("damage", [halved, shortened, zeroed, emptied], ids=lambda d: d.__name__)
+def test_a_damaged_checkpoint_is_named_with_the_older_one(damage: Callable, name: str, tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    newest = tmp_path / "checkpoints" / "checkpoint-00000004"
+    damage(newest / name)
+    with pytest.raises(UserError) as caught:
+        make_trainer(tmp_path).resume()
+    advice = f"Delete the folder {newest} and resume again: it goes on from checkpoint-00000002."
+    assert str(caught.value) == f"{newest / name} is damaged. {advice}"
+    checkpoint.shutil.rmtree(newest)
+    trainer = make_trainer(tmp_path)
+    assert trainer.resume() and trainer.step == 2
+
+
+def test_a_damaged_checkpoint_without_an_older_one(tmp_path: Path) -> None:
+    make_trainer(tmp_path, steps=2).run()
+    (only,) = (tmp_path / "checkpoints").iterdir()
+    (only / "weights.pt").unlink()
+    with pytest.raises(UserError, match="weights.pt is missing.*there is no older checkpoint, so it begins anew"):
+        make_trainer(tmp_path).resume()
+    checkpoint.shutil.rmtree(only)
+    assert not make_trainer(tmp_path).resume()
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), RuntimeError("you tried to allocate 9")])
+def test_what_is_no_damage_is_no_reason_to_delete(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path, steps=2).run()
+
+    def fails(*_: object, **how: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint.torch, "load", fails)
+    with pytest.raises((UserError, RuntimeError), match="weights.pt cannot be read: Permission denied|you tried") as caught:
+        make_trainer(tmp_path).resume()
+    assert "Delete" not in str(caught.value)
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     make_trainer(tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=2).run()
     assert [p.name for p in checkpoint.Checkpoints(tmp_path / "checkpoints").all()] == [
@@ -255,6 +361,37 @@ def test_validation_is_fixed_binned_and_in_the_file(tmp_path: Path) -> None:
     assert all(b["t_from"] % 100 == 0 and b["t_to"] - b["t_from"] == 100 for b in bins)
     whole = sum(b["margin"] * b["count"] for b in bins) / 10
     assert whole == pytest.approx(rows[1]["margin"], rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("objective", [None, SFT(), SmPO(smoothing="label")], ids=["diffusion-dpo", "sft", "smpo"])
+def test_validation_drops_nothing_out_and_draws_nothing(objective: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dropout=0.5, validation=True, steps=3, ema=0.5, objective=objective)
+    trainer.run()
+    network = trainer._policy.network
+    state, modes = torch.get_rng_state(), [module.training for module in network.modules()]
+    once, again = trainer.validate(), trainer.validate()
+    assert once == again and once["winner_drift"] != 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in network.modules()] == modes and any(modes)
+    batch = trainer._validation[0]
+    assert not torch.equal(trainer._learner.losses(batch).loss, trainer._learner.losses(batch).loss)  # training does drop out
+
+
+def test_a_network_that_drops_nothing_keeps_its_mode_in_validation(tmp_path: Path) -> None:
+    """Layers of rate 0 are there; compiled blocks would be compiled anew for another mode of theirs."""
+    seen = []
+
+    def watched(learner: Learner) -> Learner:
+        def validate(batch):
+            seen.append([module.training for module in trainer._policy.network.modules()])
+            return learner.validate(batch)
+
+        return replace(learner, validate=validate)
+
+    trainer = make_trainer(tmp_path, validation=True, wrap=watched)
+    trainer.validate()
+    kinds = [module for module in trainer._policy.network.modules() if isinstance(module, torch.nn.Dropout)]
+    assert kinds and all(modes == [True] * len(modes) for modes in seen)
 
 
 def test_learning_on_separable_pairs_raises_accuracy(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ HELP = "prompts that score better and still mean the same"
 OBJECTIVES = {"sft": "prompt-sft", "train": "sem-dpo"}
 WRITER = "'tiny', a folder (of a run, too), or a hub id of a causal language model"
 GENERATOR = "what draws: 'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+GOES_ON = "The same command goes on where it stopped; with --overwrite it begins anew."
 EMBEDDING = "embedding of meaning: clip, clip-h, tiny, or a folder or hub id of a text encoder (default clip)"
 
 
@@ -172,6 +173,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     from pipelines.sampling_options import whole
 
     _add_prompts(parser)
+    parser.set_defaults(goes_on=GOES_ON)
     parser.add_argument("--writer", required=True, help=WRITER)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the pairs: .jsonl or .parquet")
     parser.add_argument("--candidates", type=whole(2), default=8, metavar="K", help="rewrites of each prompt (default 8)")
@@ -234,6 +236,7 @@ def _build(args: argparse.Namespace) -> int:
 def _add_rewrite(parser: argparse.ArgumentParser) -> None:
     from pipelines.sampling_options import whole
 
+    parser.set_defaults(goes_on=f"With --out: {GOES_ON[0].lower()}{GOES_ON[1:]}")
     parser.add_argument("texts", nargs="*", metavar="PROMPT", help="prompts; or name a list with --prompts")
     parser.add_argument("--prompts", help="a file of prompts, or a list by name")
     parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_without, whole
 
+    parser.set_defaults(goes_on="The same command goes on where it stopped.")
     parser.description = (
         "Samples pictures of prompts by the stochastic chain that D3PO learns from, and keeps the trajectories. The same command "
         "goes on where a stopped one was. Choices go into choices.jsonl in the folder; `diffalign train d3po --feedback FOLDER` "

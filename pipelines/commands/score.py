@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.judge_options import add_judge_options, add_scoring_options
 
     parser.description = DESCRIPTION
+    parser.set_defaults(goes_on="The same command goes on where it stopped; with --overwrite it begins anew.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures; or a data set with pictures and prompts")
     add_prompt_options(parser)
     add_judge_options(parser)

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 HELP = "align a checkpoint with preference pairs"
+GOES_ON = (
+    "Once there is a checkpoint, go on from it with --resume and without --overwrite; until then, give the same command again: "
+    "what is encoded is kept."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(goes_on=GOES_ON)
     group = parser.add_argument_group("how to run")
     group.add_argument("--recipe", metavar="NAME", help="start from a shipped recipe (`--recipe list` shows them)")
     group.add_argument(
@@ -55,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prepare and not args.dry_run:
         from pipelines import preparing
 
+        args.goes_on = "The same command goes on where it stopped."
         preparing.prepare(resolve_settings(args), args.prepare, progress=not args.quiet)
         return 0
     return carry_out(args, start, _dry_run)
@@ -71,7 +77,7 @@ def carry_out(args: argparse.Namespace, train: Callable[..., Any], dry_run: Call
     settings = resolve_settings(args)
     if args.dry_run:
         return dry_run(name, settings)
-    from diffalign.checkpoint import INTERRUPTED_STATUS
+    from diffalign.errors import INTERRUPTED_STATUS
 
     finished = train(name, settings, resume=args.resume, overwrite=args.overwrite, progress=not args.quiet)
     return INTERRUPTED_STATUS if finished.interrupted else 0
