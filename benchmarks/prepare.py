@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ class DrawnRows:
         first, second = (drawn((2 * index + side) % self._pictures) for side in range(2))
         return {"prompt": f"a picture of a scene with the number {index}", "chosen": first, "rejected": second}
 
-    def column(self, name: str) -> Sequence[Any]:
-        return [self.row(index, ())[name] for index in range(self._rows)]
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        return (tuple(self.row(index, ())[name] for name in columns) for index in range(self._rows))
 
     def schema(self) -> None:
         return None
@@ -79,7 +79,7 @@ class DrawnRows:
     def origin(self, index: int) -> str:
         return f"drawn:row {index}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
         return ["drawn", self._rows, self._pictures]
 
 

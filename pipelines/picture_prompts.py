@@ -114,7 +114,7 @@ def prompts_and_pictures_of_dataset(
     if not required and prompt_column is None and not _among(rows.columns, PROMPT_COLUMNS):
         prompts: list[Any] = [None] * len(rows)
     else:
-        prompts = list(rows.column(_column_of(rows, prompt_column, PROMPT_COLUMNS, "prompts")))
+        prompts = [prompt for (prompt,) in rows.cells([_column_of(rows, prompt_column, PROMPT_COLUMNS, "prompts")])]
     texts = [text.strip() if isinstance(text, str) else "" for text in prompts]
     missing = [rows.origin(i) for i, text in enumerate(texts) if not text]
     if missing and required:

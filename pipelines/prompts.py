@@ -227,7 +227,7 @@ def _captions_of_rows(path: Path, column: str) -> list[Prompt]:
     rows = reader.open_rows(str(path), "test_unique")
     if column not in rows.columns:
         raise UserError(f"{path} has no column {column!r}; it has {', '.join(map(repr, rows.columns))}.")
-    texts = [text.strip() if isinstance(text, str) else "" for text in rows.column(column)]
+    texts = [text.strip() if isinstance(text, str) else "" for (text,) in rows.cells([column])]
     if not any(texts):
         raise UserError(f"{path} holds no prompts.")
     return [Prompt(text, None, rows.origin(i)) for i, text in enumerate(texts) if text]

@@ -142,7 +142,7 @@ def _types(table: PairTable) -> dict[str, pa.DataType]:
         kind = known.get(name)
         if kind is None and name not in table.image_columns:
             try:
-                kind = pa.array(table.rows.column(name)).type
+                kind = pa.array([value for (value,) in table.rows.cells([name])]).type
             except (pa.ArrowInvalid, pa.ArrowTypeError):
                 kind = pa.string()
         types[name] = pa.string() if kind is None or pa.types.is_null(kind) else kind

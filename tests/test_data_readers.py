@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
+import shutil
 import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +27,7 @@ from diffalign.data import layouts, readers
 from diffalign.data.layouts import pick_a_pic as pick_a_pic_layout
 from diffalign.data.open import open_pairs
 from diffalign.data.pairs import ImageSource, RowProblem, UnreadableImage
+from diffalign.data.readers import _files, listing
 from diffalign.data.readers.parquet import ROWS_AT_ONCE
 from diffalign.data.validate import check, contact_sheet
 from diffalign.errors import UserError
@@ -321,6 +328,149 @@ def test_every_file_of_the_registries_is_a_reader_or_a_layout():
         for name in names:
             module = sys.modules[f"{package.__name__}.{name}"]
             assert all(hasattr(module, attribute) for attribute in needed), name
+
+
+# ------------------------------------------------------------------------------------------------- fingerprints of large data
+
+
+def plain_fingerprint(place: Path) -> str:
+    """That of a list of pairs, with all that it is made of in memory: caches that exist carry it."""
+    records = [json.loads(line) for line in place.read_text().splitlines()]
+    pictures = []
+    for path in sorted({record[side] for record in records for side in ("chosen", "rejected")}):
+        file = place.parent / path
+        name = file.relative_to(place.parent).as_posix() if file.is_relative_to(place.parent) else file.as_posix()
+        pictures.append([name, file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else [name])
+    listed = [place.name, place.stat().st_size, hashlib.sha256(place.read_bytes()).hexdigest()]
+    roles = {name: name for name in ("prompt", "chosen", "rejected")}
+    parts = [[[listed], pictures], roles, "keep", len(records)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_fingerprint_of_a_list_names_its_pictures_as_pathlib_does(relative, tmp_path, monkeypatch):
+    (tmp_path / "here/sub").mkdir(parents=True)
+    for name in ("here/a.png", "here/sub/.b.png", "there.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    paths = [
+        "a.png",
+        "./a.png",
+        "sub/.b.png",
+        "sub//.b.png",
+        "sub/./.b.png",
+        "sub/../a.png",
+        "../there.png",
+        "~/c.png",
+        "sub/",
+        ".",
+    ]
+    paths += [str(tmp_path / "here/a.png"), str(tmp_path / "there.png"), f"/{tmp_path}/there.png", f"{tmp_path}/./there.png"]
+    paths += ["missing.png", "nul\0.png", "long" * 100, "a.png/b.png", "\u00e9.png", f"{tmp_path}/here/../here/a.png"]
+    place = tmp_path / "here/pairs.jsonl"
+    place.write_text("".join(json.dumps({"prompt": "p", "chosen": path, "rejected": "a.png"}) + "\n" for path in paths))
+    monkeypatch.chdir(tmp_path / "here")
+    place = Path("pairs.jsonl") if relative else place
+    monkeypatch.setattr(Path, "exists", os.path.exists)  # a name may be too long to be looked up
+    assert open_pairs(place).fingerprint == plain_fingerprint(place)
+
+
+def long_list(root: Path, pairs: int) -> Path:
+    """Pairs of pictures that need not exist."""
+    row = '{{"prompt": "prompt {0}", "chosen": "img/{0}a.png", "rejected": "img/{0}b.png"}}\n'
+    (root / "pairs.jsonl").write_text("".join(row.format(i) for i in range(pairs)))
+    return root / "pairs.jsonl"
+
+
+def test_the_fingerprint_of_a_list_looks_at_each_picture_once_and_reads_the_list_once(tmp_path, monkeypatch):
+    table, looks, lines = open_pairs(long_list(tmp_path, 50)), Counter(), []
+    stat, parse = os.stat, listing._json
+    monkeypatch.setattr(os, "stat", lambda path, *more, **how: looks.update([str(path)]) or stat(path, *more, **how))
+    monkeypatch.setattr(listing, "_json", lambda line: lines.append(line) or parse(line))
+    assert len(table.fingerprint) == 64 and len(lines) == 50
+    assert [looks[str(tmp_path / f"img/{i}{side}.png")] for i in range(50) for side in "ab"] == [1] * 100
+
+
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes of Python's objects at once while it works."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_fingerprint_of_a_list_holds_the_names_of_its_pictures_and_little_more(tmp_path):
+    pairs = 3000
+    table = open_pairs(long_list(tmp_path, pairs))
+    assert peak(lambda: table.fingerprint) < 400 * pairs + 2**18
+
+
+def test_labels_are_read_a_part_at_a_time(tmp_path):
+    n = 100_000
+    pictures = {"jpg_0": pa.array([b"0"] * n), "jpg_1": pa.array([b"1"] * n), "caption": pa.array(["p"] * n)}
+    pq.write_table(pa.table({**pictures, "label_0": np.arange(n) % 3 / 2}), tmp_path / "p.parquet", row_group_size=1000)
+    open_pairs(tmp_path / "p.parquet")
+    assert peak(lambda: open_pairs(tmp_path / "p.parquet", ties="drop")) < 30 * n
+
+
+@pytest.mark.parametrize(
+    "write", [as_parquet, as_parquet_shards, as_arrow_shards, as_saved_with_image_features], ids=lambda f: f.__name__
+)
+def test_large_files_are_the_same_when_copied_or_touched(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", 1000)
+    (tmp_path / "first").mkdir()
+    place = write(tmp_path / "first")
+    before = open_pairs(place).fingerprint
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    for file in tmp_path.rglob("*.*"):
+        os.utime(file, (1, 1))
+    assert open_pairs(place).fingerprint == before
+    assert open_pairs(tmp_path / "copy" / place.relative_to(tmp_path / "first")).fingerprint == before
+
+
+def as_arrow(table: pa.Table, place: Path) -> None:
+    with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def as_plain_parquet(table: pa.Table, place: Path) -> None:
+    pq.write_table(table, place, compression="none", use_dictionary=False)
+
+
+def altered(table: pa.Table, column: str) -> pa.Table:
+    """As many bytes: two cells change places; of pictures, each becomes another."""
+    cells = table[column].to_pylist()
+    if column.startswith("jpg"):
+        cells = [b"x" * len(cell) for cell in cells]
+    else:
+        cells[1], cells[4] = cells[4], cells[1]
+    field = table.schema.field(column)
+    return table.set_column(table.column_names.index(column), field, pa.array(cells, field.type))
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(as_plain_parquet, "parquet"), (as_arrow, "arrow")], ids=["parquet", "arrow"])
+@pytest.mark.parametrize("column", ["caption", "label_0", "weight", "jpg_0", "jpg_1"])
+def test_another_value_in_a_large_file_is_noticed_though_its_size_stays(write, suffix, column, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", 1000)
+    monkeypatch.setattr(_files, "BLOCK", 1000 if column.startswith("jpg") else 8, raising=False)
+    table, place, found = pick_a_pic([1.0, 0.0, 0.0, 1.0, 1.0, 0.0], weight=[1.0, 2, 3, 4, 5, 6]), tmp_path / f"p.{suffix}", []
+    for version in (table, altered(table, column)):
+        write(version, place)
+        os.utime(place, (1, 1))
+        found.append((open_pairs(place).fingerprint, place.stat().st_size))
+    assert found[0][1] == found[1][1] and found[0][0] != found[1][0]
+
+
+def test_a_large_list_is_the_same_when_touched_and_another_when_one_letter_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", 100)
+    place = as_jsonl(tmp_path)
+    before = open_pairs(place).fingerprint
+    os.utime(place, (1, 1))
+    assert open_pairs(place).fingerprint == before
+    place.write_text(place.read_text().replace("prompt 3", "prompt 8"))
+    os.utime(place, (1, 1))
+    assert open_pairs(place).fingerprint != before
 
 
 # ------------------------------------------------------------------------------------------------------------------ pictures

@@ -163,7 +163,7 @@ def _kept(rows: Rows, layout: Layout, names: Mapping[str, str], ties: str) -> tu
     reason_of = partial(_left_out, layout, present, ties)
     remembered = lru_cache(maxsize=1024, typed=True)(reason_of)  # there are few labels, whatever the number of rows
     kept = array("q")
-    for index, cells in enumerate(zip(*(rows.column(names[role]) for role in present), strict=True)):
+    for index, cells in enumerate(rows.cells([names[role] for role in present])):
         try:
             reason = remembered(*cells)
         except TypeError:  # a list in a cell cannot be remembered

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -43,8 +44,8 @@ class Rows(Protocol):
         """The named cells of one row. Raises ``RowProblem`` where that row cannot be read."""
         ...
 
-    def column(self, name: str) -> Sequence[Any]:
-        """One light column in full; None where a row cannot be read."""
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The named cells of every row, of light columns; None where a row cannot be read."""
         ...
 
     def schema(self) -> pa.Schema | None:
@@ -55,8 +56,11 @@ class Rows(Protocol):
         """File and row, for messages."""
         ...
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
-        """Plain values that change when the data change; ``images`` names the columns that may hold paths."""
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any] | Iterator[Any]:
+        """Plain values that change when the data change; an iterator stands for the list of what it gives.
+
+        ``images`` names the columns that hold pictures or their paths, ``others`` the rest of those that are used.
+        """
         ...
 
 
@@ -202,8 +206,11 @@ class PairTable:
     def fingerprint(self) -> str:
         """sha256 of the files' identity (names, and content or size and time) and of how they are read."""
         if self._fingerprint is None:
-            parts = [self.rows.identity(self.image_columns), self._names, self.ties, len(self)]
-            self._fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+            others = [name for name in dict.fromkeys(self._names.values()) if name not in self.image_columns]
+            digest = hashlib.sha256()
+            for piece in _json([self.rows.identity(self.image_columns, others), self._names, self.ties, len(self)]):
+                digest.update(piece.encode())
+            self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def _checked(self, index: int) -> int:
@@ -251,6 +258,25 @@ def score_columns(layout: Layout, judge: str) -> tuple[str, str]:
 def _sides(layout: Layout) -> tuple[str, str]:
     first, second = (role.rpartition("_")[2] for role in layout.SCORES)
     return first, second
+
+
+def _json(value: Any) -> Iterator[str]:
+    """``json.dumps`` in pieces, so that a list of a million files need not exist; iterators become lists."""
+    if isinstance(value, Iterator):
+        yield "["
+        comma = ""
+        while some := list(islice(value, 1024)):
+            yield comma + json.dumps(some, sort_keys=True)[1:-1]
+            comma = ", "
+        yield "]"
+    elif isinstance(value, list):
+        yield "["
+        for number, inner in enumerate(value):
+            yield ", " if number else ""
+            yield from _json(inner)
+        yield "]"
+    else:
+        yield json.dumps(value, sort_keys=True)
 
 
 def _prompt(value: Any, name: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.readers._files import identity_of
+from diffalign.data.readers._files import identity_of_data
+from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +30,10 @@ class DatasetRows:
             self._views[key] = self._dataset.select_columns(list(key))
         return self._views[key][index].to_pylist()[0]
 
-    def column(self, name: str) -> Sequence[Any]:
-        return self._dataset.select_columns([name])[:][name].to_pylist()
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        selected = self._dataset.select_columns(list(columns))
+        tables = (selected[start : start + CELLS_AT_ONCE] for start in range(0, len(self), CELLS_AT_ONCE))
+        return cells_of((batch for table in tables for batch in table.to_batches()), columns)
 
     def schema(self) -> pa.Schema | None:
         return self._dataset.features.arrow_schema
@@ -38,6 +41,6 @@ class DatasetRows:
     def origin(self, index: int) -> str:
         return f"{self.description}:row {index}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
         files = [Path(part["filename"]) for part in self._dataset.cache_files]
-        return [len(self), [[f.name, *rest] for f, (_, *rest) in zip(files, identity_of(files, Path("/")), strict=True)]]
+        return [len(self), identity_of_data(files, None, buffers_of(self._dataset.data.column(name) for name in others))]

@@ -3,33 +3,124 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffalign.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 WINNER = ("win", "winner", "chosen", "w")
 LOSER = ("lose", "loser", "rejected", "l")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 HASHED_BYTES = 64 * 2**20
-"""Files are identified by their content up to this many bytes in all, and by size and time of change above."""
+"""Files with no more than this in all are identified by their whole content."""
+BLOCK = 64 * 2**10
+BLOCKS, FEWEST_BLOCKS = 16, 3
+"""How many blocks are read of a file that is too large for that; fewer of each where there are many files."""
 
+_UNTIDY = re.compile(r"(?:^|/)\.?(?:/|\Z)")
+"""Finds a part of a path that is empty or a dot; an absolute path begins with an empty one."""
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|testing)(_[a-z]+)*(?=$|[^a-z])")
 
 
-def identity_of(files: Iterable[Path], root: Path, content: bool = True) -> list[list[object]]:
-    """``[name, size, sha256 or time of change]`` of every file; a file that does not exist is ``[name]``."""
-    stats = [(f, f.stat() if f.exists() else None) for f in files]
-    small = content and sum(s.st_size for _, s in stats if s) <= HASHED_BYTES
-    found: list[list[object]] = []
-    for file, stat in stats:
-        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
-        if stat is None:
-            found.append([name])
-        else:
-            found.append([name, stat.st_size, hashlib.sha256(file.read_bytes()).hexdigest() if small else stat.st_mtime_ns])
-    return found
+def identity_of(files: Sequence[Path], root: Path) -> Iterator[list[object]]:
+    """``[name, size, sha256]`` of every file; ``[name, size, time of change]`` where all have more than ``HASHED_BYTES``.
+
+    A file that does not exist is ``[name]``. For pictures and captions, of which there may be a million.
+    """
+    whole = _few_bytes(files)
+    return (_identity(str(file), _name(file, root), whole) for file in files)
+
+
+def identity_of_paths(paths: Iterable[str], root: Path) -> Iterator[list[object]]:
+    """``[name, size, time of change]`` of files that a list names, from ``root``; a file that does not exist is ``[name]``."""
+    start = str(root / "_")[:-1]
+    return (_identity(*_located(path, root, start), False) for path in paths)
+
+
+def identity_of_data(files: Sequence[Path], root: Path | None, used: Iterable[bytes | pa.Buffer]) -> list[object]:
+    """``[name, size, sha256]`` of every file, of its content or of blocks of it, and then ``[sha256]`` of ``used``.
+
+    ``used`` is what must be read whole, whatever the size: prompts, labels, weights and scores, and what the file says about
+    its own parts. Files of up to ``HASHED_BYTES`` in all are read whole and need none of it. Larger ones are the same when they
+    are copied or touched; and a change goes unnoticed that is to pictures alone, leaves every size (of parquet also the size
+    and the bounds of every part of every column) as it was, and lies between the blocks: at the worst a few pictures exchanged
+    for others of the very same number of bytes. Without a ``root`` a file is known by its name alone.
+    """
+    whole = _few_bytes(files)
+    count = min(max(HASHED_BYTES // BLOCK // max(len(files), 1), FEWEST_BLOCKS), BLOCKS)
+    found: list[object] = []
+    for file in files:
+        digest = sha256_of(file) if whole else _sha256(_blocks(file, count))
+        found.append([file.name if root is None else _name(file, root), file.stat().st_size, digest])
+    return found if whole else [*found, [_sha256(used)]]
+
+
+def sha256_of(file: Path) -> str:
+    """Of the whole content, a piece at a time."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256(pieces: Iterable[bytes | pa.Buffer]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _blocks(file: Path, count: int) -> Iterator[bytes]:
+    """The first and the last block, and others at equal distances between them."""
+    last = max(file.stat().st_size - BLOCK, 0)
+    with file.open("rb") as stream:
+        for number in range(count):
+            stream.seek(last * number // (count - 1))
+            yield stream.read(BLOCK)
+
+
+def _few_bytes(files: Iterable[Path]) -> bool:
+    """Whether all have no more than ``HASHED_BYTES``; looks at no more files than it must."""
+    return not any(total > HASHED_BYTES for total in accumulate(map(_size, files)))
+
+
+def _size(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+def _identity(path: str, name: str, whole: bool) -> list[object]:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # of a name that no file can have
+        return [name]
+    return [name, found.st_size, sha256_of(Path(path)) if whole else found.st_mtime_ns]
+
+
+def _located(path: str, root: Path, start: str) -> tuple[str, str]:
+    """Where a path of a list leads, and its name from ``root``; ``start`` is what comes before the names below ``root``.
+
+    As ``pathlib`` has it, but that takes longer than to look at the file; most paths need none of its care.
+    """
+    absolute = path.startswith("/")
+    inside = path.removeprefix(start) if absolute else path
+    if os.name == "posix" and not _UNTIDY.search(inside):
+        return start + inside, inside
+    if os.name == "posix" and absolute and start and not _UNTIDY.search(path[1:]):
+        return path, path
+    file = root / path
+    return str(file), _name(file, root)
+
+
+def _name(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
 def shards(where: str, suffix: str, split: str) -> list[Path]:

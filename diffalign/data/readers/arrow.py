@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.readers import parquet, saved
-from diffalign.data.readers._files import identity_of, same_columns, shards
+from diffalign.data.readers._files import identity_of_data, same_columns, shards
+from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ class ArrowRows:
         k, j = self._locate(index)
         return self._tables[k].select(list(columns)).slice(j, 1).to_pylist()[0]
 
-    def column(self, name: str) -> Sequence[Any]:
-        return [value for table in self._tables for value in table[name].to_pylist()]
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        selected = (table.select(list(columns)) for table in self._tables)
+        return cells_of((batch for table in selected for batch in table.to_batches(CELLS_AT_ONCE)), columns)
 
     def schema(self) -> pa.Schema | None:
         import pyarrow as pa
@@ -60,8 +62,8 @@ class ArrowRows:
         k, j = self._locate(index)
         return f"{self._files[k].relative_to(self._root).as_posix()}:row {j}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
-        return identity_of(self._files, self._root)
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
+        return identity_of_data(self._files, self._root, buffers_of(table[name] for table in self._tables for name in others))
 
     def _locate(self, index: int) -> tuple[int, int]:
         k = bisect_right(self._starts, index) - 1

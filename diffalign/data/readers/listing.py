@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import identity_of
+from diffalign.data.readers._files import identity_of_paths, sha256_of
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ListingRows:
         self._path = path
         self._delimiter = DELIMITERS.get(path.suffix.lower())
         self.base, self.description = path.parent, str(path)
-        places, lines, columns = [], [], {}
+        places, lines, columns = array("q"), array("q"), {}
         self._header: list[str] = []
         try:
             for place, line, record in self._records():
@@ -54,26 +54,27 @@ class ListingRows:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read as text (UTF-8): {error}.") from error
         self.columns = tuple(columns)
-        self._places, self._lines = np.array(places, dtype=np.int64), np.array(lines, dtype=np.int64)
+        self._places, self._lines = places, lines
 
     def __len__(self) -> int:
         return len(self._places)
 
     def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
         with self._path.open("rb") as stream:
-            stream.seek(int(self._places[index]))
+            stream.seek(self._places[index])
             _, _, record = next(self._parsed(_Lines(stream)))
         if problem := self._problem(record):
             raise RowProblem(self.origin(index), None, problem)
         cells = dict(zip(self._header, record, strict=True)) if self._delimiter else record
         return {name: cells.get(name) for name in columns}
 
-    def column(self, name: str) -> Sequence[Any]:
-        records = [record for _, _, record in self._records()][1 if self._delimiter else 0 :]
-        if self._delimiter:
-            where = self._header.index(name)
-            return [None if self._problem(record) else record[where] for record in records]
-        return [None if self._problem(record) else record.get(name) for record in records]
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        wanted = [self._header.index(name) if self._delimiter else name for name in columns]
+        for _, _, record in islice(self._records(), 1 if self._delimiter else 0, None):
+            if self._problem(record):
+                yield (None,) * len(wanted)
+            else:
+                yield tuple([record[k] for k in wanted] if self._delimiter else [record.get(name) for name in wanted])
 
     def schema(self) -> pa.Schema | None:
         return None
@@ -81,10 +82,11 @@ class ListingRows:
     def origin(self, index: int) -> str:
         return f"{self._path.name}:line {self._lines[index]}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
-        paths = sorted({str(value) for name in dict.fromkeys(images) for value in self.column(name) if value})
-        pictures = identity_of([self.base / p for p in paths], self.base, content=False)
-        return [identity_of([self._path], self.base), pictures]
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
+        """The file by its content, which reading took longer than hashing; pictures by size and time of change."""
+        paths = {str(value) for cells in self.cells(tuple(dict.fromkeys(images))) for value in cells if value}
+        listed = [self._path.name, self._path.stat().st_size, sha256_of(self._path)]
+        return [[listed], identity_of_paths(sorted(paths), self.base)]
 
     def _problem(self, record: Any) -> str | None:
         if self._delimiter:
@@ -113,6 +115,7 @@ class ListingRows:
 
 
 _END = object()
+_DECODER = json.JSONDecoder()
 
 
 class _Lines:
@@ -135,6 +138,12 @@ class _Lines:
 
 def _json(line: str) -> Any:
     """The value on a line, None for a blank one, or the parser's complaint as text (a bare string is no row either)."""
+    try:
+        value, end = _DECODER.raw_decode(line)  # half of what ``loads`` takes
+        if line[end:] in ("", "\n", "\r\n"):
+            return value
+    except json.JSONDecodeError:
+        pass
     if not line.strip():
         return None
     try:

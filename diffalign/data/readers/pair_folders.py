@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,8 @@ class PairFolderRows:
             raise RowProblem(self.origin(index), None, str(error)) from error
         return {"prompt": prompt, **{side: str(found.absolute()) for side, found in sides.items()}}
 
-    def column(self, name: str) -> Sequence[Any]:
-        return [None] * len(self)
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        return repeat((None,) * len(columns), len(self))
 
     def schema(self) -> pa.Schema | None:
         return None
@@ -63,6 +64,6 @@ class PairFolderRows:
     def origin(self, index: int) -> str:
         return f"{self._root.name}/{self._names[index]}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> Iterator[Any]:
         files = sorted(f for name in self._names for f in (self._root / name).iterdir() if f.is_file())
         return identity_of(files, self._root)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.readers._files import identity_of, same_columns, shards
+from diffalign.data.readers._files import identity_of_data, same_columns, shards
+from diffalign.data.readers._values import CELLS_AT_ONCE, cells_of
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 FORM = "a parquet file or a folder of parquet shards (Pick-a-Pic, or columns prompt, chosen, rejected)"
 ROWS_AT_ONCE = 16
+FOOTER_END = 8  # its length and four letters
 
 
 def claims(where: str) -> bool:
@@ -49,8 +52,9 @@ class ParquetRows:
             self._cursor = _Cursor(self._files[k], j, tuple(columns))
         return self._cursor.row(j)
 
-    def column(self, name: str) -> Sequence[Any]:
-        return [value for file in self._files for value in _open(file).read(columns=[name])[name].to_pylist()]
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        batches = (_open(file).iter_batches(CELLS_AT_ONCE, columns=list(columns)) for file in self._files)
+        return cells_of(chain.from_iterable(batches), columns)
 
     def schema(self) -> pa.Schema | None:
         import pyarrow as pa
@@ -61,8 +65,8 @@ class ParquetRows:
         k, j = self._locate(index)
         return f"{self._files[k].relative_to(self._root).as_posix()}:row {j}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
-        return identity_of(self._files, self._root)
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
+        return identity_of_data(self._files, self._root, chain.from_iterable(_stored(file, others) for file in self._files))
 
     def _locate(self, index: int) -> tuple[int, int]:
         k = bisect_right(self._starts, index) - 1
@@ -90,6 +94,20 @@ class _Cursor:
             self._start += 0 if self._batch is None else self._batch.num_rows
             self._batch = next(self._batches)
         return self._batch.slice(row - self._start, 1).to_pylist()[0]
+
+
+def _stored(file: Path, columns: Sequence[str]) -> Iterator[bytes]:
+    """The footer, which has the sizes and bounds of every part of every column, and the named columns as they are stored."""
+    metadata = _open(file).metadata
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    leaves = [leaf for leaf, path in enumerate(paths) if any(path == name or path.startswith(f"{name}.") for name in columns)]
+    with file.open("rb") as stream:
+        stream.seek(-metadata.serialized_size - FOOTER_END, os.SEEK_END)
+        yield stream.read()
+        for group, leaf in product(range(metadata.num_row_groups), leaves):
+            part = metadata.row_group(group).column(leaf)
+            stream.seek(part.dictionary_page_offset or part.data_page_offset)
+            yield stream.read(part.total_compressed_size)
 
 
 def _open(file: Path) -> Any:

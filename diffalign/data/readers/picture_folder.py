@@ -6,7 +6,8 @@ Both are common for fine-tuning; the second is what ``datasets`` calls an imagef
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,8 @@ class PictureFolderRows:
             raise RowProblem(self.origin(index), None, str(error)) from error
         return {"prompt": prompt, "image": str(file.absolute())}
 
-    def column(self, name: str) -> Sequence[Any]:
-        return [None] * len(self)
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        return repeat((None,) * len(columns), len(self))
 
     def schema(self) -> pa.Schema | None:
         return None
@@ -93,6 +94,6 @@ class PictureFolderRows:
     def origin(self, index: int) -> str:
         return f"{self._root.name}/{self._files[index].name}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> Iterator[Any]:
         captions = [f.with_suffix(".txt") for f in self._files]
         return identity_of(sorted({*self._files, *captions}), self._root)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,8 @@ class TwoFolderRows:
         winner, loser = (str(pictures[name].absolute()) for pictures in self._pictures)
         return {"prompt": prompt, "chosen": winner, "rejected": loser}
 
-    def column(self, name: str) -> Sequence[Any]:
-        return [None] * len(self)
+    def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        return repeat((None,) * len(columns), len(self))
 
     def schema(self) -> pa.Schema | None:
         return None
@@ -73,6 +74,6 @@ class TwoFolderRows:
     def origin(self, index: int) -> str:
         return f"{self._root.name}/{self._names[index]}"
 
-    def identity(self, images: Sequence[str]) -> list[Any]:
+    def identity(self, images: Sequence[str], others: Sequence[str]) -> Iterator[Any]:
         files = [f for place in (*self._folders, self._root) for f in place.iterdir() if f.is_file()]
         return identity_of(sorted(files), self._root)
