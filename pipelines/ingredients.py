@@ -332,7 +332,7 @@ def _split(
         train_rows, validation_rows = split_rows(cache.prompt_numbers, settings.data.validation_pairs, settings.seed)
         kind = "pairs" if cache.kind == "pairs" else "pictures"
         say(f"noise levels: {training_levels(settings.data, family.denoiser.schedule).distribution}")
-        say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {cache.stats()['skipped']} skipped")
+        say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {cache.skipped_count} skipped")
         return train_rows, validation_rows
     if stored is None:
         say(f"{len(prompts)} prompts to sample for")

@@ -218,6 +218,13 @@ def test_pictures_and_prompts_are_encoded_once(tmp_path):
     assert by_crop.images == 2 * (2 + 2 + 2 + 1 + 2), "each pair has its own crop; a pair of equal pictures shares it"
 
 
+def test_how_many_were_skipped_is_known_without_a_look_at_the_folder(tmp_path, monkeypatch):
+    table = open_pairs(write_pairs(tmp_path, DISTINCT, broken=(2, 5)))
+    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.5)
+    monkeypatch.setattr(cache_files.CacheFolder, "size_on_disk", lambda _: pytest.fail("looked at every file"))
+    assert cache.skipped_count == len(cache.skipped) == 2
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_cache_knows_how_each_picture_of_a_pair_was_cut(tmp_path, flip):
     first, second = [png(0, (24, 20)), png(1, (20, 40))], [png(2, (64, 16)), png(3, (16, 16))]
@@ -360,6 +367,9 @@ def test_a_stale_cache_is_refused_naming_every_difference(tmp_path):
     )
     with pytest.raises(StaleCacheError, match="data.fingerprint.*data.ties"):
         build_cache(open_pairs(place, ties="drop"), SmallEncoder(), tmp_path / "c", CENTRAL)
+    other = open_pairs(write_pairs(tmp_path, DISTINCT[::-1]))
+    with pytest.raises(StaleCacheError, match="data.fingerprint.*The data have changed, or .* time of change.*another folder"):
+        build_cache(other, SmallEncoder(), tmp_path / "c", CENTRAL)
     assert contents(tmp_path / "c") == before
     assert json.loads((tmp_path / "c/fingerprint.json").read_text())["encoder"]["tokens"] == {"length": 3}
 

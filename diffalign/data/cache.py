@@ -255,6 +255,11 @@ class PairCache:
         return [(origin, reason) for origin, reason in self._folder.read_json("skipped.json")]
 
     @property
+    def skipped_count(self) -> int:
+        """How many pairs could not be read, without a look at the folder."""
+        return self._about["skipped"]
+
+    @property
     def kind(self) -> Kind:
         """Whether a row is a pair or a single picture."""
         return self.fingerprint["data"]["kind"]
@@ -325,7 +330,7 @@ class PairCache:
         return value
 
     def stats(self) -> dict[str, Any]:
-        """Counts, bytes on disk, and seconds that the (last) build took."""
+        """Counts, bytes on disk (every file is looked at), and seconds that the (last) build took."""
         names = ("unique_images", "unique_prompts", "seconds")
-        counts = {"pairs": len(self), "skipped": self._about["skipped"]}
+        counts = {"pairs": len(self), "skipped": self.skipped_count}
         return counts | {name: self._about[name] for name in names} | {"bytes": self._folder.size_on_disk()}
