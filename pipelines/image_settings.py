@@ -57,7 +57,7 @@ class DataSettings:
     curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
     curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
     cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
-    encode_batch: int = option(8, "pictures encoded, or shown to the reference beforehand, at a time", ge=1)
+    encode_batch: int = option(8, "pictures encoded at a time", ge=1)
     text_precision: Literal["float32", "bfloat16"] = option("float32", "of text encoders: T5-XXL takes 18 GiB or 9")
     vae_tiling: bool = option(
         False, "pictures larger than the autoencoder's own size go through it in tiles: less memory, somewhat other latents"
@@ -74,6 +74,12 @@ class ReferenceSettings:
 
     reference_draws: int = option(0, "draws of noise and level that each pair has for good; 0 for new ones at every visit", ge=0)
     reference_seed: int = option(0, "of these draws; runs that share the kept errors share it")
+    reference_batch: int | None = option(
+        None,
+        "pairs shown to the reference at a time, which keeps nothing for gradients; by default what training has room for: "
+        "batch_size, 8 at least, or with gradient_checkpointing half of encode_batch at least",
+        ge=1,
+    )
     reference_cache: Path | None = option(None, "folder for the kept errors; by default beside the encoded pairs")
 
     def __post_init__(self) -> None:

@@ -26,6 +26,9 @@ from pipelines.families._denoiser import working_dtype
 from pipelines.image_settings import TrainSettings
 
 FOLDER = "reference"
+PAIRS = 8
+"""Pairs that are shown at a time, at least: they take less than one pair in training (of SDXL at 1024 pixels, counted in float32:
+4.9 GiB, and 13.6), as nothing is kept for gradients."""
 
 
 def is_enough(settings: TrainSettings) -> bool:
@@ -38,6 +41,15 @@ def is_enough(settings: TrainSettings) -> bool:
 def folder_of(settings: TrainSettings) -> Path:
     """Where the errors are kept."""
     return settings.reference.reference_cache or settings.cache_folder / FOLDER
+
+
+def pairs_at_once(settings: TrainSettings) -> int:
+    """Pairs that are shown to the reference in one call. It is in no fingerprint: errors differ by rounding."""
+    if settings.reference.reference_batch is not None:
+        return settings.reference.reference_batch
+    # A step that recomputes its activations may have no room for ``PAIRS``: there the encoders' pictures are the measure.
+    least = settings.data.encode_batch // 2 if settings.compute.gradient_checkpointing else PAIRS
+    return max(settings.batch.batch_size, least)
 
 
 class Asked:
@@ -72,7 +84,7 @@ class Asked:
             "encoded": self._cache.fingerprint,
             "schedule": {**self._schedule.fingerprint(), "error_as": settings.error_as},
         }
-        how = {"batch_size": max(1, settings.data.encode_batch // 2), "progress": progress}
+        how = {"batch_size": pairs_at_once(settings), "progress": progress}
         how["renew"] = renew and own.reference_cache is None
         return keep_errors(
             self._cache, draws, self, folder_of(settings), depends_on, processes=Together(self._accelerator), **how

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_runs import assert_equal, on_disk, weights, write_pairs
 
 from diffalign.errors import StaleCacheError, UserError
+from pipelines import reference_beforehand
 from pipelines.families._denoiser import NetworkDenoiser
 from pipelines.families._family import Family
+from pipelines.run import settings_of
 from pipelines.training import align
 
 PACE = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1, "tracker": "none", "progress": False}
@@ -85,6 +88,48 @@ def test_a_run_asks_once_and_then_no_more(
     assert start["margin"] == pytest.approx(0, abs=2e-3) and start["loss"] == pytest.approx(0.6931, abs=1e-3)
     first = metrics(tmp_path / "one", "train")[0]
     assert first["margin"] == pytest.approx(0, abs=2e-3)  # the policy is still the reference: these are its own draws
+
+
+def test_it_is_asked_many_at_a_time_and_how_many_makes_no_other_errors(
+    folders: Path, pairs: Path, tmp_path: Path, asked: list
+) -> None:
+    """Six pairs at three draws each, all in one shard; winners and losers in one call."""
+    for name, how, sizes in (
+        ("default", {"encode_batch": 1}, [8, 8, 2]),
+        ("told", {"reference_batch": 5}, [5, 5, 5, 3]),
+        ("recomputing", {"gradient_checkpointing": True, "encode_batch": 6}, [3] * 6),
+    ):
+        asked.clear()
+        run(folders, pairs, tmp_path / name, reference_draws=3, reference_cache=tmp_path / f"{name}-kept", steps=1, **how)
+        assert [n for n, _ in asked][: len(sizes)] == [2 * size for size in sizes], name
+    kept = [np.load(tmp_path / f"{name}-kept/errors.npy") for name in ("default", "told")]
+    np.testing.assert_allclose(kept[0], kept[1], rtol=1e-5)
+    asked.clear()
+    run(folders, pairs, tmp_path / "again", reference_draws=3, reference_cache=tmp_path / "told-kept", steps=1, batch_size=3)
+    assert looked(asked) == 2 * 2 * 2 * 3  # what is held out alone
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs_at_once"),
+    [
+        ({}, 8),
+        ({"batch_size": 12}, 12),
+        ({"reference_batch": 3, "batch_size": 12}, 3),
+        ({"gradient_checkpointing": True}, 4),
+        ({"gradient_checkpointing": True, "batch_size": 6, "encode_batch": 1}, 6),
+        ({"gradient_checkpointing": True, "encode_batch": 1}, 1),
+    ],
+)
+def test_how_many_are_asked_at_a_time(options: dict, pairs_at_once: int, tmp_path: Path) -> None:
+    given = {"model": "m", "pairs": "p", "output": tmp_path, "prompts": None, **options}
+    assert reference_beforehand.pairs_at_once(settings_of("diffusion-dpo", None, given)) == pairs_at_once
+
+
+def test_encoded_pairs_are_no_kept_errors(folders: Path, pairs: Path, tmp_path: Path) -> None:
+    run(folders, pairs, tmp_path / "plain", steps=1)
+    named = r"holds encoded pairs, not kept reference errors: name another folder \(--reference-cache\)"
+    with pytest.raises(UserError, match=named):
+        run(folders, pairs, tmp_path / "out", reference_draws=2, reference_cache=folders / "stable_diffusion-cache", steps=1)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
