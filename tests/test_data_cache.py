@@ -367,9 +367,6 @@ def test_a_stale_cache_is_refused_naming_every_difference(tmp_path):
     )
     with pytest.raises(StaleCacheError, match="data.fingerprint.*data.ties"):
         build_cache(open_pairs(place, ties="drop"), SmallEncoder(), tmp_path / "c", CENTRAL)
-    other = open_pairs(write_pairs(tmp_path, DISTINCT[::-1]))
-    with pytest.raises(StaleCacheError, match="data.fingerprint.*The data have changed, or .* time of change.*another folder"):
-        build_cache(other, SmallEncoder(), tmp_path / "c", CENTRAL)
     assert contents(tmp_path / "c") == before
     assert json.loads((tmp_path / "c/fingerprint.json").read_text())["encoder"]["tokens"] == {"length": 3}
 
