@@ -406,15 +406,11 @@ def _attach(
 ) -> Predictor | None:
     """Make parameters trainable, place everything on the device, and return the reference; None if training never asks it."""
     compute, beforehand = settings.compute, reference_beforehand.is_enough(settings)
-    precision = getattr(torch, PRECISIONS[compute.mixed_precision])
     if settings.optimiser.eight_bit:
         devices.refuse_sharding(accelerator, "The moments of an 8-bit optimizer")
     _make_trainable(settings, family, accelerator, saved)
-    family.set_attention(compute.attention, accelerator.device)
-    if line := family.attention(compute.attention, precision, accelerator.device):
-        say(line)
-    if compute.channels_last:
-        family.set_channels_last(True)
+    _choose_kernels(settings, family, accelerator, say)
+    precision = getattr(torch, PRECISIONS[compute.mixed_precision])
     frozen = None if beforehand or settings.adapter == "lora" else family.frozen_copy(precision)  # computes the same way
     if beforehand or not devices.is_sharding(accelerator):  # or else each process gets no more than its share
         family.network.to(accelerator.device)
@@ -431,6 +427,18 @@ def _attach(
     if compute.compile:
         compile_blocks(frozen.network)
     return Frozen(frozen)
+
+
+def _choose_kernels(settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say) -> None:
+    """How attention is computed, and the order of the weights. A copy of the network that is made then has it so, too."""
+    compute = settings.compute
+    family.set_attention(compute.attention, accelerator.device)
+    if line := family.attention(compute.attention, getattr(torch, PRECISIONS[compute.mixed_precision]), accelerator.device):
+        say(line)
+    if compute.channels_last and devices.is_sharding(accelerator):
+        say("channels-last is left out: shares of sharded weights are rows of plain memory")
+    elif compute.channels_last:
+        family.set_channels_last(True)
 
 
 def _make_trainable(settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from family_runs import on_disk, run, write_pairs
+from miniatures import MINIATURES
 from torch import nn
 
-from pipelines import ingredients, training
-from pipelines.families import _attention
+from pipelines import devices, ingredients, training
+from pipelines.families import _attention, wrap
 from pipelines.families._compiled import repeated_blocks
+from pipelines.run import settings_of
 
 
 @pytest.fixture
@@ -45,3 +48,13 @@ def test_every_switch_is_set_in_both(prepared: list, tmp_path: Path, monkeypatch
         assert all(layer.forward.__self__ is layer for layer in _attention.layers(network))  # not one of the other network
     first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0 and first["margin"] == 0.0  # to the bit: nothing but the weights could make a difference
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_shares_of_weights_have_no_order_of_their_own(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "is_sharding", lambda _: shares)
+    family, said = wrap(MINIATURES["stable_diffusion"].build()), list[str]()
+    settings = settings_of("diffusion-dpo", None, {"model": "m", "output": "o", "pairs": "tiny", "channels_last": True})
+    ingredients._choose_kernels(settings, family, Accelerator(cpu=True), said.append)
+    assert family.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last) != shares
+    assert any("channels-last is left out" in line for line in said) == shares
