@@ -185,11 +185,13 @@ if sys.argv[1] == "given back":
     give_back_large_blocks()
 byte = b"1"
 byte * 2**22  # glibc now takes blocks of this size from its heap, if it is let
-large, small = zip(*[(byte * 2**22, byte * 2000) for _ in range(100)])
+large, small = zip(*[(byte * 2**22, byte * 100_000) for _ in range(100)])
 del large
 print(int(open("/proc/self/statm").read().split()[1]) * 4096)
 """
-"""Prints how many bytes are resident once 100 blocks of 4 MiB are free that small ones lay between."""
+"""Prints how many bytes are resident once 100 blocks of 4 MiB are free that smaller ones lay between.
+
+Those are too large for the holes that imports left."""
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
