@@ -45,6 +45,7 @@ from diffalign.sources.rounds import JudgedPairs, densities, transitions
 from diffalign.types import Conditioning
 from diffalign.weights import TrainedWeights
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUIDANCE, STEPS, PROMPTS = 5.0, 20, 8
 
 
@@ -99,12 +100,13 @@ class Bench:
 
         family = stable_diffusion.build(build_pipeline(shape))
         family.attach_lora(rank=4)
+        family.network.to(DEVICE)
         self.policy, self.batch = Counted(family.denoiser), batch
         self.start = AdapterOff(self.policy)
         config = family.network.config
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         self.prompts = Prompts(torch.randn(PROMPTS + 1, 40, SHAPES[shape]["text"]))
-        self.empty = {"encoder_hidden_states": self.prompts.text[-1:]}
+        self.empty = {"encoder_hidden_states": self.prompts.text[-1:].to(DEVICE)}
         self.objective = D3PO(rollout_steps=STEPS, guidance=GUIDANCE)
         self.given = Given(
             policy=self.policy,
@@ -113,6 +115,7 @@ class Bench:
             latent_shape=self.shape,
             prompts=self.prompts,
             unconditional=self.empty,
+            device=DEVICE,
         )
         made = self.sampled(range(2), batch=2, prompts=[0, 0])
         self.judge(made, made.log_density)  # the policy at the round's beginning, which made them, is the reference
@@ -136,6 +139,7 @@ class Bench:
             index=prompts,
             unconditional=self.empty,
             batch_size=batch,
+            device=DEVICE,
         )
 
     # ------------------------------------------------------------------------------------------------------ D3PO, learning
@@ -143,7 +147,7 @@ class Bench:
     def learn_released(self) -> None:
         policy, reference = (Guided(p, self.empty, GUIDANCE) for p in (self.policy, self.start))
         for j in self.usable:
-            batch = transitions(self.judged, [(0, j)], self.prompts)
+            batch = transitions(self.judged, [(0, j)], self.prompts).to(DEVICE)
             pair, s = batch.pair, self.policy.schedule
             ratios = []
             for x, x_next in ((pair.winner, pair.winner_next), (pair.loser, pair.loser_next)):
@@ -157,7 +161,7 @@ class Bench:
     def learn_ours(self) -> None:
         items = [(0, j) for j in self.usable]
         for low in range(0, len(items), self.batch):
-            batch = transitions(self.judged, items[low : low + self.batch], self.prompts)
+            batch = transitions(self.judged, items[low : low + self.batch], self.prompts).to(DEVICE)
             self.objective(batch, self.policy, self.empty).loss.mean().backward()
 
     start_released = learn_released
@@ -209,16 +213,21 @@ def compared(bench: Bench, name: str, rounds: int) -> dict[str, Any]:
     for round_ in range(rounds + 1):  # the first one warms up
         for variant, work in variants.items():
             bench.policy.learning = bench.policy.looking = bench.policy.calls = 0
+            _settle()
             start = time.perf_counter()
             work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _settle()
             if round_:
                 seconds[variant].append(time.perf_counter() - start)
             bench.policy.network.zero_grad()
             counts[variant] = {k: getattr(bench.policy, k) for k in ("learning", "looking", "calls")}
     medians = {v: statistics.median(s) for v, s in seconds.items()}
     return {"seconds": medians, "ratio": medians["released"] / medians["ours"], "counts": counts}
+
+
+def _settle() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class RandomPairs:
 
 
 def work(way: str, shape: str, pairs: int, accumulation: int, steps: int) -> dict[str, Any]:
-    """What one process of a launch does: some steps of our loop; seconds of each, and bytes of the last."""
+    """What one process of a launch does: some steps of our loop; seconds of each, and bytes of one more."""
     from accelerate import Accelerator
     from models import SHAPES, build_pipeline
 
@@ -126,23 +127,27 @@ def work(way: str, shape: str, pairs: int, accumulation: int, steps: int) -> dic
         pairs=PairLoader(data, range(len(data)), visits, everyone.rank, everyone.world),
         processes=everyone,
     )
-    seconds, sent, counted = [], Sent(), []
+    seconds, sent, counted, last = [], Sent(), {}, steps + WARM_UP + 1
 
     def note(step: int, numbers: dict[str, float]) -> None:
+        """Counting makes a step slower, so the last one is counted and the others are timed."""
+        if step == last:
+            counting.close()
+            counted.update(sent.payload)
+            return
         seconds.append(numbers["seconds"])
-        counted.append(dict(sent.payload))
+        if step == last - 1:
+            counting.enter_context(sent)
 
-    with tempfile.TemporaryDirectory() as folder, sent:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as counting:
         Trainer(
             DiffusionDPO(beta=2000).learner(given), family.denoiser, [], accelerator, Path(folder),
-            LoopSettings(steps=steps + WARM_UP, checkpoint_every=0), OptimiserSettings(), {}, report=note, weights=weights,
+            LoopSettings(steps=last, checkpoint_every=0), OptimiserSettings(), {}, report=note, weights=weights,
         ).run()  # fmt: skip
-    last = Counter(counted[-1])
-    last.subtract(counted[-2])
     trained = sum(p.numel() for p in family.network.parameters() if p.requires_grad)
     return {
         "seconds": seconds[WARM_UP:],
-        "payload": {k: n for k, n in last.items() if n},
+        "payload": {k: n for k, n in counted.items() if n},
         "trained": trained,
         "world": everyone.world,
     }

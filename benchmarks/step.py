@@ -5,18 +5,23 @@
 
 Variants run in alternation in one process; medians are reported, so the ratios hold even on a busy machine. Random weights.
 
-    naive             what the released scripts do in every step: open and transform both pictures, encode them and the prompt,
-                      ask the policy and a second, frozen network, and read numbers back to the host, one by one
+    naive             what the released scripts do in every step: encode both pictures and the prompt, ask the policy and a
+                      second, frozen network, and read numbers back to the host, one by one. Pictures are opened and transformed
+                      one step ahead, as by a loader's workers. (Diffusers' LoRA script switches its adapter off in place of a
+                      second network: as many operations, less memory.)
     cached            latents and prompts from the memory-mapped cache, read ahead by the loader; LoRA: the reference is the
                       policy with its adapter switched off; full: a frozen copy
     kept errors       the reference's errors are kept, too (--reference-draws): no reference is asked, and none is in memory
     ..., 4 at a time  four times as many pairs in the micro-batch: of ours, in the memory that the caches leave free
-    ..., bf16         the naive step with autocast and encoders and reference in bfloat16, as the scripts have it on GPUs; ours
-                      with a base that is stored in bfloat16 (LoRA), or float32 weights under autocast (full)
+    ..., bf16         under autocast, with a base that is stored in bfloat16 (LoRA) or float32 weights (full); encoders and the
+                      second network of the naive step are stored in bfloat16, too
                       Below a LoRA on a CPU, ours takes convolutions over few positions as matrix products (as training does)
     ..., compiled     torch.compile of the blocks on top (--compile)
 
-All take the same pairs with the same objective and AdamW. Peak memory (--memory) is measured in a fresh process for each variant
+All take the same pairs with the same objective and AdamW. What reads ahead would do so while other variants have their turn:
+--in-a-row has each take several steps in a row and leaves the first out of account (on GPUs five, unless told otherwise).
+
+Peak memory (--memory) is measured in a fresh process for each variant
 (Linux: peak resident set; on CUDA: the allocator's peak). Also told: the floating-point operations of a step, and the share of
 what the device reaches in plain matrix products of the same precision.
 """
@@ -34,7 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +111,7 @@ class Policy:
             if DEVICE == "cpu" and adapter == "lora" and not variant.naive:
                 self.family.use_products()
             if adapter == "lora":
-                self.family.network.to(torch.bfloat16 if variant.half and not variant.naive else torch.float32)
+                self.family.network.to(torch.bfloat16 if variant.half else torch.float32)
                 self.family.attach_lora(rank=RANK)
             else:
                 self.family.train_fully()
@@ -127,10 +132,11 @@ class Bench:
         from diffalign.data.cache import build_cache
         from diffalign.data.open import open_pairs
         from diffalign.data.transform import Transform
+        from diffalign.levels import Levels
         from diffalign.objectives.diffusion_dpo import DiffusionDPO
         from pipelines.families import stable_diffusion
 
-        self.pairs, self.adapter, self.timer = pairs, adapter, None
+        self.pairs, self.adapter, self.timer, self.levels = pairs, adapter, None, Levels()
         encoders = stable_diffusion.build(build_pipeline(shape))
         self.table = open_pairs(write_pairs(folder, pixels, ROWS))
         self.transform = Transform(pixels, "center", False, 0)
@@ -141,15 +147,14 @@ class Bench:
         self.policies = self._policies(shape, variants)
         self.frozen = {v.half: self._frozen(shape, v) for v in variants if v.naive or (adapter == "full" and not v.kept)}
         self.losses = {v: self._losses(v) for v in variants}
-        self.batches = {v: self._loader(v) for v in variants}
-        self.drawn = 0
+        self.batches = {v: self._pictures(v) if v.naive else self._loader(v) for v in variants}
 
     def _policies(self, shape: str, variants: tuple[Variant, ...]) -> dict[Variant, Policy]:
         """A policy for every variant; those share one that compute with the same weights."""
         made: dict[Any, Policy] = {}
         found = {}
         for v in variants:
-            weights = "all" if self.adapter == "full" else (v.half and not v.naive, v.naive, v.compiled)
+            weights = "all" if self.adapter == "full" else (v.half, v.naive, v.compiled)
             share = made.get(weights)
             found[v] = Policy(self.adapter, v, shape, share)
             made.setdefault(weights, found[v])
@@ -207,16 +212,34 @@ class Bench:
                 batch_size=self.pairs,
             )
         settings = LoaderSettings(batch_size=self.pairs * variant.times)
-        loader = PairLoader(self.cache, range(len(self.cache)), settings, kept=kept)
+        loader = PairLoader(self.cache, range(len(self.cache)), settings, kept=kept, device=DEVICE)
         return (batches[0] for batches in loader.steps(0, 10**6))
+
+    def _pictures(self, variant: Variant) -> Iterator[tuple[list[int], list[str], torch.Tensor]]:
+        """Rows, their prompts and their pictures [2 B, 3, H, W], winners first; without end, one step ahead."""
+        from diffalign.data.ahead import map_ahead
+        from diffalign.data.transform import CENTER
+
+        def opened(step: int) -> tuple[list[int], list[str], torch.Tensor]:
+            count = self.pairs * variant.times
+            rows = [(step * count + i) % len(self.table) for i in range(count)]
+            pairs = [self.table[row] for row in rows]
+            sides = [pair.side(side).open() for side in ("winner", "loser") for pair in pairs]
+            pixels = torch.stack([self.transform.apply(picture, CENTER, flipped=False) for picture in sides])
+            return rows, [pair.prompt for pair in pairs], pixels
+
+        return map_ahead(opened, range(10**6), workers=1)
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
     def step(self, variant: Variant) -> float:
         """Seconds of one optimizer step."""
         policy, started = self.policies[variant], time.perf_counter()
-        with self.phase("encode" if variant.naive else "wait for data"):
-            batch = self._encoded(variant) if variant.naive else next(self.batches[variant])
+        with self.phase("wait for data"):
+            batch = next(self.batches[variant])
+        if variant.naive:
+            with self.phase("encode"):
+                batch = self._encoded(variant, *batch)
         with self.phase("policy and reference"):
             outcome = self.losses[variant](batch.to(DEVICE))
         with self.phase("backward"):
@@ -242,26 +265,19 @@ class Bench:
         _settle()
         self.timer[name] = time.perf_counter() - started
 
-    def _encoded(self, variant: Variant) -> Any:
+    def _encoded(self, variant: Variant, rows: list[int], prompts: list[str], pixels: torch.Tensor) -> Any:
         """Pictures and prompts through their encoders, inside the step."""
         from diffalign.data.draws import draw
-        from diffalign.data.loader import collate
-        from diffalign.data.transform import CENTER
-        from diffalign.levels import Levels
+        from diffalign.types import PairBatch
 
-        count = self.pairs * variant.times
-        rows = [(self.drawn + i) % len(self.table) for i in range(count)]
-        self.drawn += count
-        pairs = [self.table[row] for row in rows]
-        sides = [pair.side(side).open() for side in ("winner", "loser") for pair in pairs]
-        pixels = torch.stack([self.transform.apply(picture, CENTER, flipped=False) for picture in sides]).to(DEVICE)
         encoder = self.encoders[variant.half]
-        moments = encoder.encode_images(pixels)
-        text = encoder.encode_prompts([pair.prompt for pair in pairs])
-        draws = [draw(0, row, self.cache.latent_shape, Levels(), 0.0, False) for row in rows]
+        moments, text = encoder.encode_images(pixels.to(DEVICE)), encoder.encode_prompts(prompts)
+        draws = [draw(0, row, self.cache.latent_shape, self.levels, 0.0, False) for row in rows]
         latents = moments["mean"] + moments["std"] * torch.randn_like(moments["mean"])
         winner, loser = latents.float().chunk(2)
-        return replace(collate(self.cache, rows, draws, latent_mode=True), winner=winner, loser=loser, conditioning=text)
+        t, noise = torch.tensor([one.t for one in draws]), torch.stack([one.noise for one in draws])
+        ones = torch.ones(len(rows))
+        return PairBatch(winner, loser, text, t, noise, label=ones, weight=ones, index=torch.tensor(rows))
 
     def operations(self, variant: Variant) -> int:
         """Floating-point operations of a step of this variant."""
@@ -304,16 +320,18 @@ def _settle() -> None:
 # --------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(shape: str, pixels: int, adapter: str, pairs: int, rounds: int, variants: tuple[Variant, ...]) -> dict[str, Any]:
+def measure(
+    shape: str, pixels: int, adapter: str, pairs: int, rounds: int, variants: tuple[Variant, ...], in_a_row: int = 1
+) -> dict[str, Any]:
     """Medians of all variants, run in alternation, and where the time goes."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(shape, pixels, adapter, pairs, variants, Path(folder))
         seconds: dict[str, list[float]] = {v.name: [] for v in variants}
         for round_ in range(rounds + 1):  # the first one warms up
             for v in variants:
-                taken = bench.step(v)
+                taken = [bench.step(v) / (pairs * v.times) for _ in range(in_a_row)]
                 if round_:
-                    seconds[v.name].append(taken / (pairs * v.times))
+                    seconds[v.name] += taken[1:] or taken
         phases, operations = {}, {}
         for v in variants:
             bench.timer = phases[v.name] = {}
@@ -336,8 +354,9 @@ def measure(shape: str, pixels: int, adapter: str, pairs: int, rounds: int, vari
 
 
 def matrix_peak(dtype: torch.dtype, size: int = 2048, rounds: int = 8) -> float:
-    """Floating-point operations per second of a plain matrix product."""
+    """Floating-point operations per second of a plain matrix product. float32 on a GPU is TF32, as convolutions have it there."""
     size = 8192 if DEVICE == "cuda" else size
+    torch.set_float32_matmul_precision("high" if DEVICE == "cuda" else "highest")
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(rounds):
@@ -427,6 +446,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=None, metavar="NAME", help="only these")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--in-a-row", type=int, default=5 if DEVICE == "cuda" else 1)
     parser.add_argument("--compile", action="store_true", help="two more variants, with compiled blocks")
     parser.add_argument("--memory", action="store_true", help="also the peak memory, each in a process of its own")
     parser.add_argument("--profile", metavar="NAME", help="a variant, and nothing else")
@@ -444,7 +464,7 @@ def main() -> None:
     variants = tuple(known[name] for name in names)
     rows = []
     for adapter in args.adapters:
-        row = measure(args.shape, args.pixels, adapter, args.pairs, args.rounds, variants)
+        row = measure(args.shape, args.pixels, adapter, args.pairs, args.rounds, variants, args.in_a_row)
         gc.collect()
         row["peak_mib"] = {v.name: peak_memory(args, adapter, v) for v in variants} if args.memory else {}
         rows.append(row)

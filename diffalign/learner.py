@@ -101,6 +101,12 @@ class Processes(Protocol):
         ...
 
 
+def turns(count: int, rank: int, world: int) -> list[tuple[int, bool]]:
+    """Which of ``count`` things a process takes, and whether it is its turn. Every process takes as many, because a call of
+    sharded weights is for all of them: who runs out takes one again that is another's."""
+    return [(place % count, place < count) for place in range(rank, count + rank, world)]
+
+
 @dataclass(frozen=True)
 class Alone:
     """One process."""

@@ -30,7 +30,8 @@ from diffalign import health, metrics_file, sharding
 from diffalign.checkpoint import Checkpoints, Stateful
 from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
-from diffalign.learner import Batch, Learner
+from diffalign.learner import Batch, Learner, turns
+from diffalign.likelihood import widest
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_schedule
 from diffalign.protocols import Policy
@@ -102,7 +103,10 @@ class Shared(Protocol):
 
 
 class RandomState:
-    """The global generators of every process. Only LoRA dropout draws from them; pairs, t and noise do not."""
+    """The global generators of every process. Only LoRA dropout draws from them; pairs, t and noise do not.
+
+    Processes that the run did not have before keep what they were seeded with.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -115,8 +119,9 @@ class RandomState:
         return {"ranks": self._ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        ranks = state["ranks"]  # of the world that wrote it, which may have been smaller
-        _restore_random_state(ranks[self._accelerator.process_index % len(ranks)])
+        ranks, mine = state["ranks"], self._accelerator.process_index
+        if mine < len(ranks):
+            _restore_random_state(ranks[mine])
 
 
 def _random_state() -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this process's own device
         "numpy": [kind, keys.tolist(), *rest],
         "python": [version, list(internal), gauss],
     }
@@ -132,8 +137,8 @@ def _random_state() -> dict[str, Any]:
 
 def _restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if isinstance(state["cuda"], Tensor) and torch.cuda.is_available():  # older checkpoints hold a list, one for every device
+        torch.cuda.set_rng_state(state["cuda"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = state["python"]
@@ -349,10 +354,10 @@ class Trainer:
         stop = numbers.pop("interrupted") > 0
         numbers["learning_rate"] = float(rate)
         self._refuse_non_finite(numbers, outcomes)
-        self._updates.take()
-        self._schedule.step()
-        if self._ema:
-            self._ema.update()
+        if self._updates.take():
+            self._schedule.step()
+            if self._ema:
+                self._ema.update()
         return numbers, stop
 
     def _means(self, outcomes: Sequence[Outcome], weights: Sequence[Tensor], **more: Tensor | float) -> dict[str, float]:
@@ -360,9 +365,9 @@ class Trainer:
         columns = {"loss": torch.cat([w * o.loss.detach() for w, o in zip(weights, outcomes, strict=True)])}
         for name in outcomes[0].metrics:
             columns[name] = torch.cat([o.metrics[name] for o in outcomes])
-        table = torch.stack([c.double().mean() for c in columns.values()] + [_scalar(v, columns["loss"]) for v in more.values()])
-        table = self._accelerator.reduce(table, "mean").cpu()
-        return dict(zip([*columns, *more], table.tolist(), strict=True))
+        table = [c.to(widest(c)).mean() for c in columns.values()] + [_scalar(v, columns["loss"]) for v in more.values()]
+        means = self._accelerator.reduce(torch.stack(table), "mean").cpu()
+        return dict(zip([*columns, *more], means.tolist(), strict=True))
 
     def _refuse_non_finite(self, numbers: Mapping[str, float], outcomes: Sequence[Outcome]) -> None:
         if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["gradient_norm"]) or self._accelerator.scaler is not None):
@@ -392,24 +397,19 @@ class Trainer:
         return means
 
     def _validation_columns(self) -> tuple[Tensor | None, dict[str, Tensor]]:
-        rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        # Each process makes as many calls, because a call of sharded weights is for all of them: who runs out repeats a batch.
-        count = len(self._validation)
-        places = range(rank, count + rank, world)
-        asked = [self._learner.validate(self._validation[p % count].to(self._accelerator.device)) for p in places]
-        outcomes = [outcome for p, outcome in zip(places, asked, strict=True) if p < count]
-        names = [] if not outcomes else ["loss", *outcomes[0].metrics]
-        rows = {n: [float(v) for o in outcomes for v in (o.loss if n == "loss" else o.metrics[n]).tolist()] for n in names}
-        if outcomes and outcomes[0].t is not None:
-            rows["t"] = [v for o in outcomes for v in o.t.tolist()]
-        gathered = _gather(rows, self._accelerator)
+        accelerator = self._accelerator
+        taken = turns(len(self._validation), accelerator.process_index, accelerator.num_processes)
+        asked = [self._learner.validate(self._validation[place].to(accelerator.device)) for place, _ in taken]
+        outcomes = [outcome for (_, mine), outcome in zip(taken, asked, strict=True) if mine]
+        gathered = _gather(_rows(outcomes), accelerator)
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 
     def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
         if self._accelerator.is_main_process:
+            written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no infinity
             with self._metrics_file.open("a") as file:
-                file.write(json.dumps({"kind": kind, "step": self.step, **numbers, **more}) + "\n")
+                file.write(json.dumps({"kind": kind, "step": self.step, **written, **more}) + "\n")
         flat = {f"{kind}/{name}": value for name, value in numbers.items()}
         for b in more.get("bins", []):
             span = f"t{b['t_from']:04d}-{b['t_to']:04d}"
@@ -430,10 +430,23 @@ def _rounds_of(loop: LoopSettings, learner: Learner, weights: TrainedWeights, em
 
 
 def _scalar(value: Tensor | float, beside: Tensor) -> Tensor:
-    """[] float64 on the device of another tensor; a number is written there, which is no copy that the host would wait for."""
+    """[], as wide as it gets, on the device of another tensor; a number is written there, which is no copy that the host would
+    wait for."""
     if isinstance(value, Tensor):
-        return sharding.plain(value.detach()).double().reshape(())
-    return torch.full((), value, dtype=torch.float64, device=beside.device)
+        return sharding.plain(value.detach()).to(widest(beside)).reshape(())
+    return torch.full((), value, dtype=widest(beside), device=beside.device)
+
+
+def _rows(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """All numbers of all pairs, by name: one transfer from the device."""
+    if not outcomes:
+        return {}
+    columns = {"loss": torch.cat([o.loss for o in outcomes])}
+    columns |= {name: torch.cat([o.metrics[name] for o in outcomes]) for name in outcomes[0].metrics}
+    if outcomes[0].t is not None:
+        columns["t"] = torch.cat([o.t for o in outcomes])
+    table = torch.stack([column.to(widest(column)) for column in columns.values()]).cpu()
+    return dict(zip(columns, table.tolist(), strict=True))
 
 
 def _gather(rows: dict[str, list], accelerator: Accelerator) -> dict[str, list]:

@@ -22,21 +22,37 @@ def placed(thing: Any, device: torch.device | str, dtype: torch.dtype | None = N
     """A tensor on a device, or all tensors of a mapping, a tuple or a dataclass; floats in ``dtype`` if that is given.
 
     Towards a GPU nobody waits: a copy from pageable memory would first have the device finish all that it has to do, and then the
-    host stand by, so memory is pinned before. From a device to the CPU a copy is complete when this returns.
+    host stand by, so memory is pinned before. From a device to the CPU a copy is complete when this returns. ``LENGTHS`` stay.
     """
     if isinstance(thing, Tensor):
         outwards = thing.device.type == "cpu" and torch.device(device).type != "cpu"
         if outwards and torch.device(device).type == "cuda":
-            thing = thing.pin_memory()
-        return thing.to(device=device, dtype=dtype if dtype and thing.is_floating_point() else None, non_blocking=outwards)
+            thing = thing.pin_memory()  # nothing if it is (``data.loader`` does it in the background)
+        there = thing.to(device=device, non_blocking=outwards)  # and cast there: on the way it would be here, and not pinned
+        return there.to(dtype) if dtype and thing.is_floating_point() else there
     if isinstance(thing, Mapping):
-        return {name: placed(value, device, dtype) for name, value in thing.items()}
+        return {name: value if name == LENGTHS else placed(value, device, dtype) for name, value in thing.items()}
     if isinstance(thing, tuple):
         return tuple(placed(value, device, dtype) for value in thing)
     if is_dataclass(thing) and not isinstance(thing, type):
         return replace(thing, **{f.name: placed(getattr(thing, f.name), device, dtype) for f in fields(thing) if f.init})
     return thing
 
+
+def pinned(thing: Any) -> Any:
+    """A tensor in memory that a GPU can read without anybody's help, or all tensors of a mapping or a dataclass so."""
+    if isinstance(thing, Tensor):
+        return thing.pin_memory()
+    if isinstance(thing, Mapping):
+        return {name: value if name == LENGTHS else pinned(value) for name, value in thing.items()}
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return replace(thing, **{f.name: pinned(getattr(thing, f.name)) for f in fields(thing) if f.init})
+    return thing
+
+
+LENGTHS = "lengths"
+"""Name in a conditioning of how many tokens each prompt has: [B] int64, on the CPU wherever the rest is. Networks that take rows
+of different lengths (Z-Image) read it; from a mask on the device the host could only learn it by waiting."""
 
 FRAMING = "framing"
 """Name in a conditioning of how the pictures came to be: [B, 6] float32, height and width of the original, top and left of the
@@ -83,6 +99,7 @@ class PairBatch:
     framing: Tensor | None = None  # [B, 2, 6] float32, of winner and loser, see ``FRAMING``
     known: Tensor | None = None  # [B, 2] float32, the frozen start's errors at this draw, where they are kept
     t_here: Tensor | None = None  # [B] the same t on the CPU, of a batch that is elsewhere
+    noise_here: Tensor | None = None  # [B, C, H, W] the same noise on the CPU, as it was drawn
 
     def __len__(self) -> int:
         return len(self.t)
@@ -91,6 +108,11 @@ class PairBatch:
     def host_t(self) -> Tensor:
         """t on the CPU, for decisions that should not wait for the device (how often a network is asked)."""
         return self.t.cpu() if self.t_here is None else self.t_here
+
+    @property
+    def host_noise(self) -> Tensor:
+        """The noise on the CPU, for seeds that are made of it."""
+        return self.noise.cpu() if self.noise_here is None else self.noise_here
 
     @property
     def winner_conditioning(self) -> Conditioning:
@@ -102,7 +124,7 @@ class PairBatch:
         cast, plain = ("winner", "loser", "conditioning", "noise"), ("t", "label", "weight", "scores", "framing", "known")
         moved = {name: placed(getattr(self, name), device, dtype) for name in cast}
         moved |= {name: placed(getattr(self, name), device) for name in plain}
-        return replace(self, **moved, t_here=self.host_t)
+        return replace(self, **moved, t_here=self.host_t, noise_here=self.host_noise)
 
     def slice(self, start: int, stop: int) -> PairBatch:
         """Pairs ``start`` to ``stop`` of the batch."""

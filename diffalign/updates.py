@@ -35,8 +35,8 @@ class Updates(Protocol):
     def clipped(self) -> Tensor:
         """The gradient's norm over all processes, [], before it is clipped; not finite if the gradient is not."""
 
-    def take(self) -> None:
-        """Update the weights, and forget the gradient."""
+    def take(self) -> bool:
+        """Update the weights, and forget the gradient; whether there was an update (fp16 leaves one out that overflowed)."""
 
     def weights_changed(self) -> None:
         """Somebody else has written to the parameters."""
@@ -63,9 +63,10 @@ class Accelerated:
     def clipped(self) -> Tensor:
         return self._accelerator.clip_grad_norm_(self._parameters, self._most)
 
-    def take(self) -> None:
+    def take(self) -> bool:
         self._optimizer.step()
         self._optimizer.zero_grad()
+        return not self._optimizer.step_was_skipped
 
     def weights_changed(self) -> None:
         """They are the optimizer's own."""

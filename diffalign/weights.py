@@ -8,7 +8,7 @@ Where every process holds a share of the parameters (FSDP2), it keeps shares, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +29,7 @@ class TrainedWeights:
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.sharded = is_sharded(self._named.values())
         self._gathered = Gathered()
+        self._dropouts = _dropouts(network)
 
     def copy(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """What they are at this moment, on their own device if none is given.
@@ -59,7 +60,7 @@ class TrainedWeights:
 
         Meant for calls without gradient. An optimizer never notices: the parameters keep their identity and their gradients.
         """
-        with self._shares_held(weights) if self.sharded else self._data_held(weights), without_dropout(self._network):
+        with self._shares_held(weights) if self.sharded else self._data_held(weights), _switched_off(self._dropouts):
             yield
 
     @contextmanager
@@ -116,8 +117,18 @@ class TrainedWeights:
 @contextmanager
 def without_dropout(network: nn.Module) -> Iterator[None]:
     """Within: nothing is dropped out, and no random number is drawn for it. A network that drops nothing is left as it is."""
+    with _switched_off(_dropouts(network)):
+        yield
+
+
+def _dropouts(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+
+
+@contextmanager
+def _switched_off(dropouts: Iterable[nn.Module]) -> Iterator[None]:
     # Layers of rate 0 do nothing anyway; compiled blocks would be compiled once more for another mode.
-    dropping = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p and m.training]
+    dropping = [module for module in dropouts if module.p and module.training]
     try:
         for module in dropping:
             module.training = False

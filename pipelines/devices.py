@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, convert_outputs_to_fp32
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -98,11 +99,23 @@ def refuse_sharding(accelerator: Accelerator, what: str) -> None:
 
 def wrapped(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """``network`` in the precision asked for, with gradients averaged over processes, unless ``shard`` or ZeRO sees to that."""
-    made = accelerator.prepare_model(network, evaluation_mode=is_sharding(accelerator) or zero(accelerator) is not None)
+    if zero(accelerator) is not None:
+        return _under_autocast(network, accelerator)
+    made = accelerator.prepare_model(network, evaluation_mode=is_sharding(accelerator))
     if isinstance(made, DistributedDataParallel):
         # Buffers never change here. Sent with each call they would bind processes that make different numbers of calls.
         made.broadcast_buffers = False
     return made
+
+
+def _under_autocast(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """``network`` on the device, called in the precision asked for. Accelerate leaves precision to DeepSpeed, which would keep
+    weights in it."""
+    network.to(accelerator.device)
+    if accelerator.mixed_precision == "bf16":
+        in_half = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)(network.forward)
+        network.forward = convert_outputs_to_fp32(in_half)
+    return network
 
 
 def shard(network: nn.Module, accelerator: Accelerator) -> None:
@@ -115,7 +128,7 @@ def shard(network: nn.Module, accelerator: Accelerator) -> None:
 
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = _blocks(network)
+        plugin.transformer_cls_names_to_wrap = blocks(network)
     if accelerator.mixed_precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -126,7 +139,24 @@ def shard(network: nn.Module, accelerator: Accelerator) -> None:
     network.set_reshard_after_forward(True)
 
 
-def _blocks(network: Any) -> list[str]:
+def blocks(network: Any) -> list[str]:
     """Classes of the blocks that are gathered at a time: those that Diffusers names for the model and that it has."""
     there = {type(module).__name__ for module in network.modules()}
     return [name for name in network._no_split_modules or network._repeated_blocks or () if name in there]
+
+
+def gathered(network: Any) -> int:
+    """How many of the weights of a ``shard``-ed network lie whole on a device at one time: what is in no block, which stays
+    gathered through a call, and two blocks, because the next is gathered while one computes."""
+    names, sizes = set(blocks(network)), Counter[nn.Module]()
+    _add_to_blocks(network, network, names, sizes)
+    outside = sizes.pop(network, 0)
+    return outside + sum(sorted(sizes.values())[-2:])
+
+
+def _add_to_blocks(module: nn.Module, block: nn.Module, names: set[str], sizes: Counter[nn.Module]) -> None:
+    """Count the weights within ``module`` for the innermost block that they are in."""
+    block = module if type(module).__name__ in names else block
+    sizes[block] += sum(p.numel() for p in module.parameters(recurse=False))
+    for child in module.children():
+        _add_to_blocks(child, block, names, sizes)

@@ -35,6 +35,8 @@ memory of SD1.5's LoRA runs on a CPU. (``pytest -m slow -k real_image`` compares
 GIB = 2**30
 DECODER = "autoencoder"
 PAST = "weights of the past"
+SHARED_OUT = ("weights", "gradients", "optimizer", "average of weights", PAST)
+"""Of which FSDP2 gives every device a share."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Estimate:
     cached: dict[str, int] = field(default_factory=dict)  # on disk: of a picture, of a prompt
     sampling: int = 0  # while an objective samples its own pictures, on the device
     comparing: Comparing | None = None
+    gathered: int = 0  # weights that lie whole on a device at one time where they are shared out; 0 where they cannot be
     unknown: str | None = None
 
     @property
@@ -78,12 +81,21 @@ class Estimate:
         comparing = _LIBRARIES + self.comparing.on_host if self.comparing else 0
         return max(self.training, self.sampling, comparing, _LIBRARIES + weights + sum(self.encoding.values()))
 
+    def of_each(self, devices: int) -> int:
+        """Bytes on each of so many devices while training, if they share the network out (FSDP2): a share of weights and all
+        that goes with them, and what is gathered, with its gradients. A frozen reference is whole on each."""
+        shares = sum(self.bytes[name] for name in SHARED_OUT)
+        return self.training - shares + shares // devices + 2 * self.gathered
+
     def to_text(self) -> str:
         if self.unknown:
             return f"No estimate of memory and time: {self.unknown}"
         lines = [f"{self.steps} steps, {self.trainable / 1e6:.1f} M trainable parameters. Memory of training, roughly:"]
         lines += _listed(self.bytes)
         lines.append(_line("together", self.training))
+        if self.gathered:
+            sizes = ", ".join(f"{self.of_each(count) / GIB:.2f}" for count in (2, 4, 8))
+            lines.append(f"Shared out over 2, 4 and 8 GPUs (diffalign devices fsdp2): {sizes} GiB on each.")
         lines.append("While the cache is filled, one after the other:")
         lines += _listed(self.encoding)
         if self.sampling:
@@ -131,7 +143,8 @@ def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     comparing = _seconds_comparing(settings, sized)
     still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", PAST, DECODER))
     sampling = _LIBRARIES + still + sized.sampled if samples_itself(settings) and not settings.feedback else 0
-    return Estimate(parts, sized.trainable, seconds, comparing, steps, sized.encoding, sized.cached, sampling, sized.comparing)
+    shown = (sized.encoding, sized.cached, sampling, sized.comparing, sized.gathered)
+    return Estimate(parts, sized.trainable, seconds, comparing, steps, *shown)
 
 
 def keeps_a_past(settings: TrainSettings) -> bool:
@@ -168,11 +181,11 @@ def _seconds_comparing(settings: TrainSettings, sized: Sized) -> float:
     return flops / _speed(settings.compute.mixed_precision)
 
 
-def _speed(precision: str, side: int = 1024, seconds: float = 0.2) -> float:
+def _speed(precision: str, seconds: float = 0.2) -> float:
     """Operations per second that a step reaches here, from the speed of a matrix product in this precision."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)  # a GPU needs a large one to get going
     a = torch.randn(side, side, device=device, dtype=getattr(torch, PRECISIONS[precision]))
-    a @ a
+    (a @ a)[0, 0].item()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         (a @ a)[0, 0].item()

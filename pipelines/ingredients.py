@@ -37,7 +37,7 @@ from diffalign.schedule import Schedule
 from diffalign.sources.rounds import ruling_transition
 from diffalign.sources.stored import Stored
 from diffalign.train import Together
-from diffalign.types import PairBatch
+from diffalign.types import PairBatch, placed
 from diffalign.weights import TrainedWeights
 from pipelines import devices, families, feedback, reference_beforehand
 from pipelines.families import _quantised
@@ -497,7 +497,7 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
     pairs = judge = None
     if cache is not None:
         loader = loader_settings(settings, family.denoiser.schedule)
-        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world, prepared.kept)
+        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world, prepared.kept, device)
     if prompts is not None and prepared.judges:
         judge = PictureJudge(family.encoder.decode, prepared.judges, prompts.prompts, settings.reward.rollout_batch)
     resolution = settings.data.resolution or family.resolution
@@ -510,7 +510,7 @@ def given(settings: TrainSettings, prepared: Prepared, processes: Processes, dev
         pairs=pairs,
         kind=cache.kind if cache is not None else "pairs",
         prompts=prompts,
-        unconditional={name: value[None].to(device) for name, value in (cache or prompts).conditioning(None).items()},
+        unconditional=placed({name: value[None] for name, value in (cache or prompts).conditioning(None).items()}, device),
         judge=judge,
         feedback=prepared.feedback,
         score_range=score_range(getattr(cache, "scores", None)),

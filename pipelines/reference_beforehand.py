@@ -22,6 +22,7 @@ from diffalign.objectives._denoising import errors_beforehand
 from diffalign.references import AdapterOff, Frozen
 from diffalign.train import Together
 from diffalign.types import PairBatch
+from diffalign.weights import without_dropout
 from pipelines.families._denoiser import working_dtype
 from pipelines.image_settings import TrainSettings
 
@@ -61,11 +62,12 @@ class Asked:
         self._settings, self._cache, self._visits, self._accelerator = settings, cache, visits, accelerator
         bare = family.denoiser.with_network(family.network)  # no wrapper: processes ask at their own pace
         self._start = AdapterOff(bare) if family.has_adapter else Frozen(bare)
-        self._schedule, self._dtype = bare.schedule, working_dtype(family.network)
+        self._schedule, self._dtype, self._network = bare.schedule, working_dtype(family.network), family.network
 
     def __call__(self, batch: PairBatch) -> Tensor:
         """Its errors [B, 2] of winners and losers."""
-        return errors_beforehand(batch.to(self._accelerator.device), self._start, self._schedule, self._cache.kind)
+        with without_dropout(self._network):  # of the base itself, if its configuration has any
+            return errors_beforehand(batch.to(self._accelerator.device), self._start, self._schedule, self._cache.kind)
 
     def known(self, batches: Sequence[PairBatch]) -> list[PairBatch]:
         """Batches of validation with its errors."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipelines import families
+from pipelines import devices, families
 from pipelines.counting import (
     Encoded,
     Pass,
@@ -76,6 +76,7 @@ class Sized:
     comparing: Comparing | None = None
     told_guidance: bool = False
     copies: int = 0  # bytes of weights in half precision that are kept beside those in float32
+    gathered: int = 0  # bytes of weights that lie whole on a device at one time where all others are shared out
 
 
 def asked_once(objective: Any) -> Any:
@@ -112,6 +113,7 @@ class Sizing:
             sampled=self._sampled(settings, objective, size) if samples_itself(settings) else 0,
             comparing=self._comparing(settings) if settings.evaluation.prompts else None,
             told_guidance=plain.is_told_guidance,
+            gathered=_SIZE[_precision(settings)] * devices.gathered(plain.network) if full else 0,
         )
 
     def _once(self, key: Hashable, count: Callable[..., T], *given: Any) -> T:

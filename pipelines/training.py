@@ -49,16 +49,13 @@ from reward_models._judge import Scorer
 # ------------------------------------------------------------------------------------------------------------- prepare
 
 
-def preflight(settings: TrainSettings, judge: RewardFunction | None = None) -> None:
-    """Everything that can be known to be wrong before the model is loaded.
+def preflight(settings: TrainSettings) -> None:
+    """What can be known to be wrong before anything is loaded.
 
     Raises:
-        UserError: an unknown judge, prompts that cannot be read, a package or device that is asked for and not there.
+        UserError: rollouts or LoRAs that cannot be read, a package or device that is asked for and not there.
     """
-    e, compute = settings.evaluation, settings.compute
-    if e.prompts:
-        load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
-    ingredients.training_judges(settings, judge)
+    compute = settings.compute
     ingredients.open_feedback(settings)
     if settings.base_lora:
         find_loras(settings.base_lora)
@@ -68,6 +65,19 @@ def preflight(settings: TrainSettings, judge: RewardFunction | None = None) -> N
     _quantised.require(compute.quantise)
     if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
+
+
+def check_judges(settings: TrainSettings, judge: RewardFunction | None = None) -> None:
+    """Load every judge and let it go, before the model is loaded. Accelerate must have begun, or all processes of a machine would
+    take the first GPU for their own.
+
+    Raises:
+        UserError: an unknown judge, prompts that cannot be read, or a judge that cannot do what it is asked for.
+    """
+    e = settings.evaluation
+    if e.prompts:
+        load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
+    ingredients.training_judges(settings, judge)
 
 
 def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
@@ -149,8 +159,9 @@ def train(
     start = time.perf_counter()
     check_output(settings.output, resume=resume, overwrite=overwrite)
     settings, switched = memory_presets.applied(settings)
-    preflight(settings, judge)
+    preflight(settings)
     accelerator = start_accelerator(settings)
+    check_judges(settings, judge)
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
     for remark in [*remarks(settings.objective), *([switched] if switched else [])]:

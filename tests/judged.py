@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from worlds import PairsInMemory, given, small_denoiser
 
+from diffalign.data.kept_errors import with_known
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.learner import Given, Kind, Learner
 from diffalign.likelihood import denoising, log_ratio, pair_errors
+from diffalign.objectives._denoising import errors_beforehand
 from diffalign.objectives.d3po import D3PO
 from diffalign.objectives.ddpo import DDPO
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
@@ -31,7 +34,7 @@ from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import OptimiserSettings
-from diffalign.references import AdapterOff, Frozen
+from diffalign.references import AdapterOff, Cached, Frozen
 from diffalign.sources.dataset import noised
 from diffalign.train import LoopSettings, Together, Trainer
 from diffalign.types import LogRatio, PairBatch
@@ -242,10 +245,11 @@ def logistic(h: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-def signs_are_of_rounding(row: Mapping[str, Any]) -> bool:
+def signs_are_of_rounding(row: Mapping[str, Any], zero: float = 1e-9) -> bool:
     """Whether the accuracy in a row of metrics counts signs of margins that are zero, as those of transitions are before a
-    round's first update: one processor gives zero, another 1e-17 of either sign, whatever the number of processes."""
-    return abs(row.get("margin", 1.0)) < 1e-9
+    round's first update: one processor gives zero, another 1e-17 (1e-8 in float32: `zero`) of either sign, whatever the number
+    of processes."""
+    return abs(row.get("margin", 1.0)) < zero
 
 
 def make_trainer(
@@ -262,8 +266,10 @@ def make_trainer(
     report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
     loop: Mapping[str, Any] | None = None,
     draws: int = 2,
+    beforehand: bool = False,
 ) -> Trainer:
-    """A run on a small UNet; everything about it is a function of the arguments."""
+    """A run on a small UNet; everything about it is a function of the arguments. ``beforehand``: validation alone looks at the
+    reference, which was asked before the run."""
     accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(3)
     denoiser = make(dtype)
@@ -274,10 +280,13 @@ def make_trainer(
     if devices.is_sharding(accelerator):
         devices.shard(denoiser.network, accelerator)
     start = AdapterOff(denoiser) if lora else Frozen(make(dtype))
-    all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator), device=accelerator.device)
-    output.mkdir(parents=True, exist_ok=True)
     visits = LoaderSettings(case.batch, seed=SEED, levels=denoiser.schedule.levels())
     held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], visits, draws)
+    if beforehand:
+        ask = partial(errors_beforehand, start=start, schedule=denoiser.schedule, kind=case.kind)
+        held_out, start = with_known(held_out, ask, Together(accelerator)), Cached()
+    all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator), device=accelerator.device)
+    output.mkdir(parents=True, exist_ok=True)
     return Trainer(
         learner=case.objective.learner(all_given),
         policy=denoiser,

@@ -457,14 +457,13 @@ def _sana(scheduler: Any, **more: Any) -> SanaPipeline:
 
 
 def _z_image_said(pipe: Any, prompts: Sequence[str]) -> Said:
-    return tuple(_with_mask(rows) for rows in pipe.encode_prompt(list(prompts), device="cpu"))
+    return tuple(_with_lengths(rows) for rows in pipe.encode_prompt(list(prompts), device="cpu"))
 
 
-def _with_mask(rows: Sequence[Tensor], length: int = 512) -> dict[str, Tensor]:
+def _with_lengths(rows: Sequence[Tensor], length: int = 512) -> dict[str, Tensor]:
     """Rows of any length, padded at the end."""
     states = torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
-    mask = torch.stack([torch.arange(length) < len(row) for row in rows])
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask.long()}
+    return {"encoder_hidden_states": states, "lengths": torch.tensor([len(row) for row in rows])}
 
 
 @miniature("z_image", _z_image_said, call=SIZE, guidance=lambda scale: scale - 1)

@@ -67,7 +67,7 @@ RUNS = {
     "sft, extrapolated": Run(
         Case(of("sft"), batch=4),
         "batch",
-        options={"loop": {"round_every": 3, "extrapolation": 0.3, "ema_decay": 0.9}, "draws": 3},
+        options={"loop": {"round_every": 3, "extrapolation": 0.3, "ema_decay": 0.9}, "draws": 3, "beforehand": True},
     ),
     "dpo with a lora": Run(Case(of("diffusion-dpo"), batch=1, accumulation=4), "accumulation", lora=True),
     # Of rounds and buffers, the checkpoint falls in the middle.

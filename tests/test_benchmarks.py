@@ -160,6 +160,7 @@ def test_what_the_yardstick_computes_and_we_do_not(step, adapter: str, tmp_path:
         assert counted[f"naive{half}"] == asked | {"pictures": 4, "prompts": 2}
         assert counted[f"cached{half}"] == asked
         assert counted[f"kept errors{half}"] == asked | {"frozen": 0}
+        assert counted[f"kept errors{half}, 4 at a time"] == asked | {"frozen": 0, "learning": 16}
     assert counted["naive, 4 at a time"] == {"learning": 16, "frozen": 16, "pictures": 16, "prompts": 8}
 
 

@@ -242,3 +242,17 @@ def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatc
     named, line = memory_presets.applied(replace(wide, preset="24gb"))
     assert named.adapter == "lora" and line.startswith("preset 24gb: bf16")
     assert memory_presets.applied(wide) == (wide, "")
+
+
+def test_what_each_of_several_devices_holds() -> None:
+    """By hand, of 16 bytes a weight: weights, gradients and moments are shared out, the frozen copy and the rest are not."""
+    guess = estimate(settings(adapter="full"))
+    weights = 4 * guess.trainable
+    others = guess.training - 4 * weights
+    assert guess.bytes["reference"] == weights < others and 0 < guess.gathered < weights
+    assert guess.of_each(2) == others + 2 * weights + 2 * guess.gathered
+    assert guess.of_each(8) == others + weights // 2 + 2 * guess.gathered
+    half = estimate(settings(adapter="full", mixed_precision="bf16"))
+    assert 2 * half.gathered == guess.gathered  # gathered in bfloat16
+    assert "Shared out over 2, 4 and 8 GPUs (diffalign devices fsdp2): " in guess.to_text()
+    assert "Shared out" not in estimate(settings()).to_text()  # a LoRA is not

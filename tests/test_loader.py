@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from itertools import chain
@@ -15,7 +16,7 @@ from diffalign.data.draws import Curriculum, Order, draw, fixed_draws
 from diffalign.data.loader import LoaderSettings, PairLoader, easiest_first, validation_batches
 from diffalign.errors import UserError
 from diffalign.levels import Levels
-from diffalign.types import PairBatch
+from diffalign.types import LENGTHS, PairBatch
 from diffalign.waiting import Waiting
 
 FIELDS = ("winner", "loser", "t", "noise", "label", "weight", "index")
@@ -264,3 +265,35 @@ def test_a_curriculum_is_over_the_rows_that_are_trained_on() -> None:
 def test_a_curriculum_that_cannot_be_is_refused(gaps: list[float] | None, steps: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         visited(PairsInMemory(12) if gaps is None else scored(gaps), steps)
+
+
+def test_batches_for_a_gpu_are_pinned_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but lengths of prompts, by a thread whose current GPU is that of the process."""
+    threads, devices = [], []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        threads.append(threading.current_thread())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.current_thread())))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    for name, index in (("cuda:3", 3), ("cuda", 5)):
+        threads.clear(), devices.clear()
+        loader = PairLoader(WithLengths(4), range(4), LoaderSettings(batch_size=2), device=name)
+        (first,), (second,) = loader.steps(0, 2)
+        assert set(threads) == {thread for _, thread in devices} and threading.main_thread() not in threads
+        assert [device for device, _ in devices] == [index]
+        assert first.conditioning[LENGTHS].tolist() == [7, 7] and len(second) == 2
+        assert len(threads) == 2 * (len(FIELDS) + 1)  # and the text
+    monkeypatch.undo()
+    (plain,) = next(PairLoader(WithLengths(4), range(4), LoaderSettings(batch_size=2)).steps(0, 1))
+    assert plain.to("meta").conditioning[LENGTHS].device.type == "cpu"
+    assert plain.to("meta").conditioning["encoder_hidden_states"].is_meta and plain.to("meta").host_noise is plain.noise
+
+
+class WithLengths(PairsInMemory):
+    """Pairs whose prompts have a number of tokens each."""
+
+    def conditioning(self, pair_index: int | None) -> dict[str, torch.Tensor]:
+        return {**super().conditioning(pair_index), LENGTHS: torch.tensor(7)}

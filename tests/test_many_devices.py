@@ -18,13 +18,14 @@ import pytest
 import spread
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from judged import signs_are_of_rounding
 from miniature import save_untrained, write_pairs
 from spread import RUNS, environment
 
 from diffalign.errors import UserError
-from pipelines import cli
+from pipelines import cli, devices
 from pipelines.run import division, settings_of
 from pipelines.training import align, pairs_per_step
 
@@ -76,7 +77,7 @@ def asked(folder: Path) -> list[dict]:
 def check_same(one: dict, other: dict, tolerance: float = 1e-9) -> None:
     """All that is measured: losses, gradients' norms, validation."""
     for where, row in other.items():
-        zero = "accuracy" if signs_are_of_rounding(row) else ""
+        zero = "accuracy" if signs_are_of_rounding(row, max(1e-9, tolerance / 1000)) else ""
         for key in row.keys() - {"kind", "step", "bins", "advice", "seconds", "waiting", zero}:
             assert row[key] == pytest.approx(one[where][key], rel=tolerance, abs=tolerance), (where, key)
 
@@ -92,6 +93,10 @@ def check_whole(folder: Path, engine: str, name: str, tolerance: float = 1e-9) -
 def check_resumed(folder: Path, how: str, name: str, tolerance: float = 1e-9) -> None:
     one, resumed = curve(folder / "one" / name), curve(folder / how / name)
     assert {step for kind, step in resumed if kind == "train"} == {3, 4}
+    assert {step for kind, step in resumed if kind == "validation"} == {step for kind, step in one if kind == "validation"} - {
+        0,
+        2,
+    }
     check_same(one, resumed, tolerance)
 
 
@@ -274,3 +279,50 @@ def test_sharded_weights_in_bf16(tmp_path: Path) -> None:
         assert sharded[where]["winner_error"] == pytest.approx(row["winner_error"], rel=1e-3), where
     kept = torch.load(tmp_path / "sharded" / "checkpoints" / "checkpoint-00000004" / "weights.pt", weights_only=True)
     assert {value.dtype for value in kept.values()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------------- one process
+
+
+def test_zeros_network_computes_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate puts no network under autocast that DeepSpeed has; it would be trained in float32, and its reference in bf16."""
+    monkeypatch.setattr(devices, "zero", lambda accelerator: {"stage": 2})
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        AcceleratorState._reset_state()
+        network, seen = torch.nn.Linear(4, 4), []
+        network.register_forward_hook(lambda module, given, answer, seen=seen: seen.append(answer.dtype))
+        wrapped = devices.wrapped(Doubled(network), Accelerator(cpu=True, mixed_precision=precision))
+        assert wrapped(torch.ones(1, 4)).dtype == torch.float32 and seen == [dtype]
+    AcceleratorState._reset_state()
+
+
+class Doubled(torch.nn.Module):
+    """A network with a layer."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+class Block(torch.nn.Module):
+    """Weights of its own, and other blocks."""
+
+    def __init__(self, own: int, *inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.own, self.inner = torch.nn.Parameter(torch.zeros(own)), torch.nn.ModuleList(inner)
+
+
+class Inner(Block):
+    """A block within blocks."""
+
+
+def test_what_is_gathered_at_a_time_is_counted() -> None:
+    """By hand: 5 outside, and the largest two of 100, 20 and the 30 of a block around the 100."""
+    network = torch.nn.Module()
+    network.outside, network.one, network.two = torch.nn.Linear(4, 1), Block(30, Inner(100)), Inner(20)
+    network._no_split_modules, network._repeated_blocks = ["Block", "Inner", "Elsewhere"], None
+    assert devices.blocks(network) == ["Block", "Inner"]
+    assert devices.gathered(network) == 5 + 100 + 30

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from diffalign import checkpoint
 from diffalign.data.cache_shards import ShardFiller
-from pipelines import cli, progress
+from diffalign.errors import UserError
+from pipelines import cli, progress, training
 from pipelines import run as shared
 from pipelines.families.stable_diffusion import StableDiffusionEncoder
 from pipelines.training import align
@@ -337,3 +338,20 @@ def test_a_non_finite_loss_ends_with_a_message(inputs: Inputs, tmp_path: Path, c
     last = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").latest()
     state = torch.load(last / "weights.pt", weights_only=True)
     assert state  # a checkpoint from before the blow-up is there
+
+
+def test_judges_are_loaded_when_a_process_knows_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Accelerate begins, the current GPU of every process is the machine's first."""
+    done: list[str] = []
+    begin = training.start_accelerator
+
+    def judges(*given: object) -> None:
+        done.append("judges")
+        raise UserError("enough")
+
+    monkeypatch.setattr(training, "start_accelerator", lambda settings: done.append("accelerator") or begin(settings))
+    monkeypatch.setattr(training.ingredients, "training_judges", judges)
+    monkeypatch.setattr(training, "load_panel", judges)
+    with pytest.raises(UserError, match="enough"):
+        training.align("diffusion-dpo", recipe="tiny", output=tmp_path / "out", progress=False)
+    assert done == ["accelerator", "judges"]

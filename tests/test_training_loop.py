@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import Ema, OptimiserSettings, learning_rate_factor
 from diffalign.references import AdapterOff, Frozen
-from diffalign.train import LoopSettings, Trainer
+from diffalign.train import LoopSettings, RandomState, Trainer, _random_state, _restore_random_state
 from pipelines.families import _lora
 
 PAIRS = PairsInMemory(12)
@@ -423,3 +424,53 @@ def test_the_average_of_weights_by_hand() -> None:
     with ema.applied():
         assert p.item() == pytest.approx(0.25 * 9 / 11 + 0.75 * 3)
     assert p.item() == 3.0
+
+
+def test_an_update_that_fp16_leaves_out_moves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the schedule nor the average; and its norm, which is infinite, is null in the metrics: JSON has no infinity."""
+    trainer = make_trainer(tmp_path, steps=3, ema=0.5)
+    taken, norms = trainer._updates.take, iter([torch.tensor(math.inf), torch.tensor(1.0), torch.tensor(1.0)])
+    overflowed = iter([True, False, False])
+    monkeypatch.setattr(trainer._updates, "take", lambda: False if next(overflowed) else taken())
+    monkeypatch.setattr(trainer._updates, "clipped", lambda: next(norms))
+    monkeypatch.setattr(trainer._accelerator, "scaler", SimpleNamespace(scale=lambda loss: loss))
+    began = [average.clone() for average in trainer.ema._average]
+    rates, moved = [], []
+    trainer._report = lambda step, numbers: (
+        rates.append(trainer._updates.optimizer.param_groups[0]["lr"]),
+        moved.append(not all(torch.equal(a, b) for a, b in zip(began, trainer.ema._average, strict=True))),
+    )
+    trainer.run()
+    assert rates == [0.0, 5e-4, 1e-3]  # the warm-up of two steps began with the second
+    assert moved == [False, True, True]
+    written = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["gradient_norm"] for row in written] == [None, 1.0, 1.0]
+
+
+def test_random_streams_of_another_machine_are_taken_as_far_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process takes what it had, one that is new keeps its own; and a GPU's stream is that of the process's own device."""
+    accelerator = Accelerator(cpu=True)
+    states = RandomState(accelerator)
+    torch.manual_seed(1)
+    states.collect()
+    expected = torch.rand(3)
+    saved = states.state_dict()
+    torch.manual_seed(2)
+    RandomState(accelerator).load_state_dict(saved)
+    assert torch.equal(torch.rand(3), expected)
+    second = SimpleNamespace(process_index=1, num_processes=2)
+    torch.manual_seed(2)
+    RandomState(second).load_state_dict(saved)
+    torch.manual_seed(2)
+    own = torch.rand(3)
+    torch.manual_seed(2)
+    RandomState(second).load_state_dict(saved)
+    assert torch.equal(torch.rand(3), own) and not torch.equal(own, expected)
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    on_a_gpu = _random_state()
+    _restore_random_state(on_a_gpu)
+    _restore_random_state(on_a_gpu | {"cuda": [torch.zeros(1, dtype=torch.uint8)] * 8})  # an older one, of eight GPUs
+    assert [state.tolist() for state in restored] == [[7]]

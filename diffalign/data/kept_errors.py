@@ -28,7 +28,7 @@ from diffalign.data.draws import Draw, KeptDraws
 from diffalign.data.loader import EncodedPairs, collate, shape_of
 from diffalign.data.pairs import Progress
 from diffalign.errors import UserError
-from diffalign.learner import Alone, Processes
+from diffalign.learner import Alone, Processes, turns
 from diffalign.types import PairBatch
 
 VERSION = 1
@@ -171,7 +171,8 @@ def _shard(number: int) -> str:
 
 
 def with_known(batches: Sequence[PairBatch], ask: Ask, processes: Processes | None = None) -> list[PairBatch]:
-    """Batches of validation, whose draws are fixed anyway, with the reference's errors; those of other processes without."""
+    """Batches of validation, whose draws are fixed anyway, with the reference's errors; without where this process is
+    never shown them."""
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
-    mine = range(rank, len(batches), world)
-    return [replace(b, known=ask(b).float().cpu()) if n in mine else b for n, b in enumerate(batches)]
+    taken = {place for place, _ in turns(len(batches), rank, world)}
+    return [replace(b, known=ask(b).float().cpu()) if n in taken else b for n, b in enumerate(batches)]

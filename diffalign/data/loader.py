@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffalign.data.buckets import BucketOrder
 from diffalign.data.draws import Curriculum, Draw, Order, draw, fixed_draws
 from diffalign.errors import UserError
 from diffalign.levels import Levels
-from diffalign.types import Conditioning, PairBatch
+from diffalign.types import Conditioning, PairBatch, pinned
 
 
 class EncodedPairs(Protocol):
@@ -65,8 +66,8 @@ class PairLoader:
 
     ``rows`` restricts training to some rows of the cache (the rest is validation). The global batch of a step is cut into
     contiguous parts, one per process, so the union over processes does not depend on their number. With ``kept``, pairs visit
-    the draws that were chosen for them (``data.kept_errors``) in place of one for each position. ``waiting`` is how long
-    steps have been waited for.
+    the draws that were chosen for them (``data.kept_errors``) in place of one for each position. ``device`` is where the batches
+    will go; for a GPU their memory is pinned in the background. ``waiting`` is how long steps have been waited for.
 
     Raises:
         UserError: a curriculum is asked for, and the pairs have no scores, are too few for its stages, or differ in shape.
@@ -80,11 +81,12 @@ class PairLoader:
         rank: int = 0,
         world: int = 1,
         kept: KeptVisits | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not len(rows):
             raise ValueError("there are no pairs to train on")
         self._pairs, self._rows, self._settings, self._kept = pairs, rows, settings, kept
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._device = rank, world, torch.device(device)
         self.waiting = Stopwatch()
         if getattr(pairs, "buckets", False):
             self._order: Order | Curriculum | BucketOrder = self._by_shape()
@@ -114,7 +116,7 @@ class PairLoader:
 
     def steps(self, start: int, stop: int) -> Iterator[list[PairBatch]]:
         """The micro-batches of optimizer steps ``start`` to ``stop``; the next step is prepared in the background."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
+        with ThreadPoolExecutor(max_workers=1, initializer=self._thread_begins()) as pool:
             ahead = pool.submit(self._step, start) if start < stop else None
             for step in range(start, stop):
                 now, ahead = ahead, pool.submit(self._step, step + 1) if step + 1 < stop else None
@@ -122,10 +124,21 @@ class PairLoader:
                     batches = now.result()
                 yield batches
 
+    def _thread_begins(self) -> Callable[[], None] | None:
+        """A thread has a current GPU of its own, number 0 at first; memory would be pinned by way of that."""
+        if not self._pins:
+            return None
+        return partial(torch.cuda.set_device, torch.cuda.current_device() if self._device.index is None else self._device.index)
+
     def _step(self, step: int) -> list[PairBatch]:
         s = self._settings
         first = step * self.global_batch + self._rank * s.accumulation * s.batch_size
-        return [self._batch(first + m * s.batch_size) for m in range(s.accumulation)]
+        batches = [self._batch(first + m * s.batch_size) for m in range(s.accumulation)]
+        return list(map(pinned, batches)) if self._pins else batches
+
+    @property
+    def _pins(self) -> bool:
+        return self._device.type == "cuda"
 
     def _batch(self, first: int) -> PairBatch:
         s = self._settings

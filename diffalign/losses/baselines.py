@@ -45,10 +45,13 @@ class Zero:
     """No baseline at all."""
 
     watches: ClassVar[Watched] = "sides"
-    value = torch.zeros(())
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
 
     def update(self, values: Tensor) -> None:
-        """Nothing is learnt."""
+        """Nothing is learnt but where losses are computed."""
+        self.value = torch.zeros((), device=values.device)
 
     def state_dict(self) -> dict[str, float]:
         return {}

@@ -32,8 +32,8 @@ per dimension, and with beta = 0.1 the sigmoid's argument stays within 0.02 of z
 
 Departures of the released code (yk7333/d3po) from what is done here:
 
-* it runs each side, and each half of the guidance, through the network by itself, for policy and reference, at every step: eight
-  calls; here one call with four samples and a gradient, and none for a reference that is the round's beginning;
+* it shows each side, with both halves of the guidance, to policy and reference in calls of their own, at every step: four calls
+  of two samples; here one call with four samples and a gradient, and none for a reference that is the round's beginning;
 * its "DPOK" compares softmaxes over the batch; not offered here;
 * in the last step it clamps t' to 0; so does a schedule whose configuration says ``set_alpha_to_one: false``. With another, the
   last step has no noise and no density, and is left out.

@@ -92,7 +92,7 @@ def inverted(batch: PairBatch, predictor: Predictor, schedule: Schedule, setting
     x_0 = torch.cat([batch.winner, batch.loser])
     t = torch.cat([batch.t, batch.t])
     conditioning = on_both_sides(batch.conditioning, batch.framing)
-    generators = _generators(batch.noise) if settings.eta else None
+    generators = _generators(batch.host_noise) if settings.eta else None
     ends = torch.cat([batch.host_t, batch.host_t])
     x_t, target = invert(x_0, t, conditioning, predictor, schedule, settings, generators, ends)
     return NoisyPair(
@@ -134,7 +134,7 @@ def invert(
     for here_rows, source, goal, level in _strides(t.cpu() if ends is None else ends, schedule, settings):
         rows, source, goal, level = placed((here_rows, source, goal, level), t.device)
         here = z[rows]
-        said_at = _direction(predictor, schedule, _rows(conditioning, rows), level)
+        said_at = _direction(predictor, schedule, _rows(conditioning, rows, here_rows), level)
         moved = schedule.move(here, _way(here, said_at, schedule, source, goal, settings), source, goal)
         if settings.eta:
             draw = torch.stack([torch.randn(z.shape[1:], generator=generators[r]) for r in here_rows.tolist()])
@@ -207,12 +207,13 @@ def averaging_weights(window: Window, count: int, goal: Tensor, dtype: torch.dty
     return inside.to(dtype) / inside.sum(dim=1, keepdim=True)
 
 
-def _rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    return {name: value[rows.to(value.device)] for name, value in conditioning.items()}
+def _rows(conditioning: Conditioning, rows: Tensor, here_rows: Tensor) -> Conditioning:
+    """Some rows, numbered on the device and on the CPU, where lengths of prompts are."""
+    return {name: value[here_rows if value.device.type == "cpu" else rows] for name, value in conditioning.items()}
 
 
 def _generators(noise: Tensor) -> list[torch.Generator]:
-    """Two per pair, winners then losers, seeded by the pair's own draw."""
-    digests = [hashlib.blake2b(each.float().cpu().numpy().tobytes(), digest_size=8).digest() for each in noise]
+    """Two per pair, winners then losers, seeded by the pair's own draw, on the CPU."""
+    digests = [hashlib.blake2b(each.float().numpy().tobytes(), digest_size=8).digest() for each in noise]
     seeds = [int.from_bytes(digest[4 * side : 4 * side + 4], "little") for side in (0, 1) for digest in digests]
     return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -89,17 +89,17 @@ class ReplayBuffer:
         """Step ``steps[i]`` of trajectory ``rows[i]``; both [B] int64."""
 
         def step(name: str) -> Tensor:
-            return self._held[name][rows, steps].to(device)
+            return placed(self._held[name][rows, steps], device)
 
         prompts = [name for name in self._held if name.startswith("conditioning.")]
         return Replayed(
             x_t=step("x"),
             t=step("t"),
             prediction=step("prediction"),
-            x_0=self._held["x_0"][rows].to(device),
-            conditioning={name.removeprefix("conditioning."): self._held[name][rows].to(device) for name in prompts},
+            x_0=placed(self._held["x_0"][rows], device),
+            conditioning=placed({name.removeprefix("conditioning."): self._held[name][rows] for name in prompts}, device),
             index=self._held["index"][rows],
-            weight=self._held["weight"][rows].to(device),
+            weight=placed(self._held["weight"][rows], device),
         )
 
     def state_dict(self) -> dict[str, Any]:

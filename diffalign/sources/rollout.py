@@ -135,10 +135,10 @@ def rollout(
     for low in range(0, len(seeds), batch_size):
         part = slice(low, low + batch_size)
         rows = torch.tensor(prompts[part])
-        here = {name: value[rows.to(value.device)].to(device) for name, value in conditioning.items()}
+        here = placed({name: value[placed(rows, value.device)] for name, value in conditioning.items()}, device)
         x_start = _normal(starts[part], "start", shape, device)
         draw = _Steps(seeds[part], shape, device) if sampling.stochastic else None
-        grid = _grid(schedule, sampling, shape, seeds[part]).to(device)
+        grid = placed(_grid(schedule, sampling, shape, seeds[part]), device)
         made = chain(predictor, schedule, x_start, here, grid, sampling, draw)
         parts.append(_labelled(made, rows, starts[part], seeds[part]).to("cpu"))
     return Trajectory.join(parts)
@@ -203,7 +203,7 @@ def _generator(seed: int, stream: str) -> torch.Generator:
 
 
 def _normal(seeds: Sequence[int], stream: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=_generator(seed, stream)) for seed in seeds]).to(device)
+    return placed(torch.stack([torch.randn(shape, generator=_generator(seed, stream)) for seed in seeds]), device)
 
 
 class _Steps:
@@ -214,7 +214,7 @@ class _Steps:
         self._shape, self._device = shape, device
 
     def __call__(self, j: int) -> Tensor:
-        return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)
+        return placed(torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]), self._device)
 
 
 def _labelled(made: Trajectory, rows: Tensor, starts: Sequence[int], seeds: Sequence[int]) -> Trajectory:

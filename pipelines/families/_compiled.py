@@ -43,6 +43,7 @@ def compile_blocks(network: nn.Module, **options: Any) -> int:
     if not blocks:
         raise ValueError(f"{type(network).__name__} does not say which of its blocks repeat")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end; between blocks is often enough
     for block in blocks:
         block.compile(**options)
     return len(blocks)

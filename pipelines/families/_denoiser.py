@@ -67,6 +67,8 @@ def framing_of(conditioning: Conditioning, x_t: Tensor, factor: int) -> Tensor:
     What is not known, or was sampled, is taken for a picture of just this size, as the pipelines take it when they sample.
     """
     height, width = (side * factor for side in x_t.shape[-2:])
-    whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device).expand(len(x_t), 6)
+    whole = torch.zeros(6, device=x_t.device)  # filled there: a copy of a list would have the host wait
+    whole[0::4], whole[1::4] = height, width
+    whole = whole.expand(len(x_t), 6)
     known = conditioning.get(FRAMING)
     return whole if known is None else torch.where(known.isnan(), whole, known.to(whole))

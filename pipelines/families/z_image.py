@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.types import Conditioning
+from diffalign.types import LENGTHS, Conditioning
 from pipelines.families._denoiser import NetworkDenoiser
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import (
@@ -51,16 +51,15 @@ RESOLUTION = 1024
 
 
 class ZImageDenoiser(NetworkDenoiser):
-    """The transformer, asked with the rows of ``encoder_hidden_states`` [B, L, D] where ``encoder_attention_mask`` [B, L] is 1;
-    its time is 1 - t / T, its answer minus the velocity."""
+    """The transformer, asked with the first ``LENGTHS`` [B] rows of ``encoder_hidden_states`` [B, L, D]; its time is 1 - t / T,
+    its answer minus the velocity."""
 
-    OPTIONAL = ("encoder_attention_mask",)
+    OPTIONAL = (LENGTHS,)
 
     def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         texts = list(conditioning["encoder_hidden_states"].to(x_t.dtype).unbind())
-        if "encoder_attention_mask" in conditioning:
-            mask = conditioning["encoder_attention_mask"].bool()
-            texts = [row[kept] for row, kept in zip(texts, mask, strict=True)]
+        if LENGTHS in conditioning:
+            texts = [row[:length] for row, length in zip(texts, conditioning[LENGTHS].tolist(), strict=True)]
         pictures = list(x_t.unsqueeze(2).unbind())  # a picture is a film of one frame
         steps = len(self.schedule)
         said = self.network(pictures, (steps - t) / steps, texts).sample
@@ -76,14 +75,16 @@ class ZImageEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """States [B, L, D], zero where there is no token, and where there is one [B, L] int64."""
+        """States [B, L, D], zero behind the last token, and how many there are [B] int64."""
         (text_encoder,) = self._at_work("text_encoder")
         tokens = tokenized(self._tokenizer, self._as_chat(prompts), self._length).to(text_encoder.device)
         mask = tokens.attention_mask
         states = text_encoder(input_ids=tokens.input_ids, attention_mask=mask.bool(), output_hidden_states=True).hidden_states[-2]
+        first = mask.argsort(dim=1, descending=True, stable=True)  # tokens come before padding, on whichever side that is
+        states = states.float().masked_fill(mask[..., None] == 0, 0.0)
         return {
-            "encoder_hidden_states": states.float().masked_fill(mask[..., None] == 0, 0.0),
-            "encoder_attention_mask": mask,
+            "encoder_hidden_states": states.take_along_dim(first[..., None], dim=1),
+            LENGTHS: mask.sum(dim=1).cpu(),
         }
 
     def _as_chat(self, prompts: Sequence[str]) -> list[str]:
@@ -98,7 +99,7 @@ class ZImageEncoder(FrozenEncoder):
     def about_text(self) -> dict[str, Any]:
         (text_encoder,) = self._at_work("text_encoder")
         about = about_language_model(text_encoder, self._tokenizer)
-        return {**about, "tokens": self._length, "chat": self._as_chat([""])[0]}
+        return {**about, "tokens": self._length, "chat": self._as_chat([""])[0], "told": LENGTHS}
 
 
 def build(pipeline: Any, *, prediction_type: str | None = None, origin: Origin | None = None) -> Family:
