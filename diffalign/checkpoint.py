@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from diffalign.data.cache_files import NAMED, flatten, plain
 from diffalign.errors import UserError
 
 _PREFIX = "checkpoint-"
@@ -50,7 +51,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         _swap(aside, target)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise _disk_error(error, target) from error
+        raise disk_error(error, target) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -77,7 +78,7 @@ def write_file_aside(target: Path, content: bytes) -> None:
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:
-        raise _disk_error(error, target) from error
+        raise disk_error(error, target) from error
 
 
 def _flush(*paths: Path) -> None:
@@ -100,12 +101,26 @@ def _swap(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _disk_error(error: OSError, target: Path) -> UserError:
+def disk_error(error: OSError, target: Path) -> UserError:
+    """What to tell about a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"The disk is full: {target} could not be written. What was there before is untouched; free some space and resume."
         )
     return UserError(f"{target} could not be written: {error.strerror or error}. What was there before is untouched.")
+
+
+def refuse_another_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError, naming what differs, if a checkpoint was not ``saved`` by the run that asks ``now``."""
+    then, here = flatten(saved), flatten(plain(now))
+    differing = [name for name in sorted(then.keys() | here.keys()) if then.get(name) != here.get(name)]
+    lines = [f"{name}: {then.get(name)!r} then, {here.get(name)!r} now" for name in differing]
+    if lines:
+        more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        raise UserError(
+            f"{path} belongs to another run. {'; '.join([*lines[:NAMED], *more])}. "
+            "Resume with the same settings, or start a new output folder."
+        )
 
 
 class Checkpoints:

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import health, metrics_file, sharding
-from diffalign.checkpoint import Checkpoints, Stateful
+from diffalign.checkpoint import Checkpoints, Stateful, disk_error, refuse_another_run
 from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.learner import Batch, Learner, turns
@@ -78,21 +78,34 @@ class Finished:
 
     step: int
     interrupted: bool
-    seconds: float
+    seconds: float  # of the loop, before it was resumed as well
+    earlier: float = 0.0  # of them, before it was resumed
     waiting: float | None = None  # share of the steps' time that went by until their data were there; None if nobody knows
 
 
 class Position:
-    """The sampler's position: optimizer steps done."""
+    """How far the run has come: optimizer steps done, and seconds that its loop has taken, however often it was resumed."""
 
-    def __init__(self) -> None:
-        self.step = 0
+    def __init__(self, waiting: Waiting) -> None:
+        self.step, self._waiting = 0, waiting
+        self.earlier, self._began = 0.0, time.perf_counter()
+
+    def begin(self) -> None:
+        """The loop begins now."""
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step, "seconds": self.seconds, **self._waiting.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
+        if "seconds" in state:  # older checkpoints do not know
+            self.earlier = state["seconds"]
+            self._waiting.load_state_dict(state)
 
 
 @runtime_checkable
@@ -220,7 +233,7 @@ class Trainer:
         parameters = list(policy.trainable_parameters())
         self._updates = updates_of(accelerator, policy.network, parameters, optimiser, zero)
         self._schedule = build_schedule(self._updates.optimizer, loop.steps, optimiser)
-        self._position, self._random = Position(), RandomState(accelerator)
+        self._position, self._random = Position(self._waiting), RandomState(accelerator)
         self._ema = Ema(parameters, loop.ema_decay) if loop.ema_decay else None
         self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
         self._metrics_file = output / "metrics.jsonl"
@@ -267,13 +280,7 @@ class Trainer:
         path = self._checkpoints.latest()
         if path is None:
             return False
-        saved = self._checkpoints.note(path)["identity"]
-        changed = [k for k in sorted(saved.keys() | self._identity.keys()) if saved.get(k) != self._identity.get(k)]
-        if changed:
-            lines = "; ".join(f"{k}: {saved.get(k)!r} then, {self._identity.get(k)!r} now" for k in changed)
-            raise UserError(
-                f"{path} belongs to another run. {lines}. Resume with the same settings, or start a new output folder."
-            )
+        refuse_another_run(path, self._checkpoints.note(path)["identity"], self._identity)
         self._checkpoints.load(path, self._things)
         self._forget_metrics_after(self.step)
         return True
@@ -296,7 +303,8 @@ class Trainer:
         Raises:
             NonFiniteLossError: a loss or gradient is not finite. The update is not made; the last checkpoint stays.
         """
-        start, began = time.perf_counter(), self.step
+        began = self.step
+        self._position.begin()
         if self._rounds:
             self._rounds.begin()
         with Interruption() as interruption:
@@ -318,7 +326,7 @@ class Trainer:
         stopped_early = self.step < self._loop.steps
         if self.step > began and (stopped_early or not self._is_due(self._loop.checkpoint_every)):
             self.save()
-        return Finished(self.step, stopped_early, time.perf_counter() - start, self._waiting.share)
+        return Finished(self.step, stopped_early, self._position.seconds, self._position.earlier, self._waiting.share)
 
     def _after_step(self, numbers: Mapping[str, float]) -> None:
         last = self.step == self._loop.steps
@@ -408,8 +416,11 @@ class Trainer:
     def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
         if self._accelerator.is_main_process:
             written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no infinity
-            with self._metrics_file.open("a") as file:
-                file.write(json.dumps({"kind": kind, "step": self.step, **written, **more}) + "\n")
+            try:
+                with self._metrics_file.open("a") as file:
+                    file.write(json.dumps({"kind": kind, "step": self.step, **written, **more}) + "\n")
+            except OSError as error:
+                raise disk_error(error, self._metrics_file) from error
         flat = {f"{kind}/{name}": value for name, value in numbers.items()}
         for b in more.get("bins", []):
             span = f"t{b['t_from']:04d}-{b['t_to']:04d}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from diffalign.data.ahead import Stopwatch
 
@@ -30,6 +31,12 @@ class Waiting:
         waited, whole = self._watch.seconds - self._before, time.perf_counter() - self._asked
         self._waited, self._whole = self._waited + waited, self._whole + whole
         return {"waiting": waited / whole}
+
+    def state_dict(self) -> dict[str, float]:
+        return {"waited": self._waited, "whole": self._whole}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._waited, self._whole = state["waited"], state["whole"]
 
     @property
     def share(self) -> float | None:

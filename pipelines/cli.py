@@ -7,6 +7,7 @@ Errors of the user's making are one paragraph on stderr and exit status 2; Ctrl-
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import pkgutil
 import sys
@@ -14,6 +15,8 @@ import textwrap
 
 from diffalign.errors import INTERRUPTED_STATUS, UserError
 from pipelines import commands
+
+REFUSED_BY_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def command_names() -> list[str]:
@@ -60,6 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         print(paragraph(f"diffalign {args.command}: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if args.debug or error.errno not in REFUSED_BY_THE_DISK:
+            raise
+        told = f"{error.filename or 'a file'} could not be written: {error.strerror}. {getattr(args, 'goes_on', '')}"
+        print(paragraph(f"diffalign {args.command}: {told}".rstrip()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if args.debug:

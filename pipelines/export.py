@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from diffalign.errors import UserError
+from diffalign.file_modes import as_opened
 from pipelines.families._names import LORA_FILE, PEFT_FILE
 
 CARD = "README.md"
@@ -211,7 +212,7 @@ def _replace(path: Path, text: str) -> Path:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(aside, 0o644)
+        as_opened(Path(aside))
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from diffalign.file_modes import as_opened
 from pipelines import lora_layouts, low_rank, model_spec, single_file
 from pipelines.families import _loras
-from pipelines.families._files import installed_into
+from pipelines.families._files import installed_into, sort_header
 from pipelines.families._names import INDEX_FILE, LORA_FILE, METADATA, NOTE_FILE
 from pipelines.families._quiet import quietly
 from pipelines.families._sources import Origin, find, read, registry, torch_dtype
@@ -117,6 +118,12 @@ def _check(asked: Export, origin: Origin, whole: bool) -> None:
     if asked.layout == "diffusers":
         if out.is_file():
             raise UserError(f"{out} is a file; Diffusers' layout is a folder.")
+        if out.suffix.lower() == ".safetensors":
+            one = "single-file" if asked.merge or not origin.adapter else "kohya or --to comfyui"
+            raise UserError(
+                f"Diffusers' layout is a folder, and {out} is the name of a file: give --out {out.with_suffix('')}, "
+                f"or --to {one}."
+            )
         if out.is_dir() and any(out.iterdir()) and not asked.overwrite:
             raise UserError(f"{out} is not empty. Name another, or add --overwrite to replace files of the same names in it.")
     elif out.suffix != ".safetensors":
@@ -182,7 +189,7 @@ def _diffusers(
     with installed_into(asked.output) as folder:
         metadata = {"format": "pt", METADATA: json.dumps(header, indent=2, sort_keys=True)}
         save_file(_stored(tensors, dtype), folder / LORA_FILE, metadata=metadata)
-        _sort_header(folder / LORA_FILE)
+        sort_header(folder / LORA_FILE)
         (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
     how = f'pipe.load_lora_weights("{asked.output}", weight_name="{LORA_FILE}")'
     return Exported(asked.output, f"{asked.output}: {_counted(lora)}. In Diffusers: {how}")
@@ -309,26 +316,11 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
         handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         save_file(dict(tensors), aside, metadata=dict(header))
-        _sort_header(Path(aside))
-        os.chmod(aside, 0o644)
+        sort_header(Path(aside))
+        as_opened(Path(aside))
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written: {error}.") from error
     finally:
         if aside is not None:
             Path(aside).unlink(missing_ok=True)
-
-
-def _sort_header(path: Path) -> None:
-    """Put the header's text fields in order, so that the same tensors and fields are the same file: safetensors shuffles them.
-
-    The header is JSON behind its length, eight bytes, little endian (safetensors' format description).
-    """
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        fields = dict(sorted(header.pop("__metadata__", {}).items()))
-        text = json.dumps({"__metadata__": fields, **header}, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # the same words in another order; blanks may follow
-            file.seek(8)
-            file.write(text.ljust(length))

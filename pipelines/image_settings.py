@@ -292,6 +292,9 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")
     if whole["reference"].reference_draws:
         out += [f"reference.reference_draws: {reason}" for reason in _not_beforehand(objective, loop)]
+    else:
+        idle = _changed(whole["reference"])
+        out += [f"reference.{name}: is about kept errors of the reference, and reference_draws is 0" for name in idle]
     if samples and loop.extrapolation:
         out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
     if loop.extrapolation and loop.round_every % own:

@@ -20,7 +20,8 @@ import torch
 from accelerate import Accelerator
 
 from diffalign.data.cache import PairCache, build_cache
-from diffalign.data.hold_out import split_rows
+from diffalign.data.cache_files import CacheFolder
+from diffalign.data.hold_out import shortfall, split_rows
 from diffalign.data.kept_errors import KeptErrors
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.data.open import open_pairs
@@ -50,7 +51,7 @@ from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
 from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
 from pipelines.run import PRECISIONS, Say
-from pipelines.run_folder import PROMPT_FOLDER
+from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
 
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
@@ -236,7 +237,8 @@ def prepare(
 ) -> Prepared:
     """Encode the data (or open the cache), let go of the encoders, attach what is trained.
 
-    With ``renew`` caches in the run's own folder that were made under other circumstances are made anew.
+    With ``renew`` caches in the run's own folder that were made under other circumstances are made anew; so are those that never
+    got complete.
 
     Raises:
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
@@ -245,7 +247,7 @@ def prepare(
     base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
     with Bar(progress and accelerator.is_main_process) as bar:
         family.encoder.work_on(accelerator.device)
-        renew = renew and settings.data.cache is None
+        renew = _may_go(settings, renew)
         cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance, renew)
     if accelerator.is_main_process:
         _tell_of_long_prompts(family, cache, prompts, say)
@@ -259,7 +261,7 @@ def prepare(
     if start is None:
         with Bar(progress and accelerator.is_main_process) as bar:
             asked = reference_beforehand.Asked(settings, family, cache, visits, accelerator)
-            kept = asked.keep(base_digest, bar.advance, renew) if settings.reference.reference_draws else None
+            kept = asked.keep(base_digest, bar.advance, renew, say) if settings.reference.reference_draws else None
             validation = asked.known(validation)
         start = Cached()
     if devices.is_sharding(accelerator):
@@ -278,6 +280,13 @@ def prepare(
         kept=kept,
         start_lora=saved.digest if saved else None,
     )
+
+
+def _may_go(settings: TrainSettings, renew: bool) -> bool:
+    """Whether a cache made under other circumstances may be made anew: in the run's own folder, if that is asked for, or if it
+    never got complete; after a refusal, say, whose reason has been mended."""
+    own = settings.output / (PROMPT_FOLDER if samples_itself(settings) else CACHE_FOLDER)
+    return settings.data.cache is None and (renew or not CacheFolder(own).complete)
 
 
 def _start_digest(
@@ -312,10 +321,10 @@ def _encode(
     """The pairs with their judge's scores if there is one, or the prompts of an objective that samples."""
     if samples_itself(settings):
         with accelerator.main_process_first():
-            return None, _encode_prompts(settings, table, family, progress, stored, renew)
+            return None, _encode_prompts(settings, table, family, progress, stored, renew, say)
     say(table.description)
     everyone = Together(accelerator)
-    cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress, renew=renew)
+    cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress, renew=renew, busy=say)
     for origin, reason in cache.skipped[:10]:
         say(f"skipped {origin}: {reason}")
     if judges:
@@ -333,6 +342,8 @@ def _split(
         kind = "pairs" if cache.kind == "pairs" else "pictures"
         say(f"noise levels: {training_levels(settings.data, family.denoiser.schedule).distribution}")
         say(f"{len(train_rows)} {kind} to train on, {len(validation_rows)} for validation, {cache.skipped_count} skipped")
+        if line := shortfall(settings.data.validation_pairs, len(validation_rows), len(cache.prompt_numbers), kind):
+            say(line)
         return train_rows, validation_rows
     if stored is None:
         say(f"{len(prompts)} prompts to sample for")
@@ -371,12 +382,18 @@ def encoding(settings: TrainSettings, table: PairTable, family: Any) -> dict[str
 
 
 def _encode_prompts(
-    settings: TrainSettings, table: PairTable | None, family: Any, progress: Callable, stored: Stored | None, renew: bool
+    settings: TrainSettings,
+    table: PairTable | None,
+    family: Any,
+    progress: Callable,
+    stored: Stored | None,
+    renew: bool,
+    say: Say,
 ) -> PromptCache:
     if stored is not None:
         return feedback.open_prompts(stored, family.encoder)
     texts, folder = prompts_to_sample(settings, table), settings.data.cache or settings.output / PROMPT_FOLDER
-    how = {"batch_size": settings.data.encode_batch, "progress": progress, "renew": renew}
+    how = {"batch_size": settings.data.encode_batch, "progress": progress, "renew": renew, "busy": say}
     return build_prompt_cache(texts, family.encoder, folder, **how)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from diffalign.data.cache import fill_cache
@@ -12,6 +13,8 @@ from pipelines.image_settings import TrainSettings
 from pipelines.progress import Bar
 from pipelines.run import Say
 from pipelines.run_folder import start_accelerator
+
+NAMED = 5  # files that are made anew
 
 
 def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: bool = True) -> int:
@@ -35,13 +38,18 @@ def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: b
     say(table.description)
     family.encoder.work_on(accelerator.device)
     with Bar(progress and accelerator.is_main_process) as bar:
-        how = {"processes": Together(accelerator), "progress": bar.advance}
+        how = {"processes": Together(accelerator), "progress": bar.advance, "busy": say, "mended": partial(_tell_of_lost, say)}
         missing = fill_cache(**ingredients.encoding(settings, table, family), **how, part=share)
     say(_told(folder, part, missing))
     if settings.reference.reference_draws:
         say("The reference's errors are not made here, for they need the network: the first run to train makes and keeps them.")
     accelerator.end_training()
     return missing
+
+
+def _tell_of_lost(say: Say, lost: list[str]) -> None:
+    more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+    say(f"lost or cut short, and made anew: {', '.join(lost[:NAMED])}{more}")
 
 
 def share_from(part: str) -> tuple[int, int]:

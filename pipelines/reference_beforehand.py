@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.data.cache import PairCache
+from diffalign.data.cache_files import Busy
 from diffalign.data.draws import KeptDraws
 from diffalign.data.kept_errors import KeptErrors, keep_errors, with_known
 from diffalign.data.loader import LoaderSettings
@@ -73,7 +74,7 @@ class Asked:
         """Batches of validation with its errors."""
         return with_known(batches, self, Together(self._accelerator))
 
-    def keep(self, base_digest: str, progress: Progress, renew: bool = False) -> KeptErrors:
+    def keep(self, base_digest: str, progress: Progress, renew: bool = False, busy: Busy | None = None) -> KeptErrors:
         """Its errors at the draws of all pairs, from the folder or asked now; ``renew`` is about a folder of the run's own."""
         settings, visits = self._settings, self._visits
         own = settings.reference
@@ -86,7 +87,7 @@ class Asked:
             "encoded": self._cache.fingerprint,
             "schedule": {**self._schedule.fingerprint(), "error_as": settings.error_as},
         }
-        how = {"batch_size": pairs_at_once(settings), "progress": progress}
+        how: dict[str, Any] = {"batch_size": pairs_at_once(settings), "progress": progress, "busy": busy}
         how["renew"] = renew and own.reference_cache is None
         return keep_errors(
             self._cache, draws, self, folder_of(settings), depends_on, processes=Together(self._accelerator), **how

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from diffalign import objectives
+from diffalign import checkpoint, objectives
+from diffalign.checkpoint import Checkpoints
 from diffalign.objectives._family import looks_at_company
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
@@ -25,6 +27,7 @@ LEAVE_NO_TRACE = (
 LONG_WAIT = 0.1
 """Share of the steps' time that is worth a remark."""
 WHAT_HELPS = "a faster disk for the cache, or more memory for the system to keep it in, would make training faster"
+CHECKPOINTS = "checkpoints"
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -51,14 +54,15 @@ def through_the_loop(
     """Build the trainer, make the output folder its own, and run to the end or an interruption, with tracker and progress bar."""
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
         trainer = build(partial(bar.update, steps=settings.loop.steps))
+        if folder.resume:
+            found = trainer.resume()
+            say(f"resumed at step {trainer.step}" if found else "there is no checkpoint yet: the run begins anew")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # nothing can be wrong any more: an older run may go
             folder.claim()
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers(settings.compute.tracker)
-        if folder.resume and trainer.resume():
-            say(f"resumed at step {trainer.step}")
         bar.start(trainer.step, settings.loop.steps)
         finished = trainer.run()
     if (finished.waiting or 0.0) > LONG_WAIT:
@@ -87,14 +91,22 @@ def division(settings: Any, world: int, buckets: bool = False) -> dict[str, Any]
     return {"batch_size": batch.batch_size} if buckets else {}  # blocks of one shape follow each other
 
 
-def identity(name: str, settings: Any, base_digest: str, data_digest: str) -> dict[str, Any]:
-    """What a resumed run must share with the one that wrote the checkpoint; each kind of run adds its own."""
+def refuse_another_run(output: Path, asked: Mapping[str, Any]) -> None:
+    """Raises UserError if what is ``asked`` for is not what the newest checkpoint was made with: a part of the run's identity,
+    that which is known before anything is loaded."""
+    checkpoints = Checkpoints(output / CHECKPOINTS)
+    if path := checkpoints.latest():
+        saved = checkpoints.note(path)["identity"]
+        checkpoint.refuse_another_run(path, {name: saved[name] for name in asked if name in saved}, asked)
+
+
+def identity(name: str, settings: Any) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint, as far as settings tell; each kind of run adds its
+    own."""
     tree = config.as_tree(settings)
     return {
         "objective": name,
         "objective_settings": tree["objective"],
-        "reference": base_digest,
-        "data": data_digest,
         **{f"data.{name}": value for name, value in tree["data"].items() if name not in LEAVE_NO_TRACE},
         "mixed_precision": settings.compute.mixed_precision,
         "adapter": settings.adapter,

@@ -67,14 +67,16 @@ class OutputFolder:
             (self.path / CONFIG_FILE).write_text(self.text)
 
     def claim(self) -> None:
-        """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration."""
+        """Make the folder ours: an older run is removed if it may be (its caches stay), ``text`` becomes the configuration.
+
+        Of a run that goes on as well: what does not change what is learnt may differ from what it was begun with.
+        """
         if self.overwrite and self.path.is_dir():
             for entry in self.path.iterdir():
                 if entry.name not in (CACHE_FOLDER, PROMPT_FOLDER):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.resume and (self.path / CONFIG_FILE).is_file()):
-            (self.path / CONFIG_FILE).write_text(self.text)
+        (self.path / CONFIG_FILE).write_text(self.text)
 
 
 def to_yaml(command: str, settings: Any) -> str:

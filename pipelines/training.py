@@ -109,14 +109,23 @@ def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accele
 
 def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: int) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint."""
+    return {
+        **settings_identity(name, settings, world),
+        "reference": prepared.base_digest,
+        "data": prepared.data_digest,
+        "start_lora": prepared.start_lora,
+        **({"kept_errors": prepared.kept.fingerprint} if prepared.kept else {}),
+        **base_loras(prepared.family.origin.base_loras),
+    }
+
+
+def settings_identity(name: str, settings: TrainSettings, world: int) -> dict[str, Any]:
+    """The part of it that is known before anything is loaded."""
     tree = config.as_tree(settings)
     return {
-        **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
-        "start_lora": prepared.start_lora,
+        **run.identity(name, settings),
         **({"quantise": settings.compute.quantise} if settings.compute.quantise != _quantised.NONE else {}),
-        **({"kept_errors": prepared.kept.fingerprint} if prepared.kept else {}),
         "error_as": settings.error_as,
-        **base_loras(prepared.family.origin.base_loras),
         "judges": {"scores": settings.data.scores, **tree["reward"], "rollout_batch": None},
         "pairs_per_step": pairs_per_step(settings, world),
         **run.division(settings, world, settings.data.buckets),
@@ -161,6 +170,8 @@ def train(
     settings, switched = memory_presets.applied(settings)
     preflight(settings)
     accelerator = start_accelerator(settings)
+    if resume:
+        run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
     check_judges(settings, judge)
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
@@ -270,8 +281,8 @@ def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds:
         "feedback": str(settings.feedback) if settings.feedback else None,
         "adapter": settings.adapter,
         "steps": trained.finished.step,
-        "seconds": round(seconds + scores.get("seconds", 0.0), 1),
-        "seconds_training": round(seconds, 1),
+        "seconds": round(seconds + trained.finished.earlier + scores.get("seconds", 0.0), 1),
+        "seconds_training": round(trained.finished.seconds, 1),
         **run.waited(trained.finished),
         "fingerprint": {"reference": trained.base_digest, "data": trained.data_digest, **base_loras(trained.base_loras)},
         **{key: scores[key] for key in ("prompts", "judges", "faithfulness", "notes") if key in scores},

@@ -6,7 +6,11 @@ import errno
 import hashlib
 import io
 import json
+import os
 import pickle
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data import cache_files
-from diffalign.data.cache import PairCache, build_cache, cache_fingerprint
+from diffalign.data.cache import PairCache, build_cache, cache_fingerprint, fill_cache
 from diffalign.data.cache_files import shard_name
 from diffalign.data.cache_shards import ShardFiller
 from diffalign.data.open import open_pairs
@@ -396,3 +400,97 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, wrong, 
     with pytest.raises(UserError, match=message):
         build_cache(open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "c", CENTRAL, **wrong)
     assert not (tmp_path / "c").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ mending
+
+
+@pytest.mark.parametrize(
+    ("lost", "images", "prompts"),
+    [
+        ({"images/00001.moments.npy": None}, 8, 0),
+        ({"images/00000.framing.npy": 40, "images/00002.moments.npy": 0}, 8 + 6, 0),
+        ({"prompts/00000.mask.npy": None}, 0, 8),  # the empty one is among them
+        ({"journal/images-00001.json": None}, 8, 0),
+        ({"journal/images-00001.json": 5}, 8, 0),
+        ({"pairs.npy": 100}, 0, 0),
+        ({"prompts.ends": None, "origins.utf8": None}, 0, 0),
+        ({"complete.json": 3}, 0, 0),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_lost_is_made_anew_and_nothing_else(tmp_path, lost, images, prompts):
+    """Three shards of pictures, two of prompts: bytes for bytes what was there."""
+    table = open_pairs(write_pairs(tmp_path, DISTINCT))
+    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+    before = contents(tmp_path / "c")
+    for name, left in lost.items():
+        file = tmp_path / "c" / name
+        file.unlink() if left is None else os.truncate(file, left)
+    told: list[str] = []
+    encoder = SmallEncoder()
+    assert fill_cache(table, encoder, tmp_path / "c", CENTRAL, shard_items=8, mended=told.extend) == 0
+    assert (encoder.images, len(encoder.texts)) == (images, prompts)
+    assert contents(tmp_path / "c") == before
+    assert set(told) == (set(lost) if images or prompts else {"the index"})
+    assert len(build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL)) == 11
+
+
+def test_a_whole_cache_has_nothing_to_mend(tmp_path):
+    table = open_pairs(write_pairs(tmp_path, DISTINCT))
+    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+    fill_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, mended=lambda lost: pytest.fail(str(lost)))
+
+
+def test_a_damaged_cache_says_how_it_is_mended(tmp_path):
+    table = open_pairs(write_pairs(tmp_path, DISTINCT))
+    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+    (tmp_path / "c" / "images" / "00001.moments.npy").unlink()
+    with pytest.raises(UserError, match="--prepare encodes what is lost and keeps the rest"):
+        [cache.moments(row, "winner") for row in range(11)]
+
+
+def test_who_may_wait_waits_until_the_other_is_done(tmp_path):
+    """Two jobs of a sweep on one cache: the second opens what the first has encoded."""
+    table = open_pairs(write_pairs(tmp_path, DISTINCT))
+    build_cache(table, SmallEncoder(), tmp_path / "done", CENTRAL)
+    waiting, told = threading.Event(), []
+
+    def busy(line: str) -> None:
+        told.append(line)
+        waiting.set()
+
+    second = SmallEncoder()
+    with ThreadPoolExecutor(1) as pool:
+        with cache_files.CacheFolder(tmp_path / "c").locked():
+            later = pool.submit(build_cache, table, second, tmp_path / "c", CENTRAL, busy=busy)
+            assert waiting.wait(30) and not later.done()
+            shutil.copytree(tmp_path / "done", tmp_path / "c", dirs_exist_ok=True)  # what the other one does
+        assert len(later.result(30)) == 11
+    assert second.images == 0
+    assert told == [f"another process is filling the cache in {tmp_path / 'c'}; this one waits for it to end"]
+
+
+def test_a_disk_that_takes_half_an_array_is_full(tmp_path, monkeypatch):
+    """NumPy says so without a number."""
+
+    def half(stream, content):
+        raise OSError("241664 requested and 79808 written")
+
+    monkeypatch.setattr(cache_files, "write_bytes", half)
+    with pytest.raises(UserError, match=r"this file alone needs 1,000\). Free some space or name another folder \(--cache\)"):
+        cache_files.CacheFolder(tmp_path / "c").write("x", b"1" * 1000)
+
+
+def test_what_is_left_of_a_removed_cache_goes_where_a_stale_one_may(tmp_path):
+    table = open_pairs(write_pairs(tmp_path, DISTINCT))
+    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL)
+    (tmp_path / "c" / "fingerprint.json").unlink()
+    with pytest.raises(UserError, match="fingerprint.json"):
+        build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL)
+    assert len(build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, renew=True)) == 11
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "a.png").write_bytes(png(1))
+    with pytest.raises(UserError, match="is not a cache of diffalign"):
+        build_cache(table, SmallEncoder(), tmp_path / "mine", CENTRAL, renew=True)
+    assert (tmp_path / "mine" / "images" / "a.png").is_file()

@@ -129,6 +129,15 @@ def as_two_folders(root: Path) -> Path:
     return root
 
 
+def as_pictures(root: Path) -> Path:
+    """Single pictures: the winners, each with its caption."""
+    (root / "set").mkdir()
+    for i, row in enumerate(rows()):
+        (root / f"set/{i}.png").write_bytes(row["chosen"])
+        (root / f"set/{i}.txt").write_text(f"prompt {i}")
+    return root / "set"
+
+
 FORMS = [
     as_parquet,
     as_parquet_shards,
@@ -334,13 +343,14 @@ def test_every_file_of_the_registries_is_a_reader_or_a_layout():
 
 
 def plain_fingerprint(place: Path) -> str:
-    """That of a list of pairs, with all that it is made of in memory: caches that exist carry it."""
+    """That of a list of few pairs, with all that it is made of in memory: caches that exist carry it."""
     records = [json.loads(line) for line in place.read_text().splitlines()]
     pictures = []
     for path in sorted({record[side] for record in records for side in ("chosen", "rejected")}):
         file = place.parent / path
         name = file.relative_to(place.parent).as_posix() if file.is_relative_to(place.parent) else file.as_posix()
-        pictures.append([name, file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else [name])
+        found = os.path.isfile(file)  # which a name that is too long does not stop
+        pictures.append([name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()] if found else [name])
     listed = [place.name, place.stat().st_size, hashlib.sha256(place.read_bytes()).hexdigest()]
     roles = {name: name for name in ("prompt", "chosen", "rejected")}
     parts = [[[listed], pictures], roles, "keep", len(records)]
@@ -370,7 +380,6 @@ def test_the_fingerprint_of_a_list_names_its_pictures_as_pathlib_does(relative, 
     place.write_text("".join(json.dumps({"prompt": "p", "chosen": path, "rejected": "a.png"}) + "\n" for path in paths))
     monkeypatch.chdir(tmp_path / "here")
     place = Path("pairs.jsonl") if relative else place
-    monkeypatch.setattr(Path, "exists", os.path.exists)  # a name may be too long to be looked up
     assert open_pairs(place).fingerprint == plain_fingerprint(place)
 
 
@@ -414,11 +423,10 @@ def test_labels_are_read_a_part_at_a_time(tmp_path):
     assert peak(lambda: open_pairs(tmp_path / "p.parquet", ties="drop")) < 30 * n
 
 
-@pytest.mark.parametrize(
-    "write", [as_parquet, as_parquet_shards, as_arrow_shards, as_saved_with_image_features], ids=lambda f: f.__name__
-)
-def test_large_files_are_the_same_when_copied_or_touched(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(_files, "HASHED_BYTES", 1000)
+@pytest.mark.parametrize("hashed", [1000, 2**20], ids=["large", "small"])
+@pytest.mark.parametrize("write", [*FORMS, as_pictures], ids=lambda f: f.__name__)
+def test_data_are_the_same_when_copied_or_touched(write, hashed, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", hashed)
     (tmp_path / "first").mkdir()
     place = write(tmp_path / "first")
     before = open_pairs(place).fingerprint
@@ -427,6 +435,77 @@ def test_large_files_are_the_same_when_copied_or_touched(write, tmp_path, monkey
         os.utime(file, (1, 1))
     assert open_pairs(place).fingerprint == before
     assert open_pairs(tmp_path / "copy" / place.relative_to(tmp_path / "first")).fingerprint == before
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_two_folders, as_pictures], ids=lambda f: f.__name__)
+def test_a_picture_of_the_same_size_is_noticed_where_all_are_few(write, tmp_path):
+    place = write(tmp_path)
+    before = open_pairs(place).fingerprint
+    last = max(tmp_path.rglob("*.png"))
+    last.write_bytes(last.read_bytes()[::-1])
+    assert open_pairs(place).fingerprint != before
+
+
+@pytest.mark.parametrize("write", [as_pair_folders, as_two_folders, as_pictures], ids=lambda f: f.__name__)
+def test_a_caption_of_the_same_size_is_noticed_beside_however_many_pictures(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", 1)
+    place = write(tmp_path)
+    before = open_pairs(place).fingerprint
+    last = max(tmp_path.rglob("*.txt"))
+    last.write_text(last.read_text().replace("prompt", "promtp"))
+    assert open_pairs(place).fingerprint != before
+
+
+def numbered(root: Path, sizes: list[int]) -> list[tuple[str, str]]:
+    """Files of these sizes, as ``identities`` takes them."""
+    for number, size in enumerate(sizes):
+        (root / f"{number:02d}.png").write_bytes(bytes([number]) * size)
+    return [(str(root / f"{number:02d}.png"), f"{number:02d}.png") for number in range(len(sizes))]
+
+
+def test_of_many_pictures_the_first_are_read_whole_and_every_so_many_th_in_samples(tmp_path, monkeypatch):
+    """100 bytes are the first two of 40 and no third; from there on every fourth is looked into, whole if it is small."""
+    monkeypatch.setattr(_files, "HASHED_BYTES", 100)
+    monkeypatch.setattr(_files, "ONE_IN", 4)
+    monkeypatch.setattr(_files, "BLOCK", 8)
+    places, opened, plain = numbered(tmp_path, [40, 40, 40, 5, 5, 5, 0, 0, 0, 0, 5]), [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *how, **more: opened.append(path.name) or plain(path, *how, **more))
+    found = list(_files.identities(places))
+    assert [len(one) for one in found] == [3, 3, 3, 2, 2, 2, 3, 2, 2, 2, 3]
+    assert opened == ["00.png", "01.png", "02.png", "06.png", "10.png"]
+    assert [one[:2] for one in found] == [[name, os.stat(path).st_size] for path, name in places]
+    assert found[1][2] == hashlib.sha256(bytes([1]) * 40).hexdigest()
+
+    def noticed(name: str, content: bytes) -> bool:
+        (tmp_path / name).write_bytes(content)
+        return list(_files.identities(places)) != found
+
+    assert not noticed("03.png", b"other")  # what the docstring says goes unnoticed
+    assert not noticed("02.png", bytes([2]) * 8 + b"x" + bytes([2]) * 31)
+    assert noticed("10.png", b"other")
+    assert not noticed("10.png", bytes([10]) * 5)
+    assert noticed("02.png", bytes([2]) * 39 + b"x")
+    assert not noticed("02.png", bytes([2]) * 40)
+    assert noticed("03.png", b"longer")
+
+
+def test_what_cannot_be_read_when_it_is_to_be_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", 100)
+    places = numbered(tmp_path, [40, 40, 40, 40])
+    (tmp_path / "a.folder").mkdir()
+    os.mkfifo(tmp_path / "a.pipe")  # reading it would never end
+    places += [(str(tmp_path / name), name) for name in ("a.folder", "a.pipe", "nowhere", "nul\0")]
+    plain, gone = Path.open, {"01.png", "02.png"}
+
+    def vanished(path: Path, *how: str) -> Any:
+        if path.name in gone:
+            raise FileNotFoundError(path)
+        return plain(path, *how)
+
+    monkeypatch.setattr(Path, "open", vanished)
+    found = list(_files.identities(places))
+    assert [len(one) for one in found] == [3, 1, 1, 2, 1, 1, 1, 1]
+    assert found[1] == ["01.png"]
 
 
 def as_arrow(table: pa.Table, place: Path) -> None:
@@ -535,6 +614,25 @@ def test_the_report_finds_every_planted_flaw(tmp_path):
     assert json.loads(json.dumps(report.to_dict()))["unusable"] == 2
 
 
+def test_pictures_too_small_or_too_long_to_learn_from_are_counted_and_named(tmp_path):
+    sizes = [(64, 64), (256, 64), (257, 64), (2000, 3), (1, 1), (63, 100)]
+    pictures = [png(i, size) for i, size in enumerate(sizes)]
+    pq.write_table(
+        pa.table({"prompt": list("abc"), "chosen": pictures[::2], "rejected": pictures[1::2]}), tmp_path / "sizes.parquet"
+    )
+    report, place = check(open_pairs(tmp_path / "sizes.parquet")), "sizes.parquet:row {}".format
+    assert [(p.origin, p.side, p.reason) for p in report.small] == [
+        (place(1), "loser", "2000 x 3"),
+        (place(2), "winner", "1 x 1"),
+        (place(2), "loser", "63 x 100"),
+    ]
+    assert [(p.origin, p.side) for p in report.long] == [(place(1), "winner"), (place(1), "loser")]
+    text = report.to_text()
+    assert "No problems found." not in text and "Pictures with a side below 64 pixels (3):" in text
+    assert f"Pictures with proportions beyond 4:1 (2):\n  {place(1)} (winner): 257 x 64\n" in text
+    assert report.usable == 3 and len(report.to_dict()["small"]) == 3
+
+
 def test_the_contact_sheet_marks_preferred_tied_and_skips_the_unreadable(tmp_path):
     table = open_pairs(flawed(tmp_path))
     sheet = contact_sheet(table, n=20)
@@ -571,4 +669,5 @@ def test_drawn_scenes_make_a_data_set_that_passes(tmp_path, capsys):
         cells.append({"prompt": caption, "chosen": files[0].getvalue(), "rejected": files[1].getvalue()})
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "scenes.parquet")
     assert run_check(str(tmp_path / "scenes.parquet")) == 0
-    assert "64 x 64: 8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "64 x 64: 8" in out and "No problems found." in out

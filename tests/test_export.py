@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -122,6 +123,15 @@ def test_pictures_are_shown_where_they_are(tmp_path: Path) -> None:
     assert "(samples.png)" in inside and "(plots/in.png)" in inside
     assert "(out.png)" in write(output, curves=tmp_path / "out.png").read_text()
     assert (output / "out.png").is_file()
+
+
+def test_the_mode_of_a_card_is_what_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        card = write(tmp_path)
+    finally:
+        os.umask(before)
+    assert card.stat().st_mode & 0o777 == 0o660
 
 
 def test_a_card_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:

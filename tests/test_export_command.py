@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,30 @@ def test_dtype_and_header(result: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == first
 
 
+def test_the_same_result_under_the_same_title_is_the_same_file_wherever_it_is(result: Path, tmp_path: Path) -> None:
+    copy, outs = tmp_path / "copy", [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    shutil.copytree(result, copy)
+    for of, out in zip((result, copy), outs, strict=True):
+        assert run(of, "--to", "kohya", "--out", out, "--title", "Mine") == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert run(copy, "--to", "kohya", "--out", outs[1], "--overwrite") == 0
+    with safe_open(outs[1], "pt") as file:
+        assert file.metadata()["modelspec.title"] == "copy"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+@pytest.mark.parametrize("words", [("--to", "kohya"), ("--to", "diffusers"), ("--merge",)], ids=lambda w: w[-1])
+def test_files_have_the_mode_that_the_umask_leaves(result: Path, tmp_path: Path, words: tuple, umask: int, mode: int) -> None:
+    out, before = tmp_path / ("it.safetensors" if "kohya" in words else "it"), os.umask(umask)
+    try:
+        assert run(result, *words, "--out", out) == 0
+    finally:
+        os.umask(before)
+    written = [path for path in (out, *out.rglob("*")) if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in written)
+    assert {path.name: path.stat().st_mode & 0o777 for path in written} == {path.name: mode for path in written}
+
+
 def test_an_exported_diffusers_lora_is_a_result_again(base: Path, result: Path, wanted: dict, tmp_path: Path) -> None:
     assert run(result, "--out", tmp_path / "again") == 0
     assert json.loads((tmp_path / "again" / NOTE_FILE).read_text())["base_model"] == str(base)
@@ -139,6 +165,11 @@ def test_mistakes_are_told(base: Path, result: Path, tmp_path: Path, capsys: pyt
         ),
         ((result, "--out", tmp_path / "full"), "is not empty. Name another"),
         ((result, "--out", tmp_path / "there.safetensors"), "is a file; Diffusers' layout is a folder"),
+        (
+            (result, "--to", "diffusers", "--out", tmp_path / "new.safetensors"),
+            f"is a folder, and {tmp_path}/new.safetensors is the name of a file: give --out {tmp_path}/new, or --to kohya",
+        ),
+        ((result, "--merge", "--out", tmp_path / "new.safetensors"), f"give --out {tmp_path}/new, or --to single-file."),
         ((result, "--out", result, "--overwrite"), "is the result itself"),
         ((result, "--to", "kohya", "--merge", "--out", tmp_path / "x.safetensors"), "no LoRA to write in kohya's layout"),
         ((result, "--out", tmp_path / "x", "--scale", "0"), "a number other than 0; got 0.0"),

@@ -8,6 +8,7 @@ families and objectives from the runs below.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusers import (
 )
 from family_runs import PROMPTS, Saved, assert_equal, loaded_plainly, on_disk, run, weights, write_pairs
 from miniatures import MINIATURES, PIXELS
+from safetensors import safe_open
 
 from diffalign import objectives
 from diffalign.protocols import Denoiser, Encoder
@@ -29,6 +31,7 @@ from diffalign.schedule import FlowSchedule, NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, chain
 from pipelines import families
+from pipelines.families._names import LORA_FILE, METADATA
 
 LONG = "a red circle " * 120
 
@@ -120,6 +123,28 @@ def test_encoding_needs_no_network(saved: Saved) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- sampling and schedule
+
+
+def test_an_adapter_is_the_same_file_every_time_and_for_all_to_read(saved: Saved, tmp_path: Path) -> None:
+    """PEFT keeps targets as a set, whose order is another in every process, and safetensors shuffles the header's fields."""
+    family, before = families.load_family(saved.folder), os.umask(0o022)
+    family.attach_lora(rank=2)
+    try:
+        for attempt in range(8):
+            family.save_adapter(tmp_path / str(attempt))
+    finally:
+        os.umask(before)
+    first, *others = [
+        {path.name: path.read_bytes() for path in sorted(folder.iterdir())} for folder in sorted(tmp_path.iterdir())
+    ]
+    assert others == [first] * 7
+    with safe_open(tmp_path / "0" / LORA_FILE, "pt") as file:
+        kept = {key.partition(".")[2]: value for key, value in json.loads(file.metadata()[METADATA]).items()}
+    assert len(kept["target_modules"]) > 2 and kept["target_modules"] == sorted(kept["target_modules"])
+    if (tmp_path / "0" / "adapter_config.json").exists():
+        targets = json.loads((tmp_path / "0" / "adapter_config.json").read_text())["target_modules"]
+        assert targets == sorted(targets)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -349,6 +350,16 @@ def test_a_fully_trained_pipeline_loads_in_diffusers(family, tmp_path: Path) -> 
     assert torch.equal(sample(families.load_pipeline(str(tmp_path / "run"))), tuned)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_others_may_read_a_pipeline_as_the_umask_has_it(family, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        family.save_pipeline(tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_dir()} == {0o750}
 
 
 def test_a_pipeline_with_an_adapter_is_not_saved_as_if_it_had_none(family, tmp_path: Path) -> None:

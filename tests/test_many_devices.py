@@ -264,12 +264,13 @@ def test_the_command_line_with_the_shipped_configuration(engine: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_sharded_weights_in_bf16(tmp_path: Path) -> None:
-    """Gathered in bf16, kept and averaged in float32: near what autocast does with whole weights."""
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_sharded_weights_in_bf16(engine: str, tmp_path: Path) -> None:
+    """Computed in bf16, kept and averaged in float32: near what autocast does with whole weights."""
     words = [*COMMAND, "--model", save_untrained(tmp_path / "model"), "--pairs", write_pairs(tmp_path / "data", 12)]
     words += ["--mixed-precision", "bf16", "--batch-size", "2", "--output"]
     torchrun(2, [*words, tmp_path / "whole"])
-    torchrun(2, [*words, tmp_path / "sharded"], environment("fsdp2"))
+    torchrun(2, [*words, tmp_path / "sharded"], environment(engine))
     whole, sharded = curve(tmp_path / "whole"), curve(tmp_path / "sharded")
     assert whole.keys() == sharded.keys()
     for where, row in whole.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,16 @@ def test_a_full_disk_leaves_what_was_there(
     with pytest.raises(UserError, match="00001.safetensors could not be written: the disk is full. What was there"):
         store.write(range(4, 8), trajectories(store.made, range(4, 8)))
     assert [p.name for p in (tmp_path / "trajectories").iterdir()] == ["00000.safetensors"]
+
+
+def test_others_may_read_a_shard_as_the_umask_has_it(short_shards: None, tmp_path: Path) -> None:
+    store, before = Store.create(tmp_path, made_by()), os.umask(0o027)
+    try:
+        store.write(range(0, 4), trajectories(store.made, range(0, 4)))
+    finally:
+        os.umask(before)
+    (shard,) = (tmp_path / "trajectories").iterdir()
+    assert shard.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_shard_that_a_kill_cut_short_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

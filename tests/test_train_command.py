@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from miniature import edited, sample, save_untrained, write_pairs
 from safetensors.torch import load_file
@@ -208,13 +210,14 @@ def test_a_dry_run_prints_everything_and_writes_nothing(inputs: Inputs, tmp_path
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(capsys: pytest.CaptureFixture, *parts: str) -> None:
+def refused(capsys: pytest.CaptureFixture, *parts: str) -> str:
     """One paragraph on stderr that holds the parts, and no traceback."""
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("diffalign train: "), said
     assert "Traceback" not in said
     for part in parts:
         assert part in said, f"{part!r} not in {said!r}"
+    return said
 
 
 def test_a_missing_model_folder(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -355,3 +358,83 @@ def test_judges_are_loaded_when_a_process_knows_its_gpu(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="enough"):
         training.align("diffusion-dpo", recipe="tiny", output=tmp_path / "out", progress=False)
     assert done == ["accelerator", "judges"]
+
+
+def test_another_run_is_refused_before_anything_is_encoded(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """And what differs is named by itself, not with all that stands beside it."""
+    out = tmp_path / "run"
+    assert run(inputs, out) == 0
+    capsys.readouterr()
+    new = ["--cache", str(tmp_path / "new"), "--reference-draws", "3", "--reference-cache", str(tmp_path / "errors")]
+    assert run(inputs, out, "--resume", *new, "--learning-rate", "1e-5") == 2
+    told = refused(capsys, "belongs to another run", "optimiser.learning_rate: 0.001 then, 1e-05 now")
+    assert "weight_decay" not in told and not (tmp_path / "new").exists() and not (tmp_path / "errors").exists()
+
+
+def test_the_configuration_is_that_of_the_run_as_it_went_on(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "--steps", "3") == 0
+    before = json.loads((out / "summary.json").read_text())
+    assert run(inputs, out, "--steps", "3", "--resume", "--log-every", "2") == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["loop"]["log_every"] == 2
+    after = json.loads((out / "summary.json").read_text())
+    assert after["seconds"] > after["seconds_training"] >= before["seconds_training"] > 0
+    assert after["waiting"] == before["waiting"]  # of the steps that were done
+    before = (out / "config.yaml").read_bytes()
+    assert run(inputs, out, "--resume", "--steps", "3", "--beta", "7") == 2
+    assert (out / "config.yaml").read_bytes() == before  # a refused one has changed nothing
+    capsys.readouterr()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("# a run that was refused\n")
+    assert run(inputs, tmp_path / "begun", "--resume", "--beta", "7") == 0
+    assert "there is no checkpoint yet: the run begins anew" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "begun" / "config.yaml").read_text())["objective"]["beta"] == 7
+
+
+def test_a_refused_runs_own_cache_is_not_in_the_way_when_the_data_are_mended(inputs: Inputs, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "data", 8, broken=2)
+    assert run(inputs, tmp_path / "run", pairs=pairs) == 2
+    whole = write_pairs(tmp_path / "whole", 8)
+    for file in whole.parent.iterdir():
+        (pairs.parent / file.name).write_bytes(file.read_bytes())
+    assert run(inputs, tmp_path / "run", pairs=pairs) == 0
+    assert not json.loads((tmp_path / "run" / "cache" / "complete.json").read_text())["skipped"]
+
+
+def test_a_lost_shard_is_prepared_again(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert run(inputs, tmp_path / "run", *cache, "--prepare") == 0
+    (tmp_path / "cache" / "images" / "00000.moments.npy").unlink()
+    assert run(inputs, tmp_path / "run", *cache) == 2
+    refused(capsys, "images/00000.moments.npy", "--prepare encodes what is lost")
+    assert run(inputs, tmp_path / "run", *cache, "--prepare") == 0
+    assert "lost or cut short, and made anew: images/00000.moments.npy" in " ".join(capsys.readouterr().out.split())
+    assert run(inputs, tmp_path / "run", *cache) == 0
+
+
+def test_options_that_would_do_nothing(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("reference-cache", "reference-seed", "reference-batch"):
+        assert run(inputs, tmp_path / "run", f"--{name}", "5") == 2
+        refused(capsys, f"reference.{name.replace('-', '_')}: is about kept errors of the reference, and reference_draws is 0")
+    for name in ("resume", "overwrite"):
+        assert run(inputs, tmp_path / "run", "--cache", str(tmp_path / "cache"), "--prepare", f"--{name}") == 2
+        refused(capsys, "--prepare always goes on where it stopped")
+
+
+@pytest.mark.parametrize("where", ["metrics", "configuration"])
+def test_a_disk_that_takes_no_more_is_told_in_a_sentence(
+    where: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    names = {"metrics": "metrics.jsonl", "configuration": "config.yaml"}
+    opened = Path.open
+
+    def full(path: Path, *how: object, **more: object) -> object:
+        if path.name == names[where] and {*how, more.get("mode")} & {"a", "w"}:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert run(inputs, tmp_path / "run") == 2
+    refused(capsys, names[where], "could not be written" if where == "configuration" else "The disk is full")

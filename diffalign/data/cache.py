@@ -14,6 +14,7 @@ Shapes: N pairs, [C, h, w] latents.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from diffalign.data.ahead import default_workers
 from diffalign.data.cache_build import images_to_fill
-from diffalign.data.cache_files import CacheFolder, plain, shard_name
+from diffalign.data.cache_files import Busy, CacheFolder, journal_name, plain, shard_name
 from diffalign.data.cache_prompts import about as prompts_about
 from diffalign.data.cache_prompts import prompts_to_fill
 from diffalign.data.cache_rows import Index, Rows, refuse_unreadable
@@ -91,6 +92,8 @@ def fill_cache(
     processes: Processes | None = None,
     part: Share = (0, 1),
     renew: bool = False,
+    busy: Busy | None = None,
+    mended: Callable[[list[str]], None] | None = None,
 ) -> int:
     """Encode a part of what is not yet in ``directory``; returns how many shards are still missing, 0 of a complete cache.
 
@@ -104,6 +107,8 @@ def fill_cache(
         processes: that share this part. All must call it.
         part: (which, of how many), the first of them 0.
         renew: a cache that was made under other circumstances goes, instead of being refused.
+        busy: told before this waits for another process that fills the folder; without it, that is refused.
+        mended: has every file of a complete cache looked at, and is told which are made anew because they are lost or cut short.
 
     Raises:
         StaleCacheError: the folder holds a cache made under other circumstances.
@@ -119,15 +124,64 @@ def fill_cache(
     filling = _Filling(folder, table, encoder, transform, dtype, reading, progress)
     if renew and processes.rank == 0:
         folder.drop_stale(expected)
+    if mended and processes.rank == 0 and folder.complete:
+        folder.refuse_stale(expected)
+        if lost := uncommit_damaged(folder):
+            mended(lost)
     if processes.all(folder.complete)[0]:  # a complete one needs no lock: any number of processes may open it at once
         folder.refuse_stale(expected)
         return 0
-    with contextlib.nullcontext() if processes.rank else folder.locked(shared):
+    with contextlib.nullcontext() if processes.rank else folder.locked(shared, busy=busy):
         if processes.rank == 0:
             folder.claim(expected, shared)
         if processes.all(folder.complete)[0]:  # another job may have ended meanwhile
             return 0
         return filling.fill(part, processes, batch_size=batch_size, shard_items=shard_items)
+
+
+def uncommit_damaged(folder: CacheFolder) -> list[str]:
+    """Files of a complete cache that are lost or cut short; it is no longer complete then, and filling makes them anew."""
+    shards, lost = Shards(folder), _lost_index(folder)
+
+    def is_lost(name: str) -> bool:
+        try:
+            shards.load(name)
+        except UserError:
+            return True
+        return False
+
+    for kind in ("images", "prompts"):
+        for entry in sorted((folder.root / "journal").glob(f"{kind}-*.json")):
+            number = int(entry.stem.rpartition("-")[2])
+            if found := [name for name in _arrays(folder, kind, number) if is_lost(name)]:
+                lost += found
+                entry.unlink()
+    if lost:
+        (folder.root / "complete.json").unlink()
+    return lost
+
+
+def _arrays(folder: CacheFolder, kind: str, number: int) -> list[str]:
+    """The files of a shard, by its journal; the journal itself if that is damaged."""
+    entry = journal_name(kind, number)
+    try:
+        return [shard_name(kind, number, name) for name in folder.read_json(entry)["names"]]
+    except UserError:
+        return [entry]
+
+
+def _lost_index(folder: CacheFolder) -> list[str]:
+    """What is written last, or counts the shards, and does not open."""
+    found = []
+    try:
+        cache = PairCache(folder)
+        for kind, last in (("images", cache.pictures), ("prompts", len(cache.unique_prompts))):
+            shards = math.ceil(last / folder.read_json(f"journal/{kind}.json")["per_shard"])
+            found += [name for n in range(shards) if not (folder.root / (name := journal_name(kind, n))).exists()]
+        len(cache.origins), cache.skipped
+    except UserError:
+        found.append("the index")
+    return found
 
 
 class _Filling:
@@ -238,6 +292,11 @@ class PairCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PairCache.open, (os.fspath(self._folder.root),)
+
+    @property
+    def pictures(self) -> int:
+        """How many different pictures are encoded."""
+        return self._about["unique_images"]
 
     @property
     def prompts(self) -> Sequence[str]:

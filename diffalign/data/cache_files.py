@@ -38,6 +38,8 @@ except ImportError:  # Windows has no such lock; two processes filling one cache
 
 from diffalign.errors import StaleCacheError, UserError
 
+Busy = Callable[[str], None]
+"""Is told that another process fills a cache, and that this one waits."""
 PARTIAL = ".partial"
 PLACES = (".", "rows", "images", "prompts", "journal", "errors")
 """Folders of a cache, of whatever kind."""
@@ -54,9 +56,13 @@ class Holding:
     what: str  # in words
     mark: str  # what of its fingerprint no other kind has
     option: str  # that says which folder it is
+    mending: str = "Delete the folder to make it anew."  # what to do if a file is damaged
 
 
-PAIRS = Holding("encoded pairs", "data", "--cache")
+PAIRS = Holding(
+    *("encoded pairs", "data", "--cache"),
+    "The same command with --cache and --prepare encodes what is lost and keeps the rest; or delete the folder to make it anew.",
+)
 PROMPTS = Holding("encoded prompts", "prompts", "--cache")
 ERRORS = Holding("kept reference errors", "draws", "--reference-cache")
 
@@ -122,7 +128,7 @@ class CacheFolder:
 
     def _refusal(self, name: str, size: int, error: OSError) -> str:
         what = f"{name} ({size:,} bytes) could not be written to the cache in {self.root}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or _cut_short(error):
             free = shutil.disk_usage(self.root).free
             what += f" ({free:,} bytes free; this file alone needs {size:,}). "
             what += f"Free some space or name another folder ({self.holds.option})"
@@ -135,9 +141,7 @@ class CacheFolder:
         try:
             return json.loads((self.root / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"The cache in {self.root} is damaged: {name}: {error}. Delete the folder to make it anew."
-            ) from error
+            raise UserError(f"The cache in {self.root} is damaged: {name}: {error}. {self.holds.mending}") from error
 
     @property
     def complete(self) -> bool:
@@ -226,12 +230,17 @@ class CacheFolder:
             )
 
     def drop_stale(self, expected: Mapping[str, Any]) -> None:
-        """Remove a cache that was made under other circumstances. Raises ``UserError`` if it holds another kind of thing."""
+        """Remove a cache that was made under other circumstances, or what is left of one whose removal was cut off.
+
+        Raises ``UserError`` if it holds another kind of thing.
+        """
         if (self.root / "fingerprint.json").exists():
             try:
                 self.refuse_stale(expected)
             except StaleCacheError:
                 shutil.rmtree(self.root)
+        elif any((self.root / place).is_dir() for place in PLACES[1:]) and not any(map(_is_others, self.root.rglob("*"))):
+            shutil.rmtree(self.root)
 
     def _refuse_other_kind(self, fingerprint: Mapping[str, Any]) -> None:
         """Nobody is to delete one thing to make room for another."""
@@ -240,10 +249,11 @@ class CacheFolder:
             raise UserError(f"{self.root} holds {found[0]}, not {self.holds.what}: name another folder ({self.holds.option}).")
 
     @contextlib.contextmanager
-    def locked(self, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    def locked(self, shared: bool = False, wait: bool = False, busy: Busy | None = None) -> Iterator[None]:
         """Held while a cache is filled; the system releases it when the process dies.
 
-        ``shared``: with all others who share it. Raises ``UserError`` if it is taken, unless told to ``wait``.
+        ``shared``: with all others who share it. Raises ``UserError`` if it is taken, unless told to ``wait``, or given somebody
+        who is told before this waits (``busy``).
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -254,20 +264,33 @@ class CacheFolder:
             ) from error
         with stream:
             if fcntl is not None:
-                self._lock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+                self._lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait, busy)
             yield
 
-    def _lock(self, stream: IO[Any], how: int) -> None:
+    def _lock(self, stream: IO[Any], how: int, wait: bool, busy: Busy | None) -> None:
         try:
-            fcntl.flock(stream, how)
+            fcntl.flock(stream, how if wait else how | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"Another process is filling the cache in {self.root}; wait for it to end.") from error
+            if busy is None:
+                raise UserError(f"Another process is filling the cache in {self.root}; wait for it to end.") from error
+            busy(f"another process is filling the cache in {self.root}; this one waits for it to end")
+            self._lock(stream, how, True, None)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some file systems of clusters have no locks
                 raise
 
 
 LOCK, WAITING_LOCK = ".lock", ".lock-end"
+
+
+def _cut_short(error: OSError) -> bool:
+    """Whether a disk took less of an array than it was given: NumPy says so in words alone."""
+    return error.errno is None and "requested and" in str(error)
+
+
+def _is_others(path: Path) -> bool:
+    """Whether a file is of a kind that no cache has."""
+    return path.is_file() and _foreign(path) and path.suffix not in (".npy", ".json", ".utf8", ".ends")
 
 
 def _foreign(path: Path) -> bool:

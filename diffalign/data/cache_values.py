@@ -116,7 +116,7 @@ def mapped(folder: CacheFolder, name: str, dtype: np.dtype | str) -> np.ndarray:
 
 
 def damaged(folder: CacheFolder, name: str, error: Exception) -> UserError:
-    return UserError(f"The cache in {folder.root} is damaged: {name}: {error}. Delete the folder to make it anew.")
+    return UserError(f"The cache in {folder.root} is damaged: {name}: {error}. {folder.holds.mending}")
 
 
 def npy_header(dtype: np.dtype, count: int) -> bytes:

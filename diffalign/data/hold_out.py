@@ -22,6 +22,16 @@ def split_rows(prompts: Sequence[Hashable] | np.ndarray, validation_pairs: int, 
     return np.flatnonzero(~held_out[group]), np.flatnonzero(held_out[group])
 
 
+def shortfall(asked: int, held_out: int, rows: int, kind: str) -> str | None:
+    """Why fewer rows are held out than were asked for; None where there are as many. ``kind`` is what the rows are called."""
+    if held_out >= asked:
+        return None
+    return (
+        f"--validation-pairs {asked} holds out {held_out} of {rows} {kind}: no more than half of them are, "
+        f"and {kind} of one prompt stay together"
+    )
+
+
 def _by_appearance(things: Sequence[Hashable] | np.ndarray) -> np.ndarray:
     """int64 [N]: 0 for the first thing and all that equal it, 1 for the next that differs from it, and so on."""
     if not isinstance(things, np.ndarray):

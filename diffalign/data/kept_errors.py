@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.cache_files import ERRORS, CacheFolder, plain
+from diffalign.data.cache_files import ERRORS, Busy, CacheFolder, plain
 from diffalign.data.cache_values import Shards
 from diffalign.data.draws import Draw, KeptDraws
 from diffalign.data.loader import EncodedPairs, collate, shape_of
@@ -67,6 +67,7 @@ def keep_errors(
     processes: Processes | None = None,
     progress: Progress | None = None,
     renew: bool = False,
+    busy: Busy | None = None,
 ) -> KeptErrors:
     """Ask for whatever is not yet in ``directory``; a complete folder is only opened. All processes must call it.
 
@@ -74,6 +75,7 @@ def keep_errors(
         ask: without gradient, in the precision of training; called with ``batch_size`` pairs of one shape at most.
         depends_on: what the errors depend on beside the draws, as plain values: reference, precision, data, schedule.
         renew: errors that were made under other circumstances go, instead of being refused.
+        busy: told before this waits for another process that fills the folder; without it, that is refused.
 
     Raises:
         StaleCacheError: the folder holds errors made under other circumstances; the first that differ are named.
@@ -85,15 +87,17 @@ def keep_errors(
         folder.drop_stale(fingerprint)
     complete = processes.all(folder.complete)[0]
     if not complete:
-        _fill_together(folder, fingerprint, _Filling(folder, pairs, draws, ask, batch_size, progress), processes)
+        _fill_together(folder, fingerprint, _Filling(folder, pairs, draws, ask, batch_size, progress), processes, busy)
     folder.refuse_stale(fingerprint)
     errors = Shards(folder).load("errors.npy")
     return KeptErrors(draws, errors, fingerprint, folder.read_json("complete.json")["seconds"])
 
 
-def _fill_together(folder: CacheFolder, fingerprint: Mapping[str, Any], filling: _Filling, processes: Processes) -> None:
+def _fill_together(
+    folder: CacheFolder, fingerprint: Mapping[str, Any], filling: _Filling, processes: Processes, busy: Busy | None
+) -> None:
     started = time.monotonic()
-    with contextlib.nullcontext() if processes.rank else folder.locked():
+    with contextlib.nullcontext() if processes.rank else folder.locked(busy=busy):
         if processes.rank == 0:
             folder.claim(fingerprint)
         if processes.all(folder.complete)[0]:  # another run may have ended meanwhile

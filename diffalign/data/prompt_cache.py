@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.data.cache_files import PROMPTS, CacheFolder, plain
+from diffalign.data.cache_files import PROMPTS, Busy, CacheFolder, plain
 from diffalign.data.cache_prompts import about, prompts_to_fill
 from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
@@ -45,11 +45,13 @@ def build_prompt_cache(
     shard_items: int = 256,
     option: str = PROMPTS.option,
     renew: bool = False,
+    busy: Busy | None = None,
 ) -> PromptCache:
     """Encode every prompt that is not yet in ``directory``; a complete cache is only opened. Equal prompts are encoded once.
 
     ``option`` is what a refusal names as the way to choose another folder. With ``renew`` a cache that was made under other
-    circumstances goes, instead of being refused.
+    circumstances goes, instead of being refused. ``busy`` is told before this waits for another process that fills the folder;
+    without it, that is refused.
 
     Raises ``StaleCacheError`` if the folder holds a cache of other prompts or another encoder, and ``UserError`` for no prompt
     at all, a full disk, or values that ``dtype`` cannot hold.
@@ -64,7 +66,7 @@ def build_prompt_cache(
     if renew:
         folder.drop_stale(expected)
     if not folder.complete:
-        with folder.locked():
+        with folder.locked(busy=busy):
             folder.claim(expected)
             if not folder.complete:  # another process may have ended meanwhile
                 _fill(folder, prompts, encoder, batch_size=batch_size, dtype=dtype, progress=progress, shard_items=shard_items)

@@ -204,7 +204,7 @@ class PairTable:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the files' identity (names, and content or size and time) and of how they are read."""
+        """sha256 of the files' identity (names, sizes, and content or samples of it) and of how they are read."""
         if self._fingerprint is None:
             others = [name for name in dict.fromkeys(self._names.values()) if name not in self.image_columns]
             digest = hashlib.sha256()

@@ -18,11 +18,15 @@ __all__ = ["DataReport", "Problem", "check", "contact_sheet"]
 
 LISTED = 10  # problems of one kind listed in the text; ``to_dict`` has all
 SIZES_LISTED = 8
+SMALL = 64
+"""Pixels; a picture with a shorter side is enlarged by every model, and has little to show."""
+LONG = 4
+"""How many times as long as wide a picture may be; of a longer one, cutting a square leaves less than a quarter."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that cannot be used."""
+    """A row that cannot be used, or a picture that should be looked at."""
 
     origin: str
     side: str | None  # "winner", "loser" or "picture" where one is at fault
@@ -54,6 +58,8 @@ class DataReport:
     identical_sides: tuple[str, ...]  # of pairs: winner and loser are the same file
     unreadable: tuple[Problem, ...]  # pictures
     bad_rows: tuple[Problem, ...]  # everything else: labels, weights, missing files
+    small: tuple[Problem, ...]  # pictures with a side below ``SMALL``; usable, like those that follow
+    long: tuple[Problem, ...]  # pictures more than ``LONG`` times as long as wide, or as wide as long
 
     @property
     def unusable(self) -> int:
@@ -110,6 +116,8 @@ class DataReport:
             "Winner and loser are the same picture": list(self.identical_sides),
             f"Duplicate {self.kind}": [f"{place} repeats {first}" for place, first in self.duplicate_pairs],
             f"Contradictions ({other})": [f"{place} against {first}" for place, first in self.contradictions],
+            f"Pictures with a side below {SMALL} pixels": [problem(p) for p in self.small],
+            f"Pictures with proportions beyond {LONG}:1": [problem(p) for p in self.long],
         }
 
 
@@ -136,6 +144,8 @@ class _Tally:
     identical: list[str] = field(default_factory=list)
     unreadable: list[Problem] = field(default_factory=list)
     bad_rows: list[Problem] = field(default_factory=list)
+    small: list[Problem] = field(default_factory=list)
+    long: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,7 @@ def _count(tally: _Tally, seen: _Seen) -> None:
     tally.images.update(seen.digests.values())
     tally.sizes.update(seen.sizes.values())
     tally.unreadable.extend(seen.faults)
+    _measure(tally, seen)
     if seen.faults:
         return
     digests = list(seen.digests.values())
@@ -209,6 +220,15 @@ def _count(tally: _Tally, seen: _Seen) -> None:
     if first != pair.origin:
         agrees = preferred == said or pair.label == 0.5
         (tally.duplicates if agrees else tally.contradictions).append((pair.origin, first))
+
+
+def _measure(tally: _Tally, seen: _Seen) -> None:
+    for side, (width, height) in seen.sizes.items():
+        found = Problem(seen.pair.origin, side, f"{width} x {height}")
+        if min(width, height) < SMALL:
+            tally.small.append(found)
+        if max(width, height) > LONG * min(width, height):
+            tally.long.append(found)
 
 
 def _report(table: PairTable, tally: _Tally) -> DataReport:
@@ -234,6 +254,8 @@ def _report(table: PairTable, tally: _Tally) -> DataReport:
         identical_sides=tuple(tally.identical),
         unreadable=tuple(tally.unreadable),
         bad_rows=tuple(tally.bad_rows),
+        small=tuple(tally.small),
+        long=tuple(tally.long),
     )
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from diffalign.data.cache_files import PARTIAL, flatten, plain
 from diffalign.errors import UserError
+from diffalign.file_modes import as_opened
 from diffalign.schedule import Schedule
 from diffalign.sources.rollout import Sampling, Trajectory
 
@@ -191,6 +192,7 @@ def _write(path: Path, content: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content(aside)
+        as_opened(aside)
         with aside.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(aside, path)

@@ -58,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
         return training.train(*given, **how)
 
     if args.prepare and not args.dry_run:
+        from diffalign.errors import UserError
         from pipelines import preparing
+
+        if args.resume or args.overwrite:
+            raise UserError(
+                "--prepare always goes on where it stopped, and makes anew what is lost: leave --resume and --overwrite out."
+            )
 
         args.goes_on = "The same command goes on where it stopped."
         preparing.prepare(resolve_settings(args), args.prepare, progress=not args.quiet)

@@ -406,11 +406,12 @@ def _new_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield aside
-        aside.chmod(0o755)
+        fresh = aside / "new"
+        fresh.mkdir()  # unlike ``aside``, not for its owner alone
+        yield fresh
         if path.is_dir():
             path.rmdir()
-        aside.rename(path)
+        fresh.rename(path)
     except OSError as error:
         raise UserError(f"--out {path} could not be written: {error.strerror or error}.") from error
     finally:

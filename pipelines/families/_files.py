@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from diffalign.errors import UserError
+from diffalign.file_modes import as_opened
 
 
 @contextmanager
@@ -18,7 +20,7 @@ def installed_into(folder: Path, *, last: str = "") -> Iterator[Path]:
     """A temporary sibling of ``folder``; what is written there replaces the entries of the same names in ``folder``.
 
     Other entries of ``folder`` stay. The entry called ``last`` is moved last (an index that names the others, say). Entries
-    already replaced are put back if a later one fails.
+    already replaced are put back if a later one fails. Files have the mode that ``open`` would have given them.
 
     Raises:
         UserError: something could not be written (a full disk, say); ``folder`` is as it was.
@@ -30,6 +32,7 @@ def installed_into(folder: Path, *, last: str = "") -> Iterator[Path]:
         fresh = aside / "new"
         fresh.mkdir()
         yield fresh
+        as_opened(*fresh.rglob("*"))
         _install(fresh, folder, aside / "old", last)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as its own error, not as an OSError
@@ -63,6 +66,21 @@ def _put_back(fresh: Path, place: Path, old: Path) -> None:
         place.rename(fresh)
     if old.exists():
         old.rename(place)
+
+
+def sort_header(path: Path) -> None:
+    """Put the header's text fields in order, so that the same tensors and fields are the same file: safetensors shuffles them.
+
+    The header is JSON behind its length, eight bytes, little endian (safetensors' format description).
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        fields = dict(sorted(header.pop("__metadata__", {}).items()))
+        text = json.dumps({"__metadata__": fields, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the same words in another order; blanks may follow
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _disk_message(folder: Path, error: Exception) -> str:

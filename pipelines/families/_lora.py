@@ -5,6 +5,7 @@ The base weights stay where they are: an adapter adds two small matrices per lay
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest_tensors
+from pipelines.families._files import sort_header
 from pipelines.families._names import LORA_FILE, METADATA, PEFT_FILE
 from pipelines.families._quiet import quietly
 
@@ -162,14 +164,18 @@ def write(folder: Path, pipeline_class: type, part: str, network: nn.Module) -> 
     if hasattr(pipeline_class, "save_lora_weights"):
         parts = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
         pipeline_class.save_lora_weights(folder, **parts)
+        sort_header(folder / LORA_FILE)
         return
     from safetensors.torch import save_file
 
-    plain = {f"{part}.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    kept = {"format": "pt", METADATA: json.dumps(plain, indent=2, sort_keys=True)}
+    named = {f"{part}.{name}": value for name, value in config.items()}
+    kept = {"format": "pt", METADATA: json.dumps(named, indent=2, sort_keys=True)}
     save_file({f"{part}.{name}": weight for name, weight in weights.items()}, folder / LORA_FILE, kept)
+    sort_header(folder / LORA_FILE)
     save_file({f"base_model.model.{name}": w for name, w in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
-    network.peft_config[ADAPTER].save_pretrained(folder)
+    own = copy.deepcopy(network.peft_config[ADAPTER])
+    own.target_modules = sorted(own.target_modules)
+    own.save_pretrained(folder)
 
 
 def put_on(pipe: Any, part: str, folder: str | Path) -> None:
@@ -189,12 +195,16 @@ def put_on(pipe: Any, part: str, folder: str | Path) -> None:
 
 
 def for_diffusers(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and configuration as ``save_lora_weights`` wants them. Without the second, alpha would be lost on loading."""
+    """Weights and configuration as ``save_lora_weights`` wants them. Without the second, alpha would be lost on loading.
+
+    Sets, of which PEFT makes the targets, are sorted: the same adapter is the same file in every process.
+    """
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
-    return weights, network.peft_config[ADAPTER].to_dict()
+    config = network.peft_config[ADAPTER].to_dict()
+    return weights, {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 
 def read(folder: str | Path) -> SavedAdapter:

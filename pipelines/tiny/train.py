@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.checkpoint import written_aside
+from diffalign.file_modes import as_opened
 from diffalign.optimisation import Ema
 from pipelines.tiny import model, scenes
 
@@ -289,6 +290,7 @@ def save_half(output: Path, pipe: Any) -> None:
             if "dtype" in config:
                 config["dtype"] = "float32"
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        as_opened(*folder.rglob("*"))
 
 
 def train(output: Path, config: WorldTraining, say: Say = print) -> None:

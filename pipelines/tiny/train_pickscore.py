@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.checkpoint import written_aside
+from diffalign.file_modes import as_opened
 from diffalign.optimisation import OptimiserSettings, build_optimizer, build_schedule
 from pipelines import sampling
 from pipelines.families import load_pipeline
@@ -491,6 +492,7 @@ def save(output: Path, judge: JudgeInTraining, record: dict[str, Any]) -> None:
         save_file({k: v.contiguous() for k, v in state.items()}, folder / tiny_pickscore.FILE)
         judge.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        as_opened(*folder.rglob("*"))
 
 
 def _record(config: JudgeTraining, asked: Sequence[Choices], seconds: dict[str, float]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from diffalign.checkpoint import written_aside
+from diffalign.file_modes import as_opened
 from diffalign.optimisation import OptimiserSettings, build_optimizer, build_schedule
 from pipelines.tiny import model, scenes
 
@@ -218,6 +219,7 @@ def save(output: Path, writer: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, record
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        as_opened(*folder.rglob("*"))
 
 
 def _record(config: WriterTraining, writer: nn.Module, tokenizer: GPT2Tokenizer, seconds: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffalign.data.hold_out import split_rows
+from diffalign.data.hold_out import shortfall, split_rows
 from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader
 from diffalign.errors import UserError
 from diffalign.learner import GivenTexts, Processes
@@ -249,6 +249,8 @@ def prepare(
     prompts = [row.prompt for row in rows.rows]
     train_rows, validation_rows = (r.tolist() for r in split_rows(prompts, settings.data.validation_pairs, settings.seed))
     say(f"{len(train_rows)} rows to train on, {len(validation_rows)} for validation")
+    if line := shortfall(settings.data.validation_pairs, len(validation_rows), len(prompts), "rows"):
+        say(line)
     writer, reference = _attach(settings, writer, accelerator)
     weights = TrainedWeights(writer.model)
     data_digest = digest_of(table, settings, data)

@@ -59,7 +59,16 @@ def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, 
 def run_identity(name: str, settings: PromptTrainSettings, prepared: Prepared, world: int) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint."""
     return {
-        **run.identity(name, settings, prepared.base_digest, prepared.data_digest),
+        **settings_identity(name, settings, world),
+        "reference": prepared.base_digest,
+        "data": prepared.data_digest,
+    }
+
+
+def settings_identity(name: str, settings: PromptTrainSettings, world: int) -> dict[str, Any]:
+    """The part of it that is known before anything is loaded."""
+    return {
+        **run.identity(name, settings),
         "token_rewards": settings.data.token_rewards,
         "rows_per_step": settings.batch.batch_size * settings.batch.accumulation * world,
         **run.division(settings, world),
@@ -92,6 +101,8 @@ def train(
         require_bitsandbytes()
     shown = [p.text for p in held_out_prompts(settings.show.prompts, settings.show.prompt_count)] if settings.show.prompts else []
     accelerator = start_accelerator(settings)
+    if resume:
+        run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
     say = say if accelerator.is_main_process else lambda _: None
     set_seed(settings.seed, device_specific=True)  # only dropout draws from it
     table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -19,10 +20,13 @@ WINNER = ("win", "winner", "chosen", "w")
 LOSER = ("lose", "loser", "rejected", "l")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 HASHED_BYTES = 64 * 2**20
-"""Files with no more than this in all are identified by their whole content."""
+"""Files with no more than this in all are identified by their whole content; of more pictures, as many as come first."""
 BLOCK = 64 * 2**10
 BLOCKS, FEWEST_BLOCKS = 16, 3
 """How many blocks are read of a file that is too large for that; fewer of each where there are many files."""
+ONE_IN = 256
+"""Of pictures that are too many for that, how many are looked into."""
+CAPTION = ".txt"
 
 _UNTIDY = re.compile(r"(?:^|/)\.?(?:/|\Z)")
 """Finds a part of a path that is empty or a dot; an absolute path begins with an empty one."""
@@ -30,18 +34,44 @@ _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|testing)(_[a
 
 
 def identity_of(files: Sequence[Path], root: Path) -> Iterator[list[object]]:
-    """``[name, size, sha256]`` of every file; ``[name, size, time of change]`` where all have more than ``HASHED_BYTES``.
-
-    A file that does not exist is ``[name]``. For pictures and captions, of which there may be a million.
-    """
-    whole = _few_bytes(files)
-    return (_identity(str(file), _name(file, root), whole) for file in files)
+    """Of pictures and captions, of which there may be a million: as ``identities``."""
+    return identities((str(file), _name(file, root)) for file in files)
 
 
 def identity_of_paths(paths: Iterable[str], root: Path) -> Iterator[list[object]]:
-    """``[name, size, time of change]`` of files that a list names, from ``root``; a file that does not exist is ``[name]``."""
+    """Of pictures that a list names, from ``root``: as ``identities``."""
     start = str(root / "_")[:-1]
-    return (_identity(*_located(path, root, start), False) for path in paths)
+    return identities(_located(path, root, start) for path in paths)
+
+
+def identities(places: Iterable[tuple[str, str]]) -> Iterator[list[object]]:
+    """``[name, size, sha256]`` of a file while no more than ``HASHED_BYTES`` have come by in all, and of every caption.
+
+    Of what comes after that, ``[name, size]``: opening a million pictures would take minutes. Of the first of these and of every
+    ``ONE_IN``-th from there a sha256 of ``FEWEST_BLOCKS`` blocks follows, which are the whole of a picture of up to 192 KiB.
+    What is no file, or cannot be read when it is to be, is ``[name]``. When a file was changed has no part in it: all are the
+    same when they are copied or touched.
+
+    A change goes unnoticed that is to pictures beyond the first ``HASHED_BYTES`` alone, and leaves the size of each as it was:
+    a picture exchanged for another of the very same number of bytes that is not among the sampled, or differs from the sampled
+    one only between the blocks.
+
+    Args:
+        places: path and name of every file, in an order that does not depend on where they are.
+    """
+    passed = beyond = 0
+    for path, name in places:
+        size = _size(path)
+        caption = path.endswith(CAPTION)
+        passed += size if size and not caption else 0
+        whole = caption or passed <= HASHED_BYTES
+        if size is None:
+            yield [name]
+        elif whole or beyond % ONE_IN == 0:
+            yield _read(Path(path), name, size, whole)
+        else:
+            yield [name, size]
+        beyond += size is not None and not whole
 
 
 def identity_of_data(files: Sequence[Path], root: Path | None, used: Iterable[bytes | pa.Buffer]) -> list[object]:
@@ -86,22 +116,23 @@ def _blocks(file: Path, count: int) -> Iterator[bytes]:
 
 def _few_bytes(files: Iterable[Path]) -> bool:
     """Whether all have no more than ``HASHED_BYTES``; looks at no more files than it must."""
-    return not any(total > HASHED_BYTES for total in accumulate(map(_size, files)))
+    return not any(total > HASHED_BYTES for total in accumulate(_size(file) or 0 for file in files))
 
 
-def _size(file: Path) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return 0
-
-
-def _identity(path: str, name: str, whole: bool) -> list[object]:
+def _size(path: str | Path) -> int | None:
+    """Bytes of a file; None of what is none, or not there."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # of a name that no file can have
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None  # a pipe would be read for ever
+
+
+def _read(path: Path, name: str, size: int, whole: bool) -> list[object]:
+    try:
+        return [name, size, sha256_of(path) if whole else _sha256(_blocks(path, FEWEST_BLOCKS))]
+    except OSError:
         return [name]
-    return [name, found.st_size, sha256_of(Path(path)) if whole else found.st_mtime_ns]
 
 
 def _located(path: str, root: Path, start: str) -> tuple[str, str]:

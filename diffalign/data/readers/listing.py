@@ -83,7 +83,7 @@ class ListingRows:
         return f"{self._path.name}:line {self._lines[index]}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
-        """The file by its content, which reading took longer than hashing; pictures by size and time of change."""
+        """The file by its content, which reading took longer than hashing; pictures as ``identities`` has them."""
         paths = {str(value) for cells in self.cells(tuple(dict.fromkeys(images))) for value in cells if value}
         listed = [self._path.name, self._path.stat().st_size, sha256_of(self._path)]
         return [[listed], identity_of_paths(sorted(paths), self.base)]
