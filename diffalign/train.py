@@ -38,7 +38,7 @@ from diffalign.protocols import Policy
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome
 from diffalign.updates import updates_of
-from diffalign.waiting import Waiting
+from diffalign.waiting import Clock
 from diffalign.weights import TrainedWeights, without_dropout
 
 LoopReference = Literal["start", "round"]
@@ -84,28 +84,16 @@ class Finished:
 
 
 class Position:
-    """How far the run has come: optimizer steps done, and seconds that its loop has taken, however often it was resumed."""
+    """The sampler's position: optimizer steps done."""
 
-    def __init__(self, waiting: Waiting) -> None:
-        self.step, self._waiting = 0, waiting
-        self.earlier, self._began = 0.0, time.perf_counter()
-
-    def begin(self) -> None:
-        """The loop begins now."""
-        self._began = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return self.earlier + time.perf_counter() - self._began
+    def __init__(self) -> None:
+        self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds, **self._waiting.state_dict()}
+        return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
-        if "seconds" in state:  # older checkpoints do not know
-            self.earlier = state["seconds"]
-            self._waiting.load_state_dict(state)
 
 
 @runtime_checkable
@@ -226,14 +214,15 @@ class Trainer:
     ) -> None:
         """``zero`` is a section of DeepSpeed's configuration (``updates_of``)."""
         self._learner, self._policy = learner, policy
-        self._waiting = Waiting(waiting)
+        self._clock = Clock(waiting)
+        self._waiting = self._clock.steps
         self._validation, self._report = validation if learner.validate else [], report
         self._accelerator, self._loop = accelerator, loop
         self._identity = {**identity, **({"rounds": loop.rounds} if loop.rounds else {})}
         parameters = list(policy.trainable_parameters())
         self._updates = updates_of(accelerator, policy.network, parameters, optimiser, zero)
         self._schedule = build_schedule(self._updates.optimizer, loop.steps, optimiser)
-        self._position, self._random = Position(self._waiting), RandomState(accelerator)
+        self._position, self._random = Position(), RandomState(accelerator)
         self._ema = Ema(parameters, loop.ema_decay) if loop.ema_decay else None
         self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
         self._metrics_file = output / "metrics.jsonl"
@@ -267,7 +256,8 @@ class Trainer:
             if isinstance(thing, Shared):
                 thing.collect()
         if self._accelerator.is_main_process:
-            self._checkpoints.save(self.step, self._things, {"identity": self._identity})
+            # The clock's times are no state: what is restored is the same to the bit however long it took.
+            self._checkpoints.save(self.step, self._things, {"identity": self._identity, "clock": self._clock.state_dict()})
         self._accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
@@ -280,8 +270,10 @@ class Trainer:
         path = self._checkpoints.latest()
         if path is None:
             return False
-        refuse_another_run(path, self._checkpoints.note(path)["identity"], self._identity)
+        note = self._checkpoints.note(path)
+        refuse_another_run(path, note["identity"], self._identity)
         self._checkpoints.load(path, self._things)
+        self._clock.load_state_dict(note.get("clock", {}))
         self._forget_metrics_after(self.step)
         return True
 
@@ -304,7 +296,7 @@ class Trainer:
             NonFiniteLossError: a loss or gradient is not finite. The update is not made; the last checkpoint stays.
         """
         began = self.step
-        self._position.begin()
+        self._clock.begin()
         if self._rounds:
             self._rounds.begin()
         with Interruption() as interruption:
@@ -326,7 +318,7 @@ class Trainer:
         stopped_early = self.step < self._loop.steps
         if self.step > began and (stopped_early or not self._is_due(self._loop.checkpoint_every)):
             self.save()
-        return Finished(self.step, stopped_early, self._position.seconds, self._position.earlier, self._waiting.share)
+        return Finished(self.step, stopped_early, self._clock.seconds, self._clock.earlier, self._clock.waiting)
 
     def _after_step(self, numbers: Mapping[str, float]) -> None:
         last = self.step == self._loop.steps

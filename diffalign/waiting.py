@@ -1,4 +1,4 @@
-"""How much of a run's time goes by until data are there: what a loader that is too slow costs."""
+"""How long a run has taken, and how much of it went by until data were there: what a loader that is too slow costs."""
 
 from __future__ import annotations
 
@@ -42,3 +42,34 @@ class Waiting:
     def share(self) -> float | None:
         """Of all steps so far; None if nobody knows."""
         return self._waited / self._whole if self._whole else None
+
+
+class Clock:
+    """Seconds of a run's loop, however often it was resumed. ``watch`` as for ``Waiting``."""
+
+    def __init__(self, watch: Stopwatch | None) -> None:
+        self.steps = Waiting(watch)
+        self.earlier, self._began = 0.0, time.perf_counter()
+
+    def begin(self) -> None:
+        """The loop begins now."""
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of the loop so far; ``earlier`` of them went by before the run was resumed."""
+        return self.earlier + time.perf_counter() - self._began
+
+    @property
+    def waiting(self) -> float | None:
+        """Share of the steps' time that was waited; None if nobody knows."""
+        return self.steps.share
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds, **self.steps.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Older checkpoints know nothing of it: {}."""
+        if state:
+            self.earlier = state["seconds"]
+            self.steps.load_state_dict(state)

@@ -44,8 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     asked = next((a for a in argv if not a.startswith("-")), None)
-    parser = build_parser(asked)
-    args, unknown = parser.parse_known_args(argv)
+    try:
+        parser = build_parser(asked)
+        args, unknown = parser.parse_known_args(argv)
+    except KeyboardInterrupt:  # the options of objectives are read from their modules, and torch takes seconds to import
+        if "--debug" in argv:
+            raise
+        print("Interrupted before anything was begun.", file=sys.stderr)
+        return INTERRUPTED_STATUS
     if args.version:
         from importlib.metadata import version
 

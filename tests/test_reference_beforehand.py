@@ -121,7 +121,7 @@ def test_it_is_asked_many_at_a_time_and_how_many_makes_no_other_errors(
     ],
 )
 def test_how_many_are_asked_at_a_time(options: dict, pairs_at_once: int, tmp_path: Path) -> None:
-    given = {"model": "m", "pairs": "p", "output": tmp_path, "prompts": None, **options}
+    given = {"model": "m", "pairs": "p", "output": tmp_path, "prompts": None, "reference_draws": 1, **options}
     assert reference_beforehand.pairs_at_once(settings_of("diffusion-dpo", None, given)) == pairs_at_once
 
 

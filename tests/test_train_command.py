@@ -66,7 +66,7 @@ def test_a_lora_run_leaves_what_diffusers_loads(
         assert (out / name).exists(), name
     assert "load_lora_weights" in (out / "README.md").read_text()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert 0 < summary["waiting"] < 1 and [line["step"] for line in lines if 0 <= line.get("waiting", -1) < 1] == [1, 2]
+    assert 0 <= summary["waiting"] < 1 and [line["step"] for line in lines if 0 <= line.get("waiting", -1) < 1] == [1, 2]
     assert "% of the steps' time went by waiting for data: a faster disk" in capsys.readouterr().out
 
 
@@ -380,7 +380,7 @@ def test_the_configuration_is_that_of_the_run_as_it_went_on(
     assert run(inputs, out, "--steps", "3", "--resume", "--log-every", "2") == 0
     assert yaml.safe_load((out / "config.yaml").read_text())["loop"]["log_every"] == 2
     after = json.loads((out / "summary.json").read_text())
-    assert after["seconds"] > after["seconds_training"] >= before["seconds_training"] > 0
+    assert after["seconds"] > after["seconds_training"] > 0.5 * before["seconds_training"] > 0  # till the last checkpoint
     assert after["waiting"] == before["waiting"]  # of the steps that were done
     before = (out / "config.yaml").read_bytes()
     assert run(inputs, out, "--resume", "--steps", "3", "--beta", "7") == 2
@@ -438,3 +438,16 @@ def test_a_disk_that_takes_no_more_is_told_in_a_sentence(
     monkeypatch.setattr(Path, "open", full)
     assert run(inputs, tmp_path / "run") == 2
     refused(capsys, names[where], "could not be written" if where == "configuration" else "The disk is full")
+
+
+def test_ctrl_c_while_options_are_read_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Those of objectives come with their modules, and torch takes seconds to import."""
+
+    def interrupted(asked: str | None) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert cli.main(["train", "diffusion-dpo"]) == 130
+    assert capsys.readouterr().err == "Interrupted before anything was begun.\n"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["train", "diffusion-dpo", "--debug"])
