@@ -351,7 +351,8 @@ def main() -> None:
     measured, model = measure(args), modelled(args, speeds)
     report(measured, model)
     if args.json:
-        versions = {"torch": torch.__version__, "device": str(torch.accelerator.current_accelerator() or "cpu")}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        versions = {"torch": torch.__version__, "device": device}
         args.json.write_text(
             json.dumps({**versions, "measured": measured, "assumed": asdict(speeds), "model": model}, indent=2) + "\n"
         )

@@ -40,7 +40,7 @@ from diffalign.sources.stored import Stored
 from diffalign.train import Together
 from diffalign.types import PairBatch, placed
 from diffalign.weights import TrainedWeights
-from pipelines import devices, families, feedback, reference_beforehand
+from pipelines import devices, families, feedback, heap, reference_beforehand
 from pipelines.families import _quantised
 from pipelines.families._compiled import compile_blocks
 from pipelines.families._encoding import digest
@@ -245,7 +245,7 @@ def prepare(
     """
     judges, saved, stored = training_judges(settings, judge), start_adapter(settings), open_feedback(settings)
     base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
-    with Bar(progress and accelerator.is_main_process) as bar:
+    with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
         family.encoder.work_on(accelerator.device)
         renew = _may_go(settings, renew)
         cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance, renew)
@@ -259,7 +259,7 @@ def prepare(
         visits = loader_settings(settings, family.denoiser.schedule)
         validation = validation_batches(cache, validation_rows, visits, settings.data.validation_draws)
     if start is None:
-        with Bar(progress and accelerator.is_main_process) as bar:
+        with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
             asked = reference_beforehand.Asked(settings, family, cache, visits, accelerator)
             kept = asked.keep(base_digest, bar.advance, renew, say) if settings.reference.reference_draws else None
             validation = asked.known(validation)

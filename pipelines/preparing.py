@@ -8,7 +8,7 @@ from pathlib import Path
 from diffalign.data.cache import fill_cache
 from diffalign.errors import UserError
 from diffalign.train import Together
-from pipelines import ingredients, memory_presets
+from pipelines import heap, ingredients, memory_presets
 from pipelines.image_settings import TrainSettings
 from pipelines.progress import Bar
 from pipelines.run import Say
@@ -37,7 +37,7 @@ def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: b
     family, table = ingredients.load_model(settings, say, network=False), ingredients.open_data(settings)
     say(table.description)
     family.encoder.work_on(accelerator.device)
-    with Bar(progress and accelerator.is_main_process) as bar:
+    with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
         how = {"processes": Together(accelerator), "progress": bar.advance, "busy": say, "mended": partial(_tell_of_lost, say)}
         missing = fill_cache(**ingredients.encoding(settings, table, family), **how, part=share)
     say(_told(folder, part, missing))

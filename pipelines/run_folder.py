@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +19,6 @@ SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 CACHE_FOLDER, PROMPT_FOLDER = "cache", "cache-prompts"
 """Folders of encoded data, which outlive a run that is replaced."""
-LARGE_BLOCK = 2 * 2**20
-"""Bytes. Smaller ones are quicker to have from the heap."""
-_M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -86,19 +80,8 @@ def to_yaml(command: str, settings: Any) -> str:
     return f"# diffalign {command}\n" + yaml.safe_dump(config.as_tree(settings), sort_keys=False)
 
 
-def give_back_large_blocks() -> None:
-    """Have the C library give blocks above ``LARGE_BLOCK`` back to the system as soon as they are free (glibc; else nothing).
-
-    Left to itself it soon keeps blocks of up to 32 MB in its heap, where those that live on between micro-steps hold apart what
-    is free: SD1.5's LoRA by the tiny recipe at 256 pixels then takes 11.9 GiB instead of 7.7, in the same time.
-    """
-    allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if allocator:
-        allocator(_M_MMAP_THRESHOLD, LARGE_BLOCK)
-
-
 def start_accelerator(settings: Any) -> Accelerator:
-    """Accelerate, with the tracker asked for; on a CPU also a heap that gives back what is free.
+    """Accelerate, with the tracker asked for.
 
     Raises:
         UserError: Accelerate is set to an engine that training is not written for.
@@ -110,8 +93,6 @@ def start_accelerator(settings: Any) -> Accelerator:
     from pipelines import devices
 
     devices.refuse_other_engines()
-    if not torch.accelerator.is_available():
-        give_back_large_blocks()
     tracker = settings.compute.tracker
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     accelerator = Accelerator(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
+from pipelines import heap
 from pipelines.families._sources import call_options
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def sample(
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     asked = {**_own_size(pipe), **size, **call_options(type(pipe).__name__)}
     images: list[Image.Image] = []
-    with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe), _few_zeros(pipe):
+    with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe), _few_zeros(pipe), heap.kept():
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             out = pipe(

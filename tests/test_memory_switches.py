@@ -1,14 +1,10 @@
-"""The autoencoder in tiles and one picture at a time, AdamW with states of 8 bits, and a heap that gives back what is free."""
+"""The autoencoder in tiles and one picture at a time, AdamW with states of 8 bits."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +17,7 @@ from torch import nn
 from diffalign import objectives
 from diffalign.errors import StaleCacheError, UserError
 from diffalign.optimisation import OptimiserSettings, build_optimizer
-from pipelines import config, families, run_folder
+from pipelines import config, families
 from pipelines.sizing import PICTURES, Sizing
 from pipelines.tiny import scenes
 
@@ -174,37 +170,3 @@ def test_a_run_with_the_8_bit_optimizer_resumes_to_the_bit(saved: Saved, pairs: 
     (cut / "pytorch_lora_weights.safetensors").unlink()
     run(saved, pairs, "diffusion-dpo", cut, **how, resume=True)
     assert_equal(weights(whole), weights(cut))
-
-
-# ------------------------------------------------------------------------------------------------------------ a CPU's heap
-
-HOLES = """
-import sys
-from pipelines.run_folder import give_back_large_blocks
-if sys.argv[1] == "given back":
-    give_back_large_blocks()
-byte = b"1"
-byte * 2**22  # glibc now takes blocks of this size from its heap, if it is let
-large, small = zip(*[(byte * 2**22, byte * 100_000) for _ in range(100)])
-del large
-print(int(open("/proc/self/statm").read().split()[1]) * 4096)
-"""
-"""Prints how many bytes are resident once 100 blocks of 4 MiB are free that smaller ones lay between.
-
-Those are too large for the holes that imports left."""
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
-def test_large_blocks_are_given_back() -> None:
-    def resident(how: str) -> int:
-        return int(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
-
-    assert resident("kept") - resident("given back") > 300 * 2**20
-
-
-def test_a_run_on_a_cpu_gives_large_blocks_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[bool] = []
-    monkeypatch.setattr(run_folder, "give_back_large_blocks", lambda: said.append(True))
-    compute = SimpleNamespace(tracker="none", mixed_precision="no")
-    run_folder.start_accelerator(SimpleNamespace(compute=compute, output="nowhere"))
-    assert said == [True] * (not torch.accelerator.is_available())
