@@ -47,6 +47,7 @@ from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.data.open import open_pairs
 from diffalign.data.table import PairTable
 from diffalign.data.transform import CENTER, Transform
+from pipelines import heap
 
 PIXELS = 16
 SHARED = 1000
@@ -167,7 +168,9 @@ def one_at_a_time(table: PairTable, encoder: Any, transform: Transform, folder: 
 
 
 def in_batches(table: PairTable, encoder: Any, transform: Transform, folder: Path) -> PairCache:
-    return build_cache(table, encoder, folder, transform)
+    """As ``--prepare`` does it."""
+    with heap.kept():
+        return build_cache(table, encoder, folder, transform)
 
 
 # --------------------------------------------------------------------------------------------------------- in fresh processes

@@ -11,20 +11,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+LARGE_BLOCK = 2 * 2**20
+"""Bytes. Smaller ones are quicker to have from the heap."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Of glibc's malloc.h."""
 _NEVER, _USUAL_MMAPS = -1, 2**16
-_LARGE, _TOP = 32 * 2**20, 64 * 2**20
-"""Where glibc's own thresholds end once blocks of 32 MiB have been freed; setting one of them stops their growth."""
+_large = 32 * 2**20
+"""From which size blocks are given back outside ``kept``. Here glibc's own threshold ends; setting one stops its growth."""
+
+
+def give_back_large_blocks() -> None:
+    """Have the C library give blocks above ``LARGE_BLOCK`` back to the system as soon as they are free. For training.
+
+    Left to itself it soon keeps blocks of up to 32 MB in its heap, where those that live on between micro-steps hold apart what
+    is free: SD1.5's LoRA by the tiny recipe at 256 pixels then takes up to 4 GiB more, and never less. The price is time, for the
+    system zeroes every page that it hands out: nothing to speak of on one machine, 8 to 20 % on another, a virtual one.
+    """
+    global _large
+    _large = LARGE_BLOCK
+    if library := _glibc():
+        library.mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Have the C library keep what is free till the end of the block, and give all of it back then. Not to be nested.
+    """Have it keep what is free till the end of the block, and give all of it back then: the other way round. Not to be nested.
 
-    For work without gradients, which takes blocks of the same sizes again and again and holds few at a time. Left to itself glibc
-    gives blocks above 32 MB back at once, and the system zeroes every page that it hands out: with SD1.5's autoencoder at 512
-    pixels a third of the time (on a virtual machine). Training holds too many blocks, of too many sizes, to gain much.
+    For work without gradients, which takes blocks of the same sizes again and again and holds few at a time. SD1.5's autoencoder
+    takes 1.6 times longer at 512 pixels where large blocks are given back (on that virtual machine).
     """
     library = _glibc()
     if not library:
@@ -36,8 +50,8 @@ def kept() -> Iterator[None]:
         yield
     finally:
         library.mallopt(_MMAP_MAX, _USUAL_MMAPS)
-        library.mallopt(_MMAP_THRESHOLD, _LARGE)
-        library.mallopt(_TRIM_THRESHOLD, _TOP)
+        library.mallopt(_MMAP_THRESHOLD, _large)
+        library.mallopt(_TRIM_THRESHOLD, 2 * _large)
         library.malloc_trim(0)
 
 

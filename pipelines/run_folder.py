@@ -81,7 +81,7 @@ def to_yaml(command: str, settings: Any) -> str:
 
 
 def start_accelerator(settings: Any) -> Accelerator:
-    """Accelerate, with the tracker asked for.
+    """Accelerate, with the tracker asked for; on a CPU also a heap that gives back what is free.
 
     Raises:
         UserError: Accelerate is set to an engine that training is not written for.
@@ -90,9 +90,10 @@ def start_accelerator(settings: Any) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
-    from pipelines import devices
+    from pipelines import devices, heap
 
     devices.refuse_other_engines()
+    heap.give_back_large_blocks()
     tracker = settings.compute.tracker
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     accelerator = Accelerator(

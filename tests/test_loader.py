@@ -17,7 +17,7 @@ from diffalign.data.loader import LoaderSettings, PairLoader, easiest_first, val
 from diffalign.errors import UserError
 from diffalign.levels import Levels
 from diffalign.types import LENGTHS, PairBatch
-from diffalign.waiting import Waiting
+from diffalign.waiting import Clock, Waiting
 
 FIELDS = ("winner", "loser", "t", "noise", "label", "weight", "index")
 
@@ -148,6 +148,29 @@ def test_waiting_is_the_share_of_the_time_until_data_are_there(monkeypatch: pyte
         clock[0] += 100.0  # validation
     assert waiting.share == 4 / 20
     assert Waiting(None).step_done() == {} and Waiting(None).share is None
+
+
+def test_a_clock_goes_on_where_an_earlier_session_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def session(state: dict[str, float], waited: float, whole: float) -> Clock:
+        watch = Stopwatch()
+        clock = Clock(watch)
+        clock.load_state_dict(state)
+        now[0] += 1000.0  # loading
+        clock.begin()
+        clock.steps.ask()
+        with watch.running():
+            now[0] += waited
+        now[0] += whole - waited
+        clock.steps.step_done()
+        return clock
+
+    first = session({}, waited=1.0, whole=4.0)
+    assert (first.seconds, first.earlier, first.waiting) == (4.0, 0.0, 0.25)
+    second = session(first.state_dict(), waited=5.0, whole=6.0)
+    assert (second.seconds, second.earlier, second.waiting) == (10.0, 4.0, 0.6)
 
 
 class SlowPairs(PairsInMemory):
