@@ -174,22 +174,37 @@ def test_a_clock_goes_on_where_an_earlier_session_ended(monkeypatch: pytest.Monk
 
 
 class SlowPairs(PairsInMemory):
-    """Every prompt takes 10 ms."""
+    """Every prompt takes 10 ms; ``made`` counts them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.made, self._changed = 0, threading.Condition()
 
     def conditioning(self, pair_index: int | None) -> dict[str, torch.Tensor]:
         time.sleep(0.01)
+        with self._changed:
+            self.made += pair_index is not None
+            self._changed.notify()
         return super().conditioning(pair_index)
 
+    def wait_until_made(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.made >= count, timeout=60)
 
-def test_who_works_meanwhile_does_not_wait() -> None:
+
+@pytest.mark.parametrize("works", [False, True])
+def test_who_works_meanwhile_does_not_wait(works: bool) -> None:
     """A step is four pairs, 40 ms, and made while the one before it is used."""
-    waited = {}
-    for work in (0.0, 0.1):
-        loader = PairLoader(SlowPairs(12), range(12), LoaderSettings(batch_size=4))
-        for _ in loader.steps(0, 5):
-            time.sleep(work)
-        waited[work] = loader.waiting.seconds
-    assert waited[0.0] > 0.2 > 2 * waited[0.1] > 0.08
+    pairs = SlowPairs(12)
+    loader = PairLoader(pairs, range(12), LoaderSettings(batch_size=4))
+    first = 0.0
+    for step, _ in enumerate(loader.steps(0, 5)):
+        first = first or loader.waiting.seconds
+        if works and step < 4:
+            pairs.wait_until_made(4 * (step + 2))
+    assert first > 0.01
+    later = loader.waiting.seconds - first  # of four steps
+    assert later < 0.08 if works else later > 0.12
 
 
 # ------------------------------------------------------------------------------------------------------- a curriculum
