@@ -1,0 +1,109 @@
+"""What the README names is there: links, commands, options, imports. (What its commands do: test_slow_promises.)"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OTHERS = {"--nproc_per_node", "--num_processes", "--config_file", "--dist", "-m", "-n", "-k", "-s", "-e"}
+"""Options of torchrun, Accelerate's launcher, pytest and pip."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def spans() -> list[str]:
+    """Code within sentences."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def commands() -> list[list[str]]:
+    """Every ``diffalign ...`` that is given in full, as words."""
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    found = []
+    for line in [*lines, *spans()]:
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            if len(words) > 1 and words[0].endswith("diffalign") and not {"...", "--help"} & {*words}:
+                found.append(words[1:])
+    return found
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_the_commands_were_found() -> None:
+    assert len(commands()) > 40
+    assert {words[0] for words in commands() if not words[0].startswith("-")} <= {*cli.command_names(), "world"}
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if len(w) > 2 and "|" not in " ".join(w)], ids=" ".join)
+def test_a_command_is_understood(words: list[str]) -> None:
+    """As the command line reads it, to the last option."""
+    _, unknown = cli.build_parser(words[0]).parse_known_args(words)
+    assert not unknown
+
+
+def test_every_option_that_is_named_exists() -> None:
+    of_benchmarks = {name for file in ROOT.glob("benchmarks/*.py") for name in re.findall(r'"(--[a-z-]+)"', file.read_text())}
+    known = of_benchmarks | {
+        name
+        for command in cli.command_names()
+        for parser in parsers(cli.build_parser(command))
+        for action in parser._actions
+        for name in action.option_strings
+    }
+    text = "\n".join([*spans(), *blocks("bash")])
+    named = set(re.findall(r"(?<!\S)(?:--[a-z][\w-]+|-[a-z]\b)", text))
+    assert len(named) > 60
+    assert named - known <= OTHERS
+
+
+def test_links_lead_somewhere() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    headings = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    assert len(links) > 15
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_files_that_are_named_exist() -> None:
+    text = "\n".join([*spans(), *blocks("bash")])
+    named = set(re.findall(r"(?:tests|benchmarks|notebooks)/\w+\.\w+", text))
+    assert len(named) > 12
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_python_examples_import_what_there_is() -> None:
+    found = blocks("python")
+    assert len(found) >= 3
+    for block in found:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            elif isinstance(node, ast.Import):
+                assert all(importlib.import_module(alias.name) for alias in node.names)
