@@ -128,7 +128,8 @@ class Sizing:
     def _trained(self, settings: TrainSettings) -> Any:
         """The family with the parameters that are trained."""
         dtype = "float32" if settings.adapter == "full" else _precision(settings)
-        return self._once(("trained", settings.adapter, dtype), _with_parameters, settings, dtype)
+        key = ("trained", settings.adapter, dtype, settings.compute.channels_last)
+        return self._once(key, _as_trained, settings, dtype)
 
     def _encoder(self, settings: TrainSettings) -> Any:
         """The family whose autoencoder works as the run has it."""
@@ -144,7 +145,7 @@ class Sizing:
         autocast = None if precision == "float32" else getattr(torch, precision)
 
         def counted(rows: int) -> Pass:
-            key = ("pass", settings.adapter, size, rows, checkpointing, precision)
+            key = ("pass", settings.adapter, size, rows, checkpointing, precision, settings.compute.channels_last)
             return self._once(key, forward_pass, family, prompt, size, rows, checkpointing, autocast)
 
         one = counted(rows)
@@ -217,12 +218,18 @@ def _with_vae_memory(settings: TrainSettings) -> Any:
     return family
 
 
-def _with_parameters(settings: TrainSettings, dtype: str) -> Any:
+def _as_trained(settings: TrainSettings, dtype: str) -> Any:
+    """As ``ingredients`` has it: copies of pictures in another order are kept, too."""
     family = _sketched(settings, dtype)
     if settings.adapter == "full":
         family.train_fully()
     else:
+        if not torch.accelerator.is_available():
+            family.use_products()
         family.attach_lora(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
+    if settings.compute.channels_last:
+        family.set_channels_last(True)
+    family.network.train()
     return family
 
 

@@ -13,7 +13,7 @@ from diffalign import losses, objectives
 from diffalign.errors import UserError
 from pipelines import config, memory_presets
 from pipelines.estimate import Estimate, estimate
-from pipelines.families import load_family
+from pipelines.families import _convolutions, load_family
 from pipelines.image_settings import TrainSettings
 from pipelines.sizing import Comparing, Sizing
 from pipelines.tiny.model import checkpoint_path
@@ -31,6 +31,7 @@ SWITCHES = {
     "all weights in bf16": {"adapter": "full", "mixed_precision": "bf16"},
     "how much at a time, text in bf16": {"encode_batch": 2, "sampling_batch": 2, "text_precision": "bfloat16"},
     "int8": {"quantise": "int8"},
+    "channels-last": {"channels_last": True},
 }
 
 
@@ -119,25 +120,50 @@ def kept_in_truth(family, size: tuple[int, int, int], rows: int, half: bool = Fa
     return sum(kept.values())
 
 
+EVERY_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut"]
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", ["stable_diffusion", "pixart", "sd3"])
-def test_activations_are_those_of_a_real_pass(name: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("stable_diffusion", {}),
+        ("stable_diffusion", {"targets": EVERY_LAYER}),
+        ("stable_diffusion", {"targets": EVERY_LAYER, "channels_last": True}),
+        ("pixart", {}),
+        ("sd3", {}),
+    ],
+    ids=["unet", "unet, every layer", "unet, every layer, channels-last", "pixart", "sd3"],
+)
+def test_activations_are_those_of_a_real_pass(
+    name: str, more: dict, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a network in training, its convolutions as a run on this machine has them."""
+    monkeypatch.setattr(_convolutions, "WEIGHTS", 500)  # a miniature's, or none would be written as a product
     folder, half = MINIATURES[name].save(tmp_path / "model"), precision == "bf16"
     family = load_family(folder, dtype="bfloat16" if half else "float32")
-    family.attach_lora(rank=2)
+    if not torch.accelerator.is_available():
+        assert (family.use_products() > 0) == (name == "stable_diffusion")
+    family.attach_lora(rank=2, targets=more.get("targets"))
+    if more.get("channels_last"):
+        family.set_channels_last(True)
+    family.network.train()
     size = family.latent_shape(PIXELS)
-    guess = estimate(settings(model=str(folder), rank=2, resolution=PIXELS, batch_size=1, mixed_precision=precision))
+    guess = estimate(settings(model=str(folder), rank=2, resolution=PIXELS, batch_size=1, mixed_precision=precision, **more))
     assert guess.bytes["activations"] == pytest.approx(kept_in_truth(family, size, 2, half), rel=0.02)
 
 
-@pytest.mark.parametrize("pairs", [1, 4])
-def test_copies_of_weights_in_half_precision_are_counted_once(pairs: int, tmp_path: Path) -> None:
-    """Of all weights that are trained; they do not grow with the batch."""
+@pytest.mark.parametrize(("pairs", "last"), [(1, False), (4, False), (4, True)])
+def test_copies_of_weights_in_half_precision_are_counted_once(pairs: int, last: bool, tmp_path: Path) -> None:
+    """Of all weights that are trained, in whichever order; they do not grow with the batch."""
     folder = MINIATURES["stable_diffusion"].save(tmp_path / "model")
     family = load_family(folder)
     family.train_fully()
+    family.set_channels_last(last)
+    family.network.train()
     truth = kept_in_truth(family, family.latent_shape(PIXELS), 2 * pairs, half=True)
-    guess = estimate(settings(model=str(folder), adapter="full", resolution=PIXELS, batch_size=pairs, mixed_precision="bf16"))
+    more = {"resolution": PIXELS, "batch_size": pairs, "mixed_precision": "bf16", "channels_last": last}
+    guess = estimate(settings(model=str(folder), adapter="full", **more))
     assert guess.bytes["activations"] == pytest.approx(truth, rel=0.03)
 
 
