@@ -7,6 +7,8 @@ states ``NAMES`` is one of each, versions of one another.
 
 A judge's module also has ``load(**options)``, which returns the judge (see ``reward_models.base.Judge``); with ``NAMES`` the
 name is its first argument. Nothing is imported or read from disk before a judge is loaded.
+
+A judge of your own is a ``PointwiseJudge``: ``info`` and ``score_prepared``, and all the rest is there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from reward_models._judge import PointwiseJudge, Preparation
 from reward_models.base import Judge, JudgeError, RewardInfo
 
 if TYPE_CHECKING:
@@ -26,7 +29,19 @@ if TYPE_CHECKING:
 
     from reward_models._judge import Scorer
 
-__all__ = ["Judge", "JudgeError", "RewardInfo", "UnknownJudgeError", "check_together", "load", "names", "options", "score"]
+__all__ = [
+    "Judge",
+    "JudgeError",
+    "PointwiseJudge",
+    "Preparation",
+    "RewardInfo",
+    "UnknownJudgeError",
+    "check_together",
+    "load",
+    "names",
+    "options",
+    "score",
+]
 
 
 class UnknownJudgeError(JudgeError):

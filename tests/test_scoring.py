@@ -16,9 +16,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import reward_models
-from reward_models import _clip, _heads, aesthetic
+from reward_models import PointwiseJudge, _clip, _heads, aesthetic
 from reward_models._cache import Cache
-from reward_models._judge import PointwiseJudge
 from reward_models._pictures import Pictures, UnreadablePictureWarning
 from reward_models.base import JudgeError, RewardInfo
 
