@@ -193,9 +193,9 @@ def _release_memory() -> None:
     """Give the memory of a pipeline just dropped back to the device; on the CPU that has happened already."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.accelerator.is_available():
         gc.collect()
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()
 
 
 def _run(

@@ -40,7 +40,7 @@ from pipelines.feedback import PROMPT_FOLDER, made_by_model
 from pipelines.progress import Progress
 from pipelines.run import PRECISIONS
 from pipelines.sampling import picture_seed
-from reward_models._judge import Scorer
+from reward_models._judge import Scorer, device_of
 from reward_models.base import JudgeError
 
 LISTING, PAGE, PICTURES = "pictures.jsonl", "index.html", "pictures"
@@ -229,7 +229,7 @@ class _Sampler:
         if saved is not None:
             self.family.attach_lora(rank=saved.rank, alpha=saved.alpha, targets=saved.targets)
             self.family.load_adapter(saved)
-        self._device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = device_of(asked.device)
         self._autocast = None if asked.mixed_precision == "no" else getattr(torch, dtype)
         self.family.to(self._device)
         self.family.network.eval()

@@ -290,7 +290,7 @@ class Encoder(ABC):
         return _hash(_provenance(self.made_of, self.preparation))
 
 
-def device_of(asked: str | None) -> torch.device:
+def device_of(asked: torch.device | str | None) -> torch.device:
     """The device a user asked for; the accelerator, if there is one, where nothing was asked."""
     import torch
 

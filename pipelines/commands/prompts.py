@@ -158,12 +158,10 @@ def _studio(args: argparse.Namespace) -> Any:
 
 
 def _writer(where: str, args: argparse.Namespace) -> Any:
-    import torch
-
     from pipelines.writers.writer import Writer
+    from reward_models._judge import device_of
 
-    place = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Writer.load(where, dtype=args.dtype, template=args.template).to(place)
+    return Writer.load(where, dtype=args.dtype, template=args.template).to(device_of(args.device))
 
 
 # ------------------------------------------------------------------------------------------------------------ building

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as the training that is to learn from it (default no)",
     )
     parser.add_argument("--single-file-config", metavar="FOLDER", help="for a single-file model: a Diffusers folder of its kind")
-    parser.add_argument("--device", help="such as cuda, cuda:1 or cpu (default: cuda if there is one)")
+    parser.add_argument("--device", help="such as cuda, cuda:1 or cpu (default: the best there is)")
     parser.add_argument(
         "--judges",
         "--judge",

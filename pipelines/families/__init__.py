@@ -55,7 +55,7 @@ def load_pipeline(
     Args:
         model: 'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors or .ckpt file, or a folder written by diffalign,
             whose LoRA is then applied to its base, and to the LoRAs that were part of that.
-        device: None takes a CUDA device if there is one, else the CPU.
+        device: None takes the accelerator if there is one (CUDA, XPU, MPS), else the CPU.
         config: a Diffusers folder with configuration and tokenizer, for single files without access to the hub.
         base: the base model of a LoRA folder, if not the one on record.
         without: parts to leave out, by the words of the family's ``OPTIONAL``: SD3 can do without "t5".
@@ -67,11 +67,11 @@ def load_pipeline(
     Raises:
         UserError: the model does not exist, is of no known family, or cannot be read.
     """
-    import torch
+    from reward_models._judge import device_of
 
     chosen = torch_dtype(dtype)
     origin = find(model, config=config, base=base, base_lora=base_lora).leaving_out(without)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     pipe = read(origin, dtype=chosen, others=chosen, quantise=None if quantise == "none" else (quantise, place))
     if not offload:
         return pipe.to(place)

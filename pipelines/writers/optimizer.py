@@ -26,6 +26,7 @@ from pipelines.writers.sampling import BrokenOff, How, candidates
 from pipelines.writers.studio import Sampling, Studio, lost_by, standardised
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
+from reward_models._judge import device_of
 
 DRAWN = 4
 """Candidates for each rewrite that is asked for, where they are chosen from (a cap on drift, or judges)."""
@@ -85,11 +86,9 @@ class PromptOptimizer:
         Raises:
             UserError: something of this is not here, or a generator without judges (or the other way round).
         """
-        import torch
-
         if (generator is None) != (judges is None):
             raise UserError("Rewrites are drawn by a generator and judged by judges: give both, or neither.")
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = device_of(device)
         writer = Writer.load(where, dtype=dtype, template=template).to(place)
         chosen = None if embedding is None else load_embedding(embedding, device=place)
         return cls(writer, chosen, _studio(generator, judges, sampling or Sampling(), place, dtype) if generator else None)
