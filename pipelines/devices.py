@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, convert_outputs_to_fp32
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
@@ -39,6 +40,12 @@ def refuse_other_engines() -> None:
 
 def _is_asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def forget_precision() -> None:
+    """Let a run have another precision than the one before it in this process, a notebook's: Accelerate has one for a process's
+    whole life, unless told to forget it. What belongs to the processes (rank, groups) stays."""
+    AcceleratorState._reset_state()
 
 
 def begin(accelerator: Accelerator) -> None:

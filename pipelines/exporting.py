@@ -197,7 +197,8 @@ def _diffusers(
 
 def _peft_config(layers: Layers, network: nn.Module) -> dict[str, Any]:
     """PEFT's configuration of these layers: one rank and alpha, and patterns for layers that have others."""
-    from peft import LoraConfig
+    with quietly():
+        from peft import LoraConfig
 
     rank, alpha = most_common_of(layers)
     ranks = {f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != rank}

@@ -93,6 +93,7 @@ def start_accelerator(settings: Any) -> Accelerator:
     from pipelines import devices, heap
 
     devices.refuse_other_engines()
+    devices.forget_precision()
     heap.give_back_large_blocks()
     tracker = settings.compute.tracker
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache

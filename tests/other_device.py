@@ -38,6 +38,7 @@ def _module() -> types.ModuleType:
     module.device_count, module.current_device = (lambda: 1), (lambda: 0)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     module._is_in_bad_fork = lambda: False
+    module.get_rng_state, module.set_rng_state = (lambda *_: torch.get_rng_state()), (lambda *_: None)
     for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "_lazy_init"):
         setattr(module, name, lambda *_: None)
     return module

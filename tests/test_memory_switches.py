@@ -170,3 +170,16 @@ def test_a_run_with_the_8_bit_optimizer_resumes_to_the_bit(saved: Saved, pairs: 
     (cut / "pytorch_lora_weights.safetensors").unlink()
     run(saved, pairs, "diffusion-dpo", cut, **how, resume=True)
     assert_equal(weights(whole), weights(cut))
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def test_two_runs_of_one_process_may_differ_in_precision(saved: Saved, pairs: Path, tmp_path: Path) -> None:
+    """As in a notebook; Accelerate has one precision for a process, and would have it restarted."""
+    left = {}
+    for name, precision in (("first", "bf16"), ("second", "no"), ("third", "bf16")):
+        run(saved, pairs, "diffusion-dpo", tmp_path / name, steps=1, mixed_precision=precision)
+        left[name] = weights(tmp_path / name)
+    assert_equal(left["first"], left["third"])
+    assert any(not torch.equal(left["first"][name], left["second"][name]) for name in left["first"])

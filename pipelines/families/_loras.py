@@ -118,7 +118,8 @@ def hollow_parts(origin: Origin) -> dict[str, nn.Module]:
     """
     import diffusers
 
-    cls = getattr(diffusers, origin.pipeline_class)
+    with quietly():  # a pipeline's module is imported here
+        cls = getattr(diffusers, origin.pipeline_class)
     names = getattr(cls, "_lora_loadable_modules", [registry()[origin.family].NETWORK])
     place = origin.configured_at
     if origin.kind == "file" or place is None:  # a single file has no configuration of its own

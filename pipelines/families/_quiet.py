@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LIBRARIES = ("diffusers", "transformers", "xformers")
+_LIBRARIES = ("diffusers", "transformers", "xformers", "bitsandbytes", "torch.utils._pytree")
+"""The last two speak when PEFT and Diffusers import them and torchao."""
 
 
 class _Notes(logging.Handler):
@@ -27,9 +28,9 @@ def quietly() -> Iterator[list[str]]:
     """
     notes: list[str] = []
     handler = _Notes(notes)
+    bars = _switch_off_bars()  # first, for it imports libraries, which then set up their loggers
     loggers = [logging.getLogger(name) for name in _LIBRARIES]
     before = [(one, list(one.handlers), one.propagate) for one in loggers]
-    bars = _switch_off_bars()
     for one in loggers:
         one.handlers, one.propagate = [handler], False
     try:

@@ -31,7 +31,8 @@ def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence
     Raises:
         UserError: a number out of range, or a target that matches no layer.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with quietly():
+        from peft import LoraConfig, inject_adapter_in_model
 
     chosen = _targets(model, targets)
     _check(model, rank, alpha, chosen, dropout)

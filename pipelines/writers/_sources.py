@@ -213,9 +213,10 @@ def _is_causal(config: Any) -> bool:
 
 
 def _merged(model: PreTrainedModel, folder: str, base: str) -> PreTrainedModel:
-    from peft import PeftModel
     from safetensors import SafetensorError
 
+    with quietly():
+        from peft import PeftModel
     try:
         with quietly(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

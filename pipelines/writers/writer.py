@@ -259,7 +259,8 @@ class Writer:
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """``model``, in which nothing is dropped in training: layers of dropout, and probabilities that other layers hold."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    with quietly():
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
