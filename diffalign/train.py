@@ -13,9 +13,10 @@ import json
 import math
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -125,6 +126,16 @@ class RandomState:
             _restore_random_state(ranks[mine])
 
 
+@contextmanager
+def random_numbers_as_they_were() -> Iterator[None]:
+    """Within, generators may be seeded; afterwards they go on as if nothing had been drawn: they belong to who calls."""
+    before = _random_state()
+    try:
+        yield
+    finally:
+        _restore_random_state(before)
+
+
 def _random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
@@ -168,14 +179,18 @@ class Together:
 
 
 class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C is not caught."""
+    """Turns SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C is not caught.
+
+    In a thread other than the main one, which alone may have signals, nothing is caught.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        here = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT) if here else ():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -70,6 +70,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(paragraph(f"diffalign {args.command}: {error}"), file=sys.stderr)
         return 2
+    except ValueError as error:
+        from reward_models.base import JudgeError
+
+        if args.debug or not isinstance(error, JudgeError):
+            raise
+        print(paragraph(f"diffalign {args.command}: {error}."), file=sys.stderr)
+        return 2
     except OSError as error:
         if args.debug or error.errno not in REFUSED_BY_THE_DISK:
             raise

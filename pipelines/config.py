@@ -11,8 +11,10 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import numbers
+import os
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -96,8 +98,27 @@ def placed(options: Mapping[str, Any], objective: type) -> dict[str, Any]:
     out: dict[str, Any] = {}
     short = {path.split(".")[-1]: path for path in _paths(objective)}
     for name, value in options.items():
-        put(out, short.get(name, name), value)
+        put(out, short.get(name, name), _plain(name, value))
     return out
+
+
+_PLAIN = (str, numbers.Number, Sequence, Mapping, type(None))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting as a file of settings could hold it: paths by their names.
+
+    Raises:
+        UserError: it is an object that no file of settings could name, such as a data set in memory.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, _PLAIN):
+        raise UserError(
+            f"{name} was given a {type(value).__name__}. A run is to be repeated from its settings, so they are names, numbers "
+            "and paths: save data first (dataset.to_parquet(FILE)) and give the file."
+        )
+    return value
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -159,6 +180,8 @@ def resolve(tree: Mapping[str, Any], objective: type, unknown_flags: list[str] =
     except ValidationError as error:
         mistakes = [_explain(e, objective) for e in error.errors()] + mistakes
     mistakes += schema.missing(tree, objective.about)
+    if not mistakes and not 0 <= checked.seed < 2**32:
+        mistakes.append(f"seed: should be from 0 to 2**32 - 1, as all generators take it (found {checked.seed})")
     whole: dict[str, Any] = {}
     if not mistakes:
         whole = {name: getattr(checked, name) for name in schema.top_level}
@@ -222,6 +245,8 @@ def _reader(hint: Any) -> Any:
     def read(value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        if value.startswith("~"):
+            value = os.path.expanduser(value)
         if optional and value.lower() == "none":
             return None
         parts = [p.strip() for p in value.split(",") if p.strip()]

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffalign.errors import UserError
 from pipelines import grids, outputs, sampling
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
@@ -25,7 +26,7 @@ SHOWN = 48
 
 def generate(
     model: str,
-    prompts: Sequence[Prompt | str],
+    prompts: str | Sequence[Prompt | str],
     output: str | Path,
     *,
     load: Callable[[str], Any],
@@ -43,21 +44,24 @@ def generate(
     ``options`` are those of ``pipelines.sampling.sample``.
 
     Raises:
-        UserError: an output folder that holds something (unless ``overwrite``), a model that cannot be loaded.
+        UserError: an output folder that holds something (unless ``overwrite``), a model that cannot be loaded, no prompts, or a
+            number of things below one.
     """
+    asked = [p if isinstance(p, Prompt) else Prompt(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+    _check(len(asked), seed, images_per_prompt=images_per_prompt, batch_size=batch_size, steps=options.get("steps", 1))
     start, folder = time.perf_counter(), outputs.check_folder(output, overwrite)
     pipe = load(model)
     guidance = sampling.guidance_of(pipe) if guidance_scale is None else guidance_scale
     options["sampler"] = sampling.sampler_of(pipe, options.get("sampler", sampling.AUTO))
-    asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
     seeds = sampling.picture_seeds(len(asked), images_per_prompt, seed)
     rows = [(asked[i // images_per_prompt], s) for i, s in enumerate(seeds)]
-    outputs.clear(folder, OWNED)
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
         images = sampling.sample(
             pipe, [p.text for p, _ in part], seeds=[s for _, s in part], guidance_scale=guidance, batch_size=batch_size, **options
         )
+        if first == 0:  # nothing can be wrong any more: what was there may go
+            outputs.clear(folder, OWNED)
         for i, image in enumerate(images, first):
             outputs.write_png(folder / f"{i:05d}.png", image)
         if progress is not None:
@@ -78,6 +82,16 @@ def generate(
     }
     outputs.write_json(folder / "generation.json", record)
     return record
+
+
+def _check(prompts: int, seed: int, **counts: int) -> None:
+    """Raises UserError if there is nothing to sample."""
+    if not prompts:
+        raise UserError("There are no prompts.")
+    if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
+        raise UserError(f"There should be one at least: {', '.join(wrong)}.")
+    if seed < 0:
+        raise UserError(f"Seeds are 0 and above; it is {seed}.")
 
 
 def _line(i: int, prompt: Prompt, seed: int) -> str:

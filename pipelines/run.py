@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from diffalign.objectives._family import looks_at_company
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
 from pipelines.progress import TrainingBar
-from pipelines.run_folder import OutputFolder
+from pipelines.run_folder import SUMMARY_FILE, OutputFolder
 
 Say = Callable[[str], None]
 Report = Callable[..., None]
@@ -64,7 +65,12 @@ def through_the_loop(
         if accelerator.log_with:
             accelerator.init_trackers(settings.compute.tracker)
         bar.start(trainer.step, settings.loop.steps)
-        finished = trainer.run()
+        try:
+            finished = trainer.run()
+        except BaseException:
+            for tracker in accelerator.trackers:  # or its thread would outlive a failed run in a notebook
+                tracker.finish()
+            raise
     if (finished.waiting or 0.0) > LONG_WAIT:
         say(f"{finished.waiting:.0%} of the steps' time went by waiting for data: {WHAT_HELPS}")
     return trainer, finished
@@ -81,6 +87,19 @@ def close(accelerator: Accelerator, finished: Finished, say: Say) -> Finished:
     if finished.interrupted:
         say(f"Interrupted at step {finished.step}; a checkpoint was written. Go on with --resume.")
     return finished
+
+
+def summary_of(output: Path, finished: Finished) -> dict[str, Any]:
+    """What ``summary.json`` holds.
+
+    Raises:
+        KeyboardInterrupt: the run was stopped, by Ctrl-C, a notebook's stop button or SIGTERM, and has none yet.
+    """
+    if finished.interrupted:
+        raise KeyboardInterrupt(
+            f"stopped at step {finished.step}; a checkpoint was written. The same call with resume=True, not overwrite, goes on."
+        )
+    return json.loads((output / SUMMARY_FILE).read_text())
 
 
 def division(settings: Any, world: int, buckets: bool = False) -> dict[str, Any]:

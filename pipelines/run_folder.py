@@ -29,6 +29,8 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if output.is_file():
         raise UserError(f"{output} is a file; the output should be a folder.")
+    if resume and overwrite:
+        raise UserError("To resume is to go on with the run that is there, to overwrite is to replace it: ask for one of them.")
     is_run = (output / CONFIG_FILE).is_file()
     if resume:
         if not is_run:
@@ -84,18 +86,20 @@ def start_accelerator(settings: Any) -> Accelerator:
     """Accelerate, with the tracker asked for; on a CPU also a heap that gives back what is free.
 
     Raises:
-        UserError: Accelerate is set to an engine that training is not written for.
+        UserError: Accelerate is set to an engine that training is not written for, or knows no such tracker.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 
     from pipelines import devices, heap
 
     devices.refuse_other_engines()
     devices.forget_precision()
     heap.give_back_large_blocks()
-    tracker = settings.compute.tracker
+    tracker, known = settings.compute.tracker, [kind.value for kind in LoggerType]
+    if tracker not in ("none", *known):
+        raise UserError(f"tracker is {tracker!r}; Accelerate knows {', '.join(known)}, and none is the JSONL file only.")
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun

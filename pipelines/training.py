@@ -26,7 +26,7 @@ from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.train import Finished, Together, Trainer
+from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
 from diffalign.weights import TrainedWeights
 from pipelines import config, devices, families, ingredients, memory_presets, run
 from pipelines.curves import draw_curves
@@ -143,6 +143,8 @@ def base_loras(found: Sequence[BaseLora]) -> dict[str, list[str]]:
     return {"base_loras": [lora.sha256 for lora in found]} if found else {}
 
 
+@random_numbers_as_they_were()
+@torch.enable_grad()
 def train(
     name: str,
     settings: TrainSettings,
@@ -247,12 +249,19 @@ def align(
 
     Raises:
         UserError: as ``train``; mistakes in the options all at once.
+        KeyboardInterrupt: the run was stopped; the same call with ``resume=True`` goes on.
     """
     if judge is not None:
+        if not callable(judge):
+            raise UserError(f"judge is a function of pictures and prompts; it was given {judge!r}. Judges have names in reward=.")
+        if "reward" in options:
+            raise UserError(
+                "judge is a function that rewards in place of named judges, and reward names judges: give one of them."
+            )
         options["reward"] = (getattr(judge, "__name__", type(judge).__name__),)  # for the record
     settings = run.settings_of(name, recipe, options)
-    train(name, settings, resume=resume, overwrite=overwrite, progress=progress, judge=judge)
-    return json.loads((settings.output / SUMMARY_FILE).read_text())
+    finished = train(name, settings, resume=resume, overwrite=overwrite, progress=progress, judge=judge)
+    return run.summary_of(settings.output, finished)
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_models._judge import BATCH, EmbeddingJudge, Encoder, Preparation, texts_for
+from reward_models._judge import BATCH, EmbeddingJudge, Encoder, Preparation, check_pixels, texts_for
 from reward_models._preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ClipEncoder(Encoder):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """[N, D] of length one for pixels float [N, 3, H, W] in [0, 1], with gradients to the pixels."""
-        return self.towers.images(self.preparation.how.grad(pixels))
+        return self.towers.images(self.preparation.how.grad(check_pixels(pixels)))
 
 
 class DualEncoder(EmbeddingJudge):

@@ -119,7 +119,7 @@ class Scorer(ABC):
         """[N, M]: every picture against every prompt."""
         import torch
 
-        pictures = Pictures.of(images)
+        pictures, prompts = Pictures.of(images), [prompts] if isinstance(prompts, str) else prompts
         columns = [self.score(pictures, prompt, batch_size=batch_size, cache=cache) for prompt in prompts]
         return torch.stack(columns, dim=1) if columns else torch.empty(len(pictures), 0)
 
@@ -156,10 +156,10 @@ class Scorer(ABC):
     # ----------------------------------------------------------------------------------------------------------- training
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        """[N] for pixels float [N, 3, H, W] in [0, 1], with gradients to the pixels.
+        """[N] for pixels float [N, 3, H, W] in [0, 1], with gradients to the pixels. What a decoder overshoots is cut off.
 
         Raises:
-            JudgeError: the judge has no gradient.
+            JudgeError: the judge has no gradient, or the pixels are of another form or range.
         """
         raise JudgeError(f"the judge {self.info.name!r} is not differentiable")
 
@@ -224,11 +224,17 @@ class PointwiseJudge(Scorer):
 
     preparation: Preparation = Preparation()
     made_of: Mapping[str, Any] = {}
-    """All that decides its numbers, for the cache and for reports; a ``Path`` stands for the content of the file."""
+    """All that decides its numbers, for the cache and for reports; a ``Path`` stands for the content of the file. Of a judge of
+    somebody's own that does not say, nothing is kept in a cache: it may be another one tomorrow."""
 
     @abstractmethod
     def score_prepared(self, prepared: Sequence[Any], prompts: Sequence[str]) -> Tensor:
         """[n] float32, for n prepared pictures and their prompts."""
+
+    @property
+    def says_what_it_is(self) -> bool:
+        """Whether its scores may be kept."""
+        return bool(self.made_of) or type(self).__module__.startswith(f"{__package__}.")
 
     @property
     def parts(self) -> tuple[PointwiseJudge, ...]:
@@ -291,11 +297,18 @@ class Encoder(ABC):
 
 
 def device_of(asked: torch.device | str | None) -> torch.device:
-    """The device a user asked for; the accelerator, if there is one, where nothing was asked."""
+    """The device a user asked for; the accelerator, if there is one, where nothing was asked.
+
+    Raises:
+        JudgeError: PyTorch knows no such device.
+    """
     import torch
 
     if asked is not None:
-        return torch.device(asked)
+        try:
+            return torch.device(asked)
+        except RuntimeError as error:
+            raise JudgeError(f"there is no device {asked!r}; devices are called cuda, cuda:1, mps, cpu ...") from error
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
@@ -303,6 +316,24 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises JudgeError, naming the choices, if ``value`` is none of them."""
     if value not in choices:
         raise JudgeError(f"{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def check_pixels(pixels: Tensor) -> Tensor:
+    """``pixels``, if they are what ``differentiable_score`` takes.
+
+    Raises:
+        JudgeError: they are not; values far outside of [0, 1] would be cut off in silence, and their gradients with them.
+    """
+    if not hasattr(pixels, "is_floating_point") or not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1] != 3:
+        given = f"{pixels.dtype} {list(pixels.shape)}" if hasattr(pixels, "dtype") else type(pixels).__name__
+        raise JudgeError(f"differentiable scores are of a float tensor [N, 3, H, W] in [0, 1]; got {given}")
+    low, high = pixels.detach().aminmax() if pixels.numel() else (0.0, 1.0)
+    if low < -0.5 or high > 1.5:
+        raise JudgeError(
+            f"pixels are to be in [0, 1]; these go from {float(low):.2f} to {float(high):.2f}. A decoder's become (x + 1) / 2, "
+            "bytes x / 255"
+        )
+    return pixels
 
 
 def texts_for(judge: Scorer, n: int, prompts: str | Sequence[str] | None) -> list[str]:

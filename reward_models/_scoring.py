@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from reward_models._cache import Cache, score_key, text_key, vector_key
 from reward_models._judge import BATCH, EmbeddingJudge, Encoder, PointwiseJudge, Preparation, Scorer, texts_for
 from reward_models._pictures import Pictures
+from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,8 @@ def stream(
 
     ``texts``: for each judge a prompt for every picture.
     """
+    if batch_size < 1:
+        raise JudgeError(f"batch_size is how many pictures are judged at a time, 1 or more; got {batch_size}")
     base = Cache.of(cache)
     batches = [list(numbers[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
     try:
@@ -166,7 +169,7 @@ class _Work:
             prepared = self._ready(judge.preparation, batch, [p for p in prompts if p not in known])
             places = list(prepared)
             items = [(prepared[p], prompts[p]) for p in places]
-            new = torch.cat(self._networks(lambda some: judge.score_prepared(*zip(*some, strict=True)), items)) if items else None
+            new = torch.cat(self._networks(lambda some: _scores_of(judge, some), items)) if items else None
         out = torch.full((len(batch.numbers),), float("nan"))
         if new is not None and new.ndim == 2:  # vectors, asked for by ``embed_all``
             out = torch.full((len(batch.numbers), new.shape[1]), float("nan"))
@@ -230,7 +233,7 @@ class _Work:
     # ------------------------------------------------------------------------------------------------------------ cache
 
     def _known(self, j: int, numbers: Sequence[int], digests: Sequence[str | None]) -> dict[int, float]:
-        if not self._cache or isinstance(self._judges[j], _Embedding):
+        if not self._cache or isinstance(self._judges[j], _Embedding) or not self._judges[j].says_what_it_is:
             return {}
         keys = {place: self._key(j, number, digests[place]) for place, number in enumerate(numbers) if digests[place]}
         there = self._cache.scores(list(keys.values()))
@@ -241,7 +244,7 @@ class _Work:
         return score_key(digest or "", self._prompts[j][number] if judge.info.needs_prompt else "", judge.fingerprint)
 
     def _keep_scores(self, j: int, batch: _Batch, places: Sequence[int], scores: Tensor) -> None:
-        if self._cache and scores.ndim == 1:
+        if self._cache and scores.ndim == 1 and self._judges[j].says_what_it_is:
             kept = {p: self._key(j, batch.numbers[p], batch.digests[p]) for p in places if batch.digests[p]}
             self._cache.keep_scores({key: float(scores[p]) for p, key in kept.items()})
 
@@ -264,6 +267,22 @@ class _Work:
         for identity, encoder in encoders.items():
             new = {p: v for p, v in batch.vectors.get(identity, {}).items() if p in batch.prepared and batch.digests[p]}
             self._cache.keep_vectors({vector_key(batch.digests[p], encoder.fingerprint): v.numpy() for p, v in new.items()})
+
+
+def _scores_of(judge: PointwiseJudge, some: Sequence[tuple[Any, str]]) -> Tensor:
+    """[n] scores of n prepared pictures with their prompts.
+
+    Raises:
+        JudgeError: there are not n of them, which a tensor of one number would hide.
+    """
+    import torch
+
+    scores = torch.as_tensor(judge.score_prepared(*zip(*some, strict=True)))
+    if scores.shape not in ((len(some),), (len(some), 1)):
+        raise JudgeError(
+            f"the judge {judge.info.name!r} gave scores {list(scores.shape)} for {len(some)} pictures; give one each"
+        )
+    return scores.reshape(len(some))
 
 
 class _Embedding(EmbeddingJudge):

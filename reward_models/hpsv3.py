@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_models import _qwen
-from reward_models._judge import PointwiseJudge, Preparation, check_choice, device_of, texts_for
+from reward_models._judge import PointwiseJudge, Preparation, check_choice, check_pixels, device_of, texts_for
 from reward_models._pictures import Pictures
 from reward_models._weights import Source, fill, path_of, read_state
 from reward_models.base import JudgeError, RewardInfo
@@ -140,7 +140,7 @@ class HPSv3(PointwiseJudge):
         return self._reader(prepared, prompts)[:, 0]
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        pictures = self.preparation.how.grad(pixels)
+        pictures = self.preparation.how.grad(check_pixels(pixels))
         return self._reader.read(list(pictures), texts_for(self, len(pixels), prompts))[:, 0]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_models import _heads
-from reward_models._judge import DTYPES, PointwiseJudge, Preparation, check_choice, device_of, texts_for
+from reward_models._judge import DTYPES, PointwiseJudge, Preparation, check_choice, check_pixels, device_of, texts_for
 from reward_models._preprocess import ShortestSide
 from reward_models._weights import Source, fill, path_of, read_state, read_tokenizer
 from reward_models.base import RewardInfo
@@ -141,7 +141,7 @@ class ImageReward(PointwiseJudge):
         return sum(len(ids) > TOKENS for ids in self._tokenizer(list(prompts)).input_ids) if prompts else 0
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        return self._judge(self.preparation.how.grad(pixels), texts_for(self, len(pixels), prompts))
+        return self._judge(self.preparation.how.grad(check_pixels(pixels)), texts_for(self, len(pixels), prompts))
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         how = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_models import _clip
-from reward_models._judge import DTYPES, PointwiseJudge, Preparation, check_choice, device_of, texts_for
+from reward_models._judge import DTYPES, PointwiseJudge, Preparation, check_choice, check_pixels, device_of, texts_for
 from reward_models._preprocess import ShortestSide
 from reward_models._weights import Source, fill, path_of, read_state
 from reward_models.base import JudgeError, RewardInfo
@@ -219,7 +219,7 @@ class MPS(PointwiseJudge):
         return self._tokenise.n_cut(prompts)
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        return self._judge(self.preparation.how.grad(pixels), texts_for(self, len(pixels), prompts))
+        return self._judge(self.preparation.how.grad(check_pixels(pixels)), texts_for(self, len(pixels), prompts))
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch

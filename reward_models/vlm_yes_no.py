@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reward_models._judge import DTYPES, PointwiseJudge, check_choice, device_of, texts_for
+from reward_models._judge import DTYPES, PointwiseJudge, check_choice, check_pixels, device_of, texts_for
 from reward_models.base import JudgeError, RewardInfo
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class YesNo(PointwiseJudge):
         return self._judge(self._inputs([picture.convert("RGB") for picture in prepared], prompts)).cpu()
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        inputs = self._inputs(list(pixels.float()), texts_for(self, len(pixels), prompts), do_rescale=False)  # are in [0, 1]
+        texts = texts_for(self, len(check_pixels(pixels)), prompts)
+        inputs = self._inputs(list(pixels.float()), texts, do_rescale=False)  # are in [0, 1]
         if pixels.requires_grad and not any(hasattr(v, "requires_grad") and v.requires_grad for v in inputs.values()):
             raise JudgeError(f"{self._called} is not differentiable: its image processor does not pass gradients on")
         return self._judge(inputs)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reward_models._judge import PointwiseJudge, Preparation, check_choice, device_of, texts_for
+from reward_models._judge import PointwiseJudge, Preparation, check_choice, check_pixels, device_of, texts_for
 from reward_models._preprocess import MEAN, ShortestSide
 from reward_models._shards import files_of, put, tensors
 from reward_models.base import JudgeError, RewardInfo
@@ -202,7 +202,7 @@ class VQAScore(PointwiseJudge):
         return self._judge(torch.stack(list(prepared)), prompts).cpu()
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
-        return self._judge(self.preparation.how.grad(pixels), texts_for(self, len(pixels), prompts))
+        return self._judge(self.preparation.how.grad(check_pixels(pixels)), texts_for(self, len(pixels), prompts))
 
     def _judge(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         import torch

@@ -5,9 +5,12 @@ The folder is the registry: ``names()`` lists it, ``load(name)`` imports one.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from types import ModuleType
+
+from diffalign.errors import UserError
 
 
 def names(of_prompts: bool | None = None) -> list[str]:
@@ -17,7 +20,9 @@ def names(of_prompts: bool | None = None) -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """The module of an objective. Raises ValueError that lists the known ones."""
+    """The module of an objective. Raises UserError that lists the known ones."""
     if name not in names(None):
-        raise ValueError(f"no objective is called {name!r}; there are: {', '.join(names())}")
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"No objective is called {name!r}.{hint} There are: {', '.join(names())}.")
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from reward_models.base import JudgeError
 
     out = scoring.check_output(args.out, args.overwrite) if args.out else None
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet is a picture, a .png; got {args.sheet}.")
     if args.prompt and args.prompts:
         raise UserError("--prompt is one prompt for all pictures, --prompts says where each has its own; give one of them.")
     sheet = sheet_from(args)

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.shares import processes
     from reward_models.base import JudgeError
 
+    if len(args.folders) == 1 and (args.plot or args.report):
+        raise UserError("--plot and --report are of comparisons, and one folder has nothing to be compared with: name several.")
     out = scoring.check_output(args.out, args.overwrite)
     share, wait, device = processes()
     args.device = args.device or device

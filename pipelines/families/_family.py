@@ -142,7 +142,8 @@ class Family:
             raise ValueError("with an adapter, denoiser.adapter_off() is the reference; no copy is needed")
         self._refuse_quantised()
         frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
-        return self.denoiser.with_network(frozen if dtype is None else frozen.to(dtype))
+        with quietly():  # Diffusers warns of modules to be kept in float32, also where there are none
+            return self.denoiser.with_network(frozen if dtype is None else frozen.to(dtype))
 
     def adapter_state(self) -> dict[str, Tensor]:
         """What is trained, by name: the adapter, or the whole network. Not copies: clone to keep."""

@@ -11,12 +11,15 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pipelines.families._quiet import quietly
 from pipelines.tiny import scenes, shipped
 from reward_models import oracle
+
+with quietly():  # a notebook's first import, maybe
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 40
 WIDTH = 128

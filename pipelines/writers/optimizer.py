@@ -156,12 +156,15 @@ class PromptOptimizer:
         return kept[0] if alone else kept
 
     def stream(
-        self, prompts: Iterable[str], chunk: int = 64, progress: Progress | None = None, **options: Any
+        self, prompts: str | Iterable[str], chunk: int = 64, progress: Progress | None = None, **options: Any
     ) -> Iterator[list[Rewrite]]:
         """The same for a list of any length, ``chunk`` prompts at a time; yields one prompt's rewrites after the other's.
 
         ``progress`` is told ("rewriting", prompts done, prompts in all; or done, where the list has no length).
         """
+        if chunk < 1:
+            raise UserError(f"chunk is how many prompts are rewritten at a time, 1 or more; it is {chunk}.")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         rest, done = iter(prompts), 0
         total = len(prompts) if isinstance(prompts, Sized) else None
         while part := list(islice(rest, chunk)):

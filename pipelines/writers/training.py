@@ -7,20 +7,20 @@ export    a LoRA or a whole model with its tokenizer, card, rewrites of held-out
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from diffalign import objectives
 from diffalign.data.texts import validation_batches
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.train import Finished, Together, Trainer
+from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
 from pipelines import run
 from pipelines.curves import draw_curves, read_metrics
 from pipelines.outputs import write_json
@@ -75,6 +75,8 @@ def settings_identity(name: str, settings: PromptTrainSettings, world: int) -> d
     }
 
 
+@random_numbers_as_they_were()
+@torch.enable_grad()
 def train(
     name: str,
     settings: PromptTrainSettings,
@@ -138,10 +140,11 @@ def train_writer(
 
     Raises:
         UserError: as ``train``; mistakes in the options all at once.
+        KeyboardInterrupt: the run was stopped; the same call with ``resume=True`` goes on.
     """
     settings = run.settings_of(name, recipe, options)
-    train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
-    return json.loads((settings.output / SUMMARY_FILE).read_text())
+    finished = train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
+    return run.summary_of(settings.output, finished)
 
 
 # -------------------------------------------------------------------------------------------------------------- export
