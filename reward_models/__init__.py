@@ -21,13 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from reward_models._judge import PointwiseJudge, Preparation
 from reward_models.base import Judge, JudgeError, RewardInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reward_models._judge import Scorer
+    from reward_models._judge import PointwiseJudge, Preparation, Scorer
 
 __all__ = [
     "Judge",
@@ -42,6 +41,15 @@ __all__ = [
     "options",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What judges are made of is imported when it is asked for: it needs PIL, which the command line can do without."""
+    if name in ("PointwiseJudge", "Preparation"):
+        from reward_models import _judge
+
+        return getattr(_judge, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class UnknownJudgeError(JudgeError):

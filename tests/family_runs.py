@@ -89,7 +89,7 @@ def run(saved: Saved, pairs: Path, name: str, output: Path, *, steps: int = 2, *
     cache = saved.folder.parent / f"{saved.folder.name}-{'prompts' if from_prompts else 'pairs'}"
     where = {"model": str(saved.folder), "pairs": str(pairs), "output": output, "cache": cache}
     pace = {"steps": steps, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 1, "tracker": "none", "progress": False}
-    align(name, resolution=PIXELS, **where, **pace, **{**small, **kind, **more})
+    align(name, resolution=PIXELS, **where, **{**pace, **small, **kind, **more})
 
 
 def weights(output: Path) -> dict[str, Tensor]:

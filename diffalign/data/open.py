@@ -7,6 +7,7 @@ folder of modules, and the folder is the registry: a new form of storage or a ne
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from array import array
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ def open_pairs(
     the names differ from the usual ones. ``scores`` is the judge, as ``diffalign relabel`` called it, whose scores the pairs
     carry. Raises ``UserError`` for an unknown place, split, column, judge or form of data.
     """
+    if not isinstance(where, (str, os.PathLike)):
+        raise UserError(f"Data are named by a path or a hub id; got a {type(where).__name__}. Save it first: to_parquet(FILE).")
     if ties not in TIES:
         raise UserError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}.")
     place = str(Path(where).expanduser()) if Path(where).expanduser().exists() else str(where)
