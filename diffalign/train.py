@@ -141,16 +141,22 @@ def _random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this process's own device
+        "device": _accelerator().get_rng_state() if _accelerator() else None,  # this process's own
         "numpy": [kind, keys.tolist(), *rest],
         "python": [version, list(internal), gauss],
     }
 
 
+def _accelerator() -> Any:
+    """PyTorch's module for the kind of accelerator that is here, such as ``torch.cuda``; None on a CPU."""
+    return torch.get_device_module() if torch.accelerator.is_available() else None
+
+
 def _restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if isinstance(state["cuda"], Tensor) and torch.cuda.is_available():  # older checkpoints hold a list, one for every device
-        torch.cuda.set_rng_state(state["cuda"])
+    saved = state.get("device", state.get("cuda"))  # older checkpoints say cuda, and the oldest hold a list, one for every device
+    if isinstance(saved, Tensor) and _accelerator():
+        _accelerator().set_rng_state(saved)
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = state["python"]

@@ -168,7 +168,9 @@ class Own(PointwiseJudge):
         return self.answer(len(prepared))
 
 
-@pytest.mark.parametrize("answer", [torch.ones, lambda n: torch.ones(n, 1), lambda n: [1.0] * n, np.ones], ids=str)
+@pytest.mark.parametrize(
+    "answer", [torch.ones, lambda n: torch.ones(n, 1), lambda n: [1.0] * n, np.ones], ids=["n", "n x 1", "list", "array"]
+)
 def test_scores_of_ones_own_judge_in_any_form(answer: Any) -> None:
     assert torch.equal(Own(answer).score(pictures()), torch.ones(4))
 

@@ -464,10 +464,12 @@ def test_random_streams_of_another_machine_are_taken_as_far_as_they_go(monkeypat
     RandomState(second).load_state_dict(saved)
     assert torch.equal(torch.rand(3), own) and not torch.equal(own, expected)
     restored: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    module = SimpleNamespace(get_rng_state=lambda: torch.tensor([7], dtype=torch.uint8), set_rng_state=restored.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda: module)
     on_a_gpu = _random_state()
     _restore_random_state(on_a_gpu)
-    _restore_random_state(on_a_gpu | {"cuda": [torch.zeros(1, dtype=torch.uint8)] * 8})  # an older one, of eight GPUs
-    assert [state.tolist() for state in restored] == [[7]]
+    on_the_host = {name: value for name, value in on_a_gpu.items() if name != "device"}
+    _restore_random_state(on_the_host | {"cuda": torch.tensor([8], dtype=torch.uint8)})  # as checkpoints were
+    _restore_random_state(on_the_host | {"cuda": [torch.zeros(1, dtype=torch.uint8)] * 8})  # of eight GPUs, before that
+    assert [state.tolist() for state in restored] == [[7], [8]]
