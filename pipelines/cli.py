@@ -65,17 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     args.unknown = unknown
     try:
         return args.run(args)
-    except UserError as error:
-        if args.debug:
+    except (UserError, ValueError) as error:
+        if args.debug or not _is_of_the_users_making(error):
             raise
         print(paragraph(f"diffalign {args.command}: {error}"), file=sys.stderr)
-        return 2
-    except ValueError as error:
-        from reward_models.base import JudgeError
-
-        if args.debug or not isinstance(error, JudgeError):
-            raise
-        print(paragraph(f"diffalign {args.command}: {error}."), file=sys.stderr)
         return 2
     except OSError as error:
         if args.debug or error.errno not in REFUSED_BY_THE_DISK:
@@ -88,6 +81,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"Interrupted. {getattr(args, 'goes_on', '')}".rstrip(), file=sys.stderr)
         return INTERRUPTED_STATUS
+
+
+def _is_of_the_users_making(error: Exception) -> bool:
+    """Judges have an error of their own, for their room imports nothing of ours."""
+    from reward_models.base import JudgeError
+
+    return isinstance(error, (UserError, JudgeError))
 
 
 def paragraph(text: str) -> str:

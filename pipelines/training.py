@@ -143,7 +143,6 @@ def base_loras(found: Sequence[BaseLora]) -> dict[str, list[str]]:
     return {"base_loras": [lora.sha256 for lora in found]} if found else {}
 
 
-@random_numbers_as_they_were()
 @torch.enable_grad()
 def train(
     name: str,
@@ -172,19 +171,20 @@ def train(
     settings, switched = memory_presets.applied(settings)
     preflight(settings)
     accelerator = start_accelerator(settings)
-    if resume:
-        run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
-    check_judges(settings, judge)
-    say = say if accelerator.is_main_process else lambda _: None
-    set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
-    for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
-        say(remark)
-    folder = OutputFolder(settings.output, to_yaml(f"train {name}", settings), resume, overwrite)
-    trained = _train_and_export(name, settings, accelerator, folder, say, progress, judge)
-    accelerator.free_memory()
-    if accelerator.is_main_process and not trained.finished.interrupted:
-        finish(name, settings, trained, time.perf_counter() - start, say, progress)
-    return run.close(accelerator, trained.finished, say)
+    with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
+        if resume:
+            run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
+        check_judges(settings, judge)
+        say = say if accelerator.is_main_process else lambda _: None
+        set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
+        for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
+            say(remark)
+        folder = OutputFolder(settings.output, to_yaml(f"train {name}", settings), resume, overwrite)
+        trained = _train_and_export(name, settings, accelerator, folder, say, progress, judge)
+        accelerator.free_memory()
+        if accelerator.is_main_process and not trained.finished.interrupted:
+            finish(name, settings, trained, time.perf_counter() - start, say, progress)
+        return run.close(accelerator, trained.finished, say)
 
 
 @dataclass(frozen=True)

@@ -327,8 +327,9 @@ def check_pixels(pixels: Tensor) -> Tensor:
     if not hasattr(pixels, "is_floating_point") or not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1] != 3:
         given = f"{pixels.dtype} {list(pixels.shape)}" if hasattr(pixels, "dtype") else type(pixels).__name__
         raise JudgeError(f"differentiable scores are of a float tensor [N, 3, H, W] in [0, 1]; got {given}")
-    low, high = pixels.detach().aminmax() if pixels.numel() else (0.0, 1.0)
-    if low < -0.5 or high > 1.5:
+    seen = pixels.detach()
+    if ((seen < -0.5) | (seen > 1.5)).any():  # one look at the device
+        low, high = seen.aminmax()
         raise JudgeError(
             f"pixels are to be in [0, 1]; these go from {float(low):.2f} to {float(high):.2f}. A decoder's become (x + 1) / 2, "
             "bytes x / 255"

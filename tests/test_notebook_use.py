@@ -17,10 +17,11 @@ from family_runs import Saved, assert_equal, brightness, on_disk, run, weights, 
 from PIL import Image
 
 import reward_models
+from diffalign import train as loop
 from diffalign.data.open import open_pairs
 from diffalign.errors import UserError
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
-from pipelines import config
+from pipelines import cli, config, training
 from pipelines.families import load_pipeline
 from pipelines.generation import generate
 from pipelines.training import align
@@ -82,6 +83,18 @@ def test_random_numbers_and_gradients_stay_the_callers(saved: Saved, pairs: Path
     torch.rand(7), np.random.rand(3), random.random()
     run(saved, pairs, "diffusion-dpo", tmp_path / "second", steps=1)
     assert_equal(weights(tmp_path / "first"), weights(tmp_path / "second"))
+
+
+def test_random_numbers_are_looked_at_after_accelerate_has_begun(
+    saved: Saved, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, every process of a machine would take hold of the first GPU, whose generator it would ask for its state."""
+    order: list[str] = []
+    for module, name in ((training, "start_accelerator"), (loop, "_random_state")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, own=own, name=name: order.append(name) or own(*given))
+    run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=1)
+    assert order[:2] == ["start_accelerator", "_random_state"]
 
 
 def test_it_runs_in_a_thread(saved: Saved, pairs: Path, tmp_path: Path) -> None:
@@ -248,3 +261,26 @@ def test_a_stream_of_one_prompt() -> None:
     assert len(list(optimizer.stream("a red star", max_rewrite_tokens=8))) == 1
     with pytest.raises(UserError, match="chunk"):
         list(optimizer.stream(["a red star"], chunk=0))
+
+
+# ------------------------------------------------------------------------------------------------------------ the shell
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["score", "pictures", "--judges", "jpeg", "--out", "t.csv", "--plot", "w.png"], "nothing to be compared with"),
+        (["rank", "pictures", "--judges", "jpeg", "--sheet", "s.txt"], "--sheet is a picture, a .png"),
+        (["generate", "--model", "tiny", "--prompt", "a", "--out", "new", "--device", "gpu"], "there is no device 'gpu'"),
+    ],
+    ids=["a plot of one", "a sheet of text", "no device"],
+)
+def test_a_command_refuses_in_a_paragraph(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    pictures(1)[0].save(tmp_path / "pictures" / "a.png")
+    assert cli.main(words) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]

@@ -66,6 +66,7 @@ def load_pipeline(
 
     Raises:
         UserError: the model does not exist, is of no known family, or cannot be read.
+        ValueError: PyTorch knows no such device.
     """
     from reward_models._judge import device_of
 

@@ -75,7 +75,6 @@ def settings_identity(name: str, settings: PromptTrainSettings, world: int) -> d
     }
 
 
-@random_numbers_as_they_were()
 @torch.enable_grad()
 def train(
     name: str,
@@ -103,20 +102,21 @@ def train(
         require_bitsandbytes()
     shown = [p.text for p in held_out_prompts(settings.show.prompts, settings.show.prompt_count)] if settings.show.prompts else []
     accelerator = start_accelerator(settings)
-    if resume:
-        run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
-    say = say if accelerator.is_main_process else lambda _: None
-    set_seed(settings.seed, device_specific=True)  # only dropout draws from it
-    table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
-    writer.to(accelerator.device)
-    before = _rewritten(settings, writer, shown) if accelerator.is_main_process else []
-    prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
-    folder = OutputFolder(settings.output, to_yaml(COMMANDS[name], settings), resume, overwrite)
-    build = partial(build_trainer, name, settings, prepared, accelerator)
-    trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
-    if accelerator.is_main_process and not finished.interrupted:
-        finish(name, settings, prepared, trainer, shown, before, time.perf_counter() - start, say)
-    return run.close(accelerator, finished, say)
+    with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
+        if resume:
+            run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
+        say = say if accelerator.is_main_process else lambda _: None
+        set_seed(settings.seed, device_specific=True)  # only dropout draws from it
+        table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
+        writer.to(accelerator.device)
+        before = _rewritten(settings, writer, shown) if accelerator.is_main_process else []
+        prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
+        folder = OutputFolder(settings.output, to_yaml(COMMANDS[name], settings), resume, overwrite)
+        build = partial(build_trainer, name, settings, prepared, accelerator)
+        trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
+        if accelerator.is_main_process and not finished.interrupted:
+            finish(name, settings, prepared, trainer, shown, before, time.perf_counter() - start, say)
+        return run.close(accelerator, finished, say)
 
 
 def train_writer(
