@@ -83,7 +83,10 @@ class Comparison:
 
         Differences are divided by their standard deviation over all pairs, so that judges can be laid beside each other, but
         their mean is not taken off: the sign has to stay the verdict. ``gap`` is the distance between the two judges named.
+        Raises ``UserError`` for fewer than one.
         """
+        if n < 1:
+            raise UserError(f"disagreements are counted from 1; got n={n}.")
         scaled = np.stack([self._sign(j) * _scaled(self.pairs[j].to_numpy()) for j in self.judges], axis=1)  # [N, judges]
         highest, lowest = np.where(np.isnan(scaled), -np.inf, scaled), np.where(np.isnan(scaled), np.inf, scaled)
         most, least, row = highest.argmax(axis=1), lowest.argmin(axis=1), np.arange(len(scaled))

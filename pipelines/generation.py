@@ -16,7 +16,7 @@ from PIL import Image
 from diffalign.errors import UserError
 from pipelines import grids, outputs, sampling
 from pipelines.progress import Progress
-from pipelines.prompts import Prompt
+from pipelines.prompts import Prompt, as_prompts
 
 OWNED = ("[0-9]*.png", "grid.png", "metadata.jsonl", "generation.json")
 """What ``generate`` writes."""
@@ -44,10 +44,10 @@ def generate(
     ``options`` are those of ``pipelines.sampling.sample``.
 
     Raises:
-        UserError: an output folder that holds something (unless ``overwrite``), a model that cannot be loaded, no prompts, or a
-            number of things below one.
+        UserError: an output folder that holds something (unless ``overwrite``), a model that cannot be loaded, no prompts, one
+            that is no string, or a number of things below one.
     """
-    asked = [p if isinstance(p, Prompt) else Prompt(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+    asked = as_prompts(prompts)
     _check(len(asked), seed, images_per_prompt=images_per_prompt, batch_size=batch_size, steps=options.get("steps", 1))
     start, folder = time.perf_counter(), outputs.check_folder(output, overwrite)
     pipe = load(model)

@@ -11,7 +11,7 @@ import difflib
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,19 @@ class Prompt:
     category: str | None = None
     origin: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+def as_prompts(given: str | Iterable[Prompt | str]) -> list[Prompt]:
+    """What a caller in Python means by prompts: one string, or several strings and prompts.
+
+    Raises:
+        UserError: one of them is something else, such as the NaN of an empty cell in pandas.
+    """
+    several = [given] if isinstance(given, str) else list(given)
+    for place, one in enumerate(several, 1):
+        if not isinstance(one, (str, Prompt)):
+            raise UserError(f"Prompt {place} of {len(several)} is no string: {one!r}.")
+    return [one if isinstance(one, Prompt) else Prompt(one) for one in several]
 
 
 def read_prompts(where: str | Path, column: str | None = None) -> list[Prompt]:

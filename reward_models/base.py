@@ -84,4 +84,7 @@ def prompt_per_image(info: RewardInfo, n: int, prompts: str | Sequence[str] | No
         return [prompts] * n
     if len(prompts) != n:
         raise JudgeError(f"the judge {info.name!r} got {n} pictures and {len(prompts)} prompts; each picture needs one")
+    for place, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise JudgeError(f"prompt {place} of {n} is no string: {prompt!r}")
     return list(prompts)

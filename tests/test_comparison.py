@@ -326,6 +326,8 @@ def test_disagreements_by_hand() -> None:
     assert (first["z_for"] > 0) and (first["z_against"] < 0)
     assert (first["baseline_picture"], first["picture"]) == ("a/00002.png", "b/00002.png")
     assert len(c.disagreements(1)) == 1
+    with pytest.raises(UserError, match="n=-1"):
+        c.disagreements(-1)
     assert compare(made(), judges="fine", **QUICK).disagreements().empty
 
 

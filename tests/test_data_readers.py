@@ -640,6 +640,8 @@ def test_the_contact_sheet_marks_preferred_tied_and_skips_the_unreadable(tmp_pat
     assert {(46, 139, 87), (217, 154, 43)} <= colours
     assert contact_sheet(table, n=2).width < sheet.width
     assert contact_sheet(table, n=3, seed=1).tobytes() == contact_sheet(table, n=3, seed=1).tobytes()
+    with pytest.raises(UserError, match="n=0"):
+        contact_sheet(table, n=0)
 
 
 def run_check(*arguments: str) -> int:
@@ -657,6 +659,8 @@ def test_the_command_reports_and_its_status_follows_the_limit(tmp_path, capsys):
     assert "1 ties" in capsys.readouterr().out
     with pytest.raises(UserError, match="ROLE=NAME"):
         run_check(place, "--columns", "caption")
+    with pytest.raises(UserError, match="from 1; got 0"):
+        run_check(place, "--sheet", str(sheet), "--pairs", "0")
 
 
 def test_drawn_scenes_make_a_data_set_that_passes(tmp_path, capsys):

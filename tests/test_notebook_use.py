@@ -24,6 +24,7 @@ from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from pipelines import cli, config, training
 from pipelines.families import load_pipeline
 from pipelines.generation import generate
+from pipelines.prompts import Prompt
 from pipelines.training import align
 from pipelines.writers.optimizer import PromptOptimizer
 from pipelines.writers.training import train_writer
@@ -237,6 +238,19 @@ def test_one_prompt_is_one_prompt_and_a_batch_has_pictures() -> None:
             judge.score(pictures(), batch_size=wrong)
     with pytest.raises(JudgeError, match="there is no device 'gpu'"):
         reward_models.load("tiny-pickscore", device="gpu")
+
+
+def test_prompts_are_strings() -> None:
+    """An empty cell of a table is a NaN in pandas."""
+    with pytest.raises(JudgeError, match="prompt 2 of 4 is no string: nan"):
+        reward_models.load("tiny-pickscore").score(pictures(), ["a red star", float("nan"), "b", "c"])
+    optimizer = PromptOptimizer.from_pretrained("tiny", embedding=None)
+    with pytest.raises(UserError, match="Prompt 2 of 2 is no string: None"):
+        optimizer(["a red star", None])
+    with pytest.raises(UserError, match="Prompt 1 of 1 is no string: 3"):
+        generate("tiny", [3], "nowhere", load=load_pipeline)
+    of_prompts, of_strings = (optimizer([kind("a red star")], max_rewrite_tokens=8, seed=1) for kind in (Prompt, str))
+    assert [r.text for r in of_prompts[0]] == [r.text for r in of_strings[0]]
 
 
 # ---------------------------------------------------------------------------------------------------- pictures, rewrites

@@ -26,8 +26,10 @@ def contact_sheet(table: PairTable, n: int = 12, seed: int = 0) -> Image.Image:
 
     The preferred picture has a green frame, the two of a tie an amber one; of single pictures those that are wanted have a
     green one. What cannot be read is passed over.
-    Raises ``UserError`` if none can be read.
+    Raises ``UserError`` if none can be read, or none is asked for.
     """
+    if n < 1:
+        raise UserError(f"A contact sheet shows at least one pair; got n={n}.")
     shown = _readable(table, n, seed)
     across, width = min(ACROSS[table.kind], len(shown)), WIDTH[table.kind]
     down = -(-len(shown) // across)

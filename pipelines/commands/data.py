@@ -41,9 +41,12 @@ def run(args: argparse.Namespace) -> int:
     """0 if the data can be used, 1 if the share of rows that cannot exceeds the limit. Raises ``UserError``."""
     from diffalign.data.open import open_pairs
     from diffalign.data.validate import check, contact_sheet
+    from diffalign.errors import UserError
     from pipelines.progress import Bar
     from pipelines.tiny.shipped import pairs_called
 
+    if args.pairs < 1:
+        raise UserError(f"--pairs counts what the sheet shows, from 1; got {args.pairs}.")
     columns = parse_columns(args.columns)
     table = open_pairs(pairs_called(args.path), split=args.split, ties=args.ties, columns=columns, scores=args.scores)
     with Bar(unit="picture") as bar:
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _write_json(args.json, report.to_dict())
     if args.sheet and report.usable:
-        _write_sheet(args.sheet, contact_sheet(table, n=max(args.pairs, 1), seed=args.seed))
+        _write_sheet(args.sheet, contact_sheet(table, n=args.pairs, seed=args.seed))
     if report.unusable > args.max_unreadable * report.pairs:
         share = report.unusable / report.pairs
         found = f"{report.unusable} of {report.pairs} {report.kind} ({share:.2%})"

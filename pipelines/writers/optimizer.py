@@ -19,7 +19,7 @@ from typing import Any, overload
 
 from diffalign.errors import UserError
 from pipelines.progress import Progress
-from pipelines.prompts import FORMATS, read_prompts
+from pipelines.prompts import FORMATS, Prompt, as_prompts, read_prompts
 from pipelines.semantics import Embedding, distance, load_embedding
 from pipelines.writers.fitting import unwritable
 from pipelines.writers.sampling import BrokenOff, How, candidates
@@ -96,10 +96,10 @@ class PromptOptimizer:
     @overload
     def __call__(self, prompts: str, **options: Any) -> list[Rewrite]: ...
     @overload
-    def __call__(self, prompts: Sequence[str] | Path, **options: Any) -> list[list[Rewrite]]: ...
+    def __call__(self, prompts: Sequence[str | Prompt] | Path, **options: Any) -> list[list[Rewrite]]: ...
     def __call__(
         self,
-        prompts: str | Sequence[str] | Path,
+        prompts: str | Sequence[str | Prompt] | Path,
         *,
         n: int = 1,
         how: How = "sample",
@@ -134,7 +134,8 @@ class PromptOptimizer:
             strict: False gives a prompt that cannot be rewritten back unchanged, with the ``problem``, in place of an error.
 
         Raises:
-            UserError: a prompt that is empty, too long, or the name of a file; a cap without an embedding; a number out of range.
+            UserError: a prompt that is empty, too long, no string, or the name of a file; a cap without an embedding; a number
+                out of range.
         """
         asked, alone = _asked(prompts)
         self._check(n, max_distance, draw)
@@ -156,7 +157,7 @@ class PromptOptimizer:
         return kept[0] if alone else kept
 
     def stream(
-        self, prompts: str | Iterable[str], chunk: int = 64, progress: Progress | None = None, **options: Any
+        self, prompts: str | Iterable[str | Prompt], chunk: int = 64, progress: Progress | None = None, **options: Any
     ) -> Iterator[list[Rewrite]]:
         """The same for a list of any length, ``chunk`` prompts at a time; yields one prompt's rewrites after the other's.
 
@@ -235,12 +236,12 @@ class PromptOptimizer:
         return out
 
 
-def _asked(prompts: str | Sequence[str] | Path) -> tuple[list[str], bool]:
+def _asked(prompts: str | Sequence[str | Prompt] | Path) -> tuple[list[str], bool]:
     """Cleaned prompts, and whether one was asked for by itself."""
     if isinstance(prompts, Path):
         return [clean(prompt.text) for prompt in read_prompts(prompts)], False
     if not isinstance(prompts, str):
-        return [clean(prompt) for prompt in prompts], False
+        return [clean(prompt.text) for prompt in as_prompts(prompts)], False
     if prompts.strip().lower().endswith(FORMATS) and Path(prompts.strip()).is_file():
         raise UserError(f'{prompts!r} is a file. Its prompts are rewritten by Path("{prompts.strip()}"); a string is a prompt.')
     return [clean(prompts)], True
