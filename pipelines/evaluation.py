@@ -157,10 +157,8 @@ def load_panel(judges: Sequence[Judge | str] | Mapping[str, Judge], prompts: Seq
         for judge in panel.values():
             if isinstance(judge, ParticularJudge):
                 judge.check_prompts([p.text for p in prompts])
-            if isinstance(judge, Scorer) and not judge.is_pointwise:
-                raise JudgeError(
-                    f"{judge.info.name!r} is standardised by the pictures judged together; give it scores: .z(scores)"
-                )
+            if isinstance(judge, Scorer):
+                judge.check_pointwise()
     except JudgeError as error:
         raise UserError(str(error)) from error
     return panel

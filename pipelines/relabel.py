@@ -21,7 +21,7 @@ from diffalign.data.table import PairTable, StoredPair
 from diffalign.errors import UserError
 from pipelines.relabel_files import ENDINGS, Picture, Writer, is_parquet
 from pipelines.relabel_report import Agreement, Relabelled, agreement
-from pipelines.relabel_scores import BATCHES_AT_ONCE, key, opened, parts, reason_without, score_shown
+from pipelines.relabel_scores import BATCHES_AT_ONCE, check_scorers, key, opened, parts, reason_without, score_shown
 from pipelines.relabel_verdict import JudgedPair, Verdict, check_columns
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def relabel(
     Raises:
         UserError: a request that cannot be met (see ``check_request``), a prompt that a judge cannot judge by, no pair left.
     """
+    check_scorers(judges)
     out = check_request(table, list(judges), out, labels=labels, overwrite=overwrite)
     verdict = Verdict(table, judges, labels, drop_conflicts, min_margin)
     work = _Work(verdict)

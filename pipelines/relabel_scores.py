@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 BATCHES_AT_ONCE = 16  # between two visits to the output; the networks wait for the disk only there
 
 
+def check_scorers(judges: Mapping[str, Scorer]) -> None:
+    """Raises ``UserError`` for what is no judge, or one whose scores depend on what is judged beside."""
+    from reward_models._judge import Scorer
+    from reward_models.base import JudgeError
+
+    if not isinstance(judges, Mapping) or not all(isinstance(judge, Scorer) for judge in judges.values()):
+        raise UserError(
+            'Judges are given by names, {"name": judge}, and made by reward_models.load or of reward_models.PointwiseJudge; '
+            f"got {judges!r}."
+        )
+    try:
+        for judge in judges.values():
+            judge.check_pointwise()
+    except JudgeError as error:
+        raise UserError(f"{error}.") from error
+
+
 @contextmanager
 def opened(cache: CacheLike) -> Iterator[Cache | None]:
     """The cache, opened once for all parts."""

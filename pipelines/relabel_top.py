@@ -22,7 +22,7 @@ from diffalign.errors import UserError
 from pipelines.relabel import check_output
 from pipelines.relabel_files import Picture, Writer
 from pipelines.relabel_report import problem_lines
-from pipelines.relabel_scores import BATCHES_AT_ONCE, key, known, opened, parts, reason_without, score_shown
+from pipelines.relabel_scores import BATCHES_AT_ONCE, check_scorers, key, known, opened, parts, reason_without, score_shown
 
 if TYPE_CHECKING:
     from reward_models._judge import Scorer
@@ -104,6 +104,7 @@ def write_best(
     Raises:
         UserError: a request that cannot be met (see ``check_top``), a prompt that a judge cannot judge by, nothing with a score.
     """
+    check_scorers(judges)
     out = check_top(table, list(judges), out, k, by=by, overwrite=overwrite)
     by = by or next(iter(judges))
     search = _Search(table, judges, by, k)

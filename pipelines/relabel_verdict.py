@@ -6,6 +6,7 @@ Columns that are added for a judge J, where F and S stand for the data's first a
     J_F, J_S        the scores; empty where the picture cannot be read
     J_margin        how far the human's winner is ahead, negative where J prefers the other; empty for the human's ties
     J_conflict      whether J prefers the other
+    J_lower_is_better   true in every row; of judges that are so, and of no others: whoever opens the scores turns them round
     J_probability   of the first picture to be preferred, as ``label`` says it; of judges that were trained on preferences
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.table import PairTable, StoredPair
+from diffalign.data.table import LOWER, PairTable, StoredPair
 from diffalign.errors import UserError
 from pipelines.relabel_scores import known
 
@@ -62,7 +63,10 @@ def check_columns(table: PairTable, judges: Iterable[str], labels: str) -> None:
     if labels != "human" and HUMAN in present:
         raise UserError(f"{where} has a column {HUMAN} already: its labels are not the human's any more. Relabel the original.")
     for judge in judges:
-        for column in (*table.score_columns(judge), *(f"{judge}_{what}" for what in ("margin", "conflict", "probability"))):
+        for column in (
+            *table.score_columns(judge),
+            *(f"{judge}_{what}" for what in ("margin", "conflict", "probability", LOWER)),
+        ):
             if column in present:
                 raise UserError(
                     f"{where} has a column {column} already. Call the judge something else, as in --judges again={judge}."
@@ -140,6 +144,8 @@ class Verdict:
             margin = None if pair.tie else known(self.margin(name, pair))
             cells |= zip(self.table.score_columns(name), map(known, pair.scores[name]), strict=True)
             cells |= {f"{name}_margin": margin, f"{name}_conflict": None if margin is None else margin < 0}
+            if not judge.info.higher_is_better:
+                cells[f"{name}_{LOWER}"] = True
             if judge.sharpness is not None:
                 cells[f"{name}_probability"] = known(self.probability(name, pair))
         return cells
@@ -157,6 +163,7 @@ class Verdict:
             first, second = self.table.score_columns(name)
             added |= {first: "score", second: "score", f"{name}_margin": "score", f"{name}_conflict": "flag"}
             added |= {f"{name}_probability": "probability"} if judge.sharpness is not None else {}
+            added |= {} if judge.info.higher_is_better else {f"{name}_{LOWER}": "flag"}
         if self.labels != "human":
             added |= dict.fromkeys((HUMAN, *self.table.label_columns), "probability")
         return added

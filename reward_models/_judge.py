@@ -63,7 +63,8 @@ class Scorer(ABC):
 
     info: RewardInfo
     sharpness: float | None = None
-    """P(a before b) = sigmoid(sharpness * (score_a - score_b)); None where the scores have an order only."""
+    """P(a before b) = sigmoid(sharpness * (score_a - score_b)), of scores where lower is better with b and a the other way round;
+    above zero, or None where the scores have an order only."""
 
     @property
     @abstractmethod
@@ -78,6 +79,13 @@ class Scorer(ABC):
     def is_pointwise(self) -> bool:
         """Whether a picture's score is the same whatever pictures are judged beside it."""
         return True
+
+    def check_pointwise(self) -> None:
+        """Raises JudgeError unless it is: scores of pictures that are judged part by part could not be compared."""
+        if not self.is_pointwise:
+            raise JudgeError(
+                f"{self.info.name!r} is standardised by the pictures judged together; give it scores seen before: .z(scores)"
+            )
 
     def n_cut(self, prompts: Sequence[str]) -> int | None:
         """How many prompts are too long to be read to their end; 0 for a judge that reads none, None if it is not known."""
@@ -147,11 +155,16 @@ class Scorer(ABC):
         import torch
 
         self._check_trained_on_preferences()
-        return torch.sigmoid(self.sharpness * (score_a - score_b))
+        ahead = score_a - score_b if self.info.higher_is_better else score_b - score_a
+        return torch.sigmoid(self.sharpness * ahead)
 
     def _check_trained_on_preferences(self) -> None:
         if self.sharpness is None:
             raise JudgeError(f"the judge {self.info.name!r} was not trained on preferences; its scores have an order only")
+        if not self.sharpness > 0:
+            raise JudgeError(
+                f"the sharpness of {self.info.name!r} is {self.sharpness}; it is above zero: whether higher is better says info"
+            )
 
     # ----------------------------------------------------------------------------------------------------------- training
 

@@ -23,7 +23,7 @@ from diffalign.data.pairs import RowProblem
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.evaluate import win_rate
-from pipelines import cli, relabel, relabel_files, relabel_report, relabel_verdict
+from pipelines import cli, relabel, relabel_files, relabel_report, relabel_top, relabel_verdict
 from pipelines.commands import relabel as command
 from pipelines.tiny.model import pairs_path
 from reward_models import oracle
@@ -577,3 +577,71 @@ def test_the_command_tells_mistakes_in_one_paragraph(
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("diffalign relabel: ") and message in error
     assert [p.name for p in tmp_path.iterdir()] == ["data"] and data.read_bytes() == tiny.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------ where lower is better
+
+
+class Bright(reward_models.PointwiseJudge):
+    """Likes dark pictures: its score is how bright they are."""
+
+    info = reward_models.RewardInfo(name="bright", needs_prompt=False, higher_is_better=False)
+    sharpness = 0.05
+
+    def score_prepared(self, prepared, prompts):
+        return torch.tensor([np.asarray(picture.convert("RGB")).mean() for picture in prepared])
+
+
+@pytest.fixture
+def shades(tmp_path: Path) -> Path:
+    """Rows whose winner, the second picture in every other row, is dark, bright, dark, bright."""
+    rows = []
+    for number, (chosen, rejected) in enumerate([(40, 90), (200, 30), (10, 60), (150, 140)]):
+        for side, shade in (("chosen", chosen), ("rejected", rejected)):
+            Image.new("RGB", (8, 8), (shade, shade, shade)).save(tmp_path / f"{number}{side}.png")
+        rows.append(
+            {"prompt": "a", "chosen": f"{number}chosen.png", "rejected": f"{number}rejected.png", "label": 1 - number % 2}
+        )
+    (tmp_path / "shades.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "shades.jsonl"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_scores_are_turned_round_where_lower_is_better(shades: Path, ending: str) -> None:
+    out = shades.parent / f"judged.{ending}"
+    relabel.relabel(open_pairs(shades), {"bright": Bright()}, out, cache=False)
+    table = open_pairs(out, scores="bright")
+    assert [pair.scores for pair in table] == [(-40, -90), (-30, -200), (-10, -60), (-140, -150)]
+    own = {"score_chosen": "bright_chosen", "score_rejected": "bright_rejected"}
+    assert open_pairs(out, columns=own)[0].scores == (40, 90)
+    with pytest.raises(UserError, match="bright_"):
+        relabel.relabel(open_pairs(out), {"bright": Bright()}, shades.parent / "twice.jsonl", cache=False)
+
+
+def test_probabilities_are_of_darker_pictures_where_lower_is_better(shades: Path) -> None:
+    judge, black, white = Bright(), Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "white")
+    assert judge.prefer([black, white], [white, black]) == pytest.approx([1 / (1 + math.exp(-0.05 * 255)), 0], abs=1e-5)
+    assert judge.rank([white, black]).places[0].probability == pytest.approx(judge.prefer([black], [white]).item())
+    out = shades.parent / "soft.parquet"
+    relabel.relabel(open_pairs(shades), {"bright": judge}, out, labels="soft", cache=False)
+    for row in rows_of(out):
+        agrees = (row["label"] > 0.5) == (row["human_label"] > 0.5)
+        assert agrees != row["bright_conflict"] and row["label"] == pytest.approx(row["bright_probability"])
+
+
+def test_a_sharpness_is_above_zero() -> None:
+    judge = Bright()
+    judge.sharpness = -1.0
+    with pytest.raises(reward_models.JudgeError, match="above zero"):
+        judge.prefer([Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 8))])
+
+
+def test_judges_of_parts_must_not_depend_on_them(shades: Path) -> None:
+    """Data are judged part by part: what is standardised by its neighbours would depend on how many fit into one."""
+    table, out = open_pairs(shades), shades.parent / "z.jsonl"
+    for write in (relabel.relabel, lambda *given, **how: relabel_top.write_best(*given, 2, **how)):
+        with pytest.raises(UserError, match="standardised by the pictures judged together"):
+            write(table, {"z": Bright().z()}, out, cache=False)
+        with pytest.raises(UserError, match="given by names"):
+            write(table, [Bright()], out, cache=False)
+    assert not out.exists()

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from diffalign.data import layouts, readers
-from diffalign.data.table import Layout, PairTable, Rows, score_columns
+from diffalign.data.table import LOWER, Layout, PairTable, Rows, score_columns
 from diffalign.errors import UserError
 
 TIES = ("keep", "drop")
@@ -138,7 +138,8 @@ def _scores(rows: Rows, layout: Layout, names: Mapping[str, str], columns: Mappi
         )
     found = score_columns(layout, judge)
     if all(name in rows.columns for name in found):
-        return dict(zip(layout.SCORES, found, strict=True))
+        lower = f"{judge}_{LOWER}"
+        return dict(zip(layout.SCORES, found, strict=True)) | ({LOWER: lower} if lower in rows.columns else {})
     judges = _judges(rows.columns, layout, set(names.values()))
     have = f"there are those of {', '.join(judges)}" if judges else "there are none; `diffalign relabel` writes them"
     wanted = " and ".join(dict.fromkeys(found))

@@ -229,10 +229,9 @@ class PairTable:
             weight = cells.get("weight")
             weight = 1.0 if weight in (None, "") else number_from(weight, self._names["weight"], 0.0, math.inf)
             prompt = _prompt(cells[self._layout.PROMPT], self._names[self._layout.PROMPT])
-            first, second = (score_from(cells.get(role), self._names.get(role, role)) for role in self._layout.SCORES)
+            scores = self._larger_is_better(cells)
         except ValueError as error:
             raise RowProblem(origin, None, str(error)) from error
-        scores = None if first is None or second is None else (first, second)
         if self.kind == "pictures":
             picture = self._image(cells[self._layout.IMAGES[0]], PICTURE, origin)
             return PreferencePair(prompt, picture, picture, probability, weight, origin, scores, single=True)
@@ -242,11 +241,22 @@ class PairTable:
         winner, loser = (self._image(cells[role], side, origin) for role, side in zip(order, (WINNER, LOSER), strict=True))
         return PreferencePair(prompt, winner, loser, max(probability, 1.0 - probability), weight, origin, scores)
 
+    def _larger_is_better(self, cells: Mapping[str, Any]) -> tuple[float, float] | None:
+        """The scores of both pictures, turned round where the judge likes small ones; None unless both are there."""
+        first, second = (score_from(cells.get(role), self._names.get(role, role)) for role in self._layout.SCORES)
+        if first is None or second is None:
+            return None
+        return (-first, -second) if str(cells.get(LOWER)).lower() in ("true", "1") else (first, second)
+
     def _image(self, cell: Any, side: str, origin: str) -> ImageSource:
         try:
             return image_from(cell, self.rows.base)
         except ValueError as error:
             raise RowProblem(origin, side, str(error)) from error
+
+
+LOWER = "lower_is_better"
+"""The column after a judge's name, and the role, that says so of its scores; absent of other judges."""
 
 
 def score_columns(layout: Layout, judge: str) -> tuple[str, str]:
