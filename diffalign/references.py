@@ -47,8 +47,9 @@ class Frozen:
 class Cached:
     """The frozen start, asked beforehand: its errors at the draws that every pair has (``data.kept_errors``), and no network.
 
-    Pairs bring the errors with them (``PairBatch.known``); ``likelihood`` takes them from there. Asked about anything else, such
-    as mismatched prompts or pictures that were sampled, it has no answer.
+    Pairs bring the errors with them (``PairBatch.known``, ``NoisyPair.known``); ``likelihood`` takes them from there. Whoever
+    asks about anything else (another noise or level, another's prompt) says so by ``known=None``, and is told that there is no
+    answer: nobody can see of a tensor whether it was changed on the way.
     """
 
     kind = "cached"

@@ -430,7 +430,7 @@ class FlowSchedule(Schedule):
         product that begins with sigma - sigma': short steps keep their digits, and nothing is left over where a = 0."""
         now, previous = self._sigma(t, like), self._sigma(t_previous, like)
         below = ((1.0 - previous) * now).clamp(min=1e-12)  # 0 only where there is nothing to go
-        ratio = ((1.0 - now) * previous / below).clamp(max=1.0)
+        ratio = ((1.0 - now) * previous / below).clamp(max=1.0).masked_fill(now == previous, 1.0)
         rest = ((now - previous) * (now + previous - 2.0 * now * previous) / below.square()).clamp(min=0.0, max=1.0)
         dtype = torch.promote_types(torch.float32, like.dtype)
         kept = previous * (1.0 - eta**2 + (eta * ratio).square()).sqrt()

@@ -365,7 +365,7 @@ class Trainer:
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self._accelerator.device)
             with self._updates.adding(last=number == len(micro_batches)):
-                outcome = self._learner.losses(batch)
+                outcome = checked(self._learner.losses(batch), batch.weight)
                 loss = (batch.weight * outcome.loss).sum() / samples
                 self._updates.backward(loss)
             outcomes.append(outcome)
@@ -420,7 +420,8 @@ class Trainer:
     def _validation_columns(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         accelerator = self._accelerator
         taken = turns(len(self._validation), accelerator.process_index, accelerator.num_processes)
-        asked = [self._learner.validate(self._validation[place].to(accelerator.device)) for place, _ in taken]
+        batches = [self._validation[place].to(accelerator.device) for place, _ in taken]
+        asked = [checked(self._learner.validate(batch), batch.weight) for batch in batches]
         outcomes = [outcome for (_, mine), outcome in zip(taken, asked, strict=True) if mine]
         gathered = _gather(_rows(outcomes), accelerator)
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
@@ -439,6 +440,21 @@ class Trainer:
             span = f"t{b['t_from']:04d}-{b['t_to']:04d}"
             flat |= {f"{kind}-{name}/{span}": b[name] for name in health.BINNED if name in b}
         self._accelerator.log(flat, step=self.step)
+
+
+def checked(outcome: Outcome, weight: Tensor) -> Outcome:
+    """An objective's word on samples of ``weight`` [B], if it has one loss and one of each metric for each of them.
+
+    Raises:
+        UserError: it has not. A loss of [B, 1] would meet the weights as [B, B], and every gradient would be B times too large.
+    """
+    for name, numbers in {"loss": outcome.loss, **outcome.metrics}.items():
+        if numbers.shape != weight.shape:
+            raise UserError(
+                f"The objective gave {name!r} of shape {list(numbers.shape)} for {len(weight)} samples; it should be "
+                f"{list(weight.shape)}, one number for each."
+            )
+    return outcome
 
 
 def _rounds_of(loop: LoopSettings, learner: Learner, weights: TrainedWeights, ema: Ema | None) -> LoopRounds | None:

@@ -60,7 +60,7 @@ def _others(rows: dict[str, list[dict[str, Any]]]) -> list[Callable[[Any, dict],
         measured = rows["validation"][-1]
         panels = [(columns, title) for columns, title in HELD_OUT if columns.keys() <= measured.keys()]
         found += [partial(_validation, columns=columns, title=title) for columns, title in panels]
-        found += [_by_timestep] if measured.get("bins") else []
+        found += [_by_timestep] if any("accuracy" in b for b in measured.get("bins", [])) else []
     for name, title in (("reward", "reward of what is sampled"), ("clipped", "share of ratios outside the clip")):
         if all(name in row for row in rows["train"]):
             found.append(partial(_training, column=name, title=title))

@@ -34,8 +34,9 @@ def drawn(tmp_path: Path, *rows: dict[str, Any]) -> Path | None:
         ([{"kind": "validation", "loss": 0.69, "winner_log_p": -1.2}, TRAIN], 2),
         ([TRAIN | {"reward": 0.3, "clipped": 0.0}, TRAIN | {"reward": 0.4, "clipped": 0.0}], 3),
         ([TRAIN | {"reward": 0.3}, TRAIN], 1),
+        ([{"kind": "validation", "loss": 0.69, "of_my_own": 1.0, "bins": [{"t_from": 0, "t_to": 100}]}, TRAIN], 1),
     ],
-    ids=["loss alone", "pairs", "ratios", "tokens", "on-line", "a reward now and then"],
+    ids=["loss alone", "pairs", "ratios", "tokens", "on-line", "a reward now and then", "an objective of somebody's own"],
 )
 def test_there_is_a_panel_for_what_was_measured(rows: list[dict], panels: int, tmp_path: Path) -> None:
     picture = Image.open(drawn(tmp_path, *rows))

@@ -213,6 +213,13 @@ def test_short_steps_keep_their_digits() -> None:
     assert [x.item() for x in at_noise] == [pytest.approx(0.9), 0.0]
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_step_to_where_it_stands_is_none(eta: float) -> None:
+    schedule, t, x = FlowSchedule(), torch.tensor([1000.0, 300.0]), torch.randn(2, 4, dtype=torch.float64)
+    moved = schedule.ddim_step(x, torch.randn(2, 4, dtype=torch.float64), t, t, eta, torch.randn(2, 4, dtype=torch.float64))
+    torch.testing.assert_close(moved, x, rtol=1e-6, atol=1e-6)
+
+
 def test_steps_without_noise_are_known_and_have_no_density() -> None:
     schedule, t = FlowSchedule(), torch.tensor([[1000.0, 500.0, 0.5]])
     assert schedule.has_noise(t, steps_down(t), 1.0).tolist() == [[True, True, False]]

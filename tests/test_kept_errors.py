@@ -82,6 +82,23 @@ def test_one_draw_has_the_distribution_of_a_free_one() -> None:
     assert t.max() <= 999
 
 
+class OnlyNoisy(LevelDistribution):
+    """Somebody's own: its fields are those of the plain one, its levels are not."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return 0.8 + 0.2 * u
+
+
+def test_a_distribution_of_somebodys_own_is_another_one(tmp_path: Path) -> None:
+    plain, own = draws(), draws(levels=Levels(distribution=OnlyNoisy()))
+    assert plain.draw(0, 0, SHAPE).t != own.draw(0, 0, SHAPE).t
+    kept(tmp_path, of=plain)
+    with pytest.raises(StaleCacheError, match="quantiles"):
+        kept(tmp_path, of=own)
+    kept(tmp_path / "own", of=own)
+    kept(tmp_path / "own", Asked(fails_after=0), of=draws(levels=Levels(distribution=OnlyNoisy())))
+
+
 def test_draws_are_functions_of_seed_row_and_number() -> None:
     one, same = (draws(3, prompt_dropout=0.5, flip=True).draw(5, 1, SHAPE) for _ in range(2))
     assert one.t == same.t

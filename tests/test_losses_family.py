@@ -21,6 +21,8 @@ from diffalign.levels import Levels
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.losses import Evidence, Extras, absolute, batchwise, pairwise, rewarded, sides, unpaired
 from diffalign.losses.absolute import log_odds
+from diffalign.losses.rewarded import adpo_group
+from diffalign.objectives._family import LossAtWork
 from diffalign.sources.dataset import noised
 from diffalign.types import LogLikelihood, LogRatio
 
@@ -439,6 +441,26 @@ def test_mapo_stands_an_error_of_zero() -> None:
     assert value.item() == pytest.approx(0.0, abs=1e-12)  # q(0) = 1, far above q(1/2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mapo_has_a_gradient_at_every_error(dtype: torch.dtype) -> None:
+    """exp of a large error has no room in the type, and a small one is lost in 1 - exp."""
+    errors = torch.tensor([1e-30, 1e-9, 1e-4, 0.0499, 0.0501, 0.3, 50.0, 200.0, 3000.0], dtype=dtype)
+    winner, loser = (-errors).requires_grad_(), torch.full_like(errors, -0.4)
+    losses.mapo(LogLikelihood(winner, loser), torch.ones_like(errors), 2.0, 0.1, 1.0).sum().backward()
+    exact = errors.double()
+    q = torch.where(exact < 1e-6, 1 - exact / 2, exact / torch.expm1(exact.clamp(min=1e-6)))
+    slope = torch.where(exact < 1e-3, -0.5 + exact / 6, (q - q.square()) / exact.clamp(min=1e-3) - q)
+    slope = torch.where(exact > 500, 0.0, slope)  # dq/de
+    rest = 0.4 / math.expm1(0.4)
+    wanted = -1.0 + 0.1 * 2.0 * slope * torch.sigmoid(-2.0 * (q - rest))
+    torch.testing.assert_close(winner.grad.double(), wanted, rtol=2e-5 if dtype == torch.float32 else 1e-8, atol=0)
+
+
+def test_a_group_of_one_has_nobody_to_be_compared_with() -> None:
+    with pytest.raises(ValueError, match="these groups have 1"):
+        adpo_group(f64(0.3).view(1, 1), f64(0.5).view(1, 1), 1.0)
+
+
 def test_hypo_is_dpo_where_the_reference_is_right_and_stricter_where_it_is_wrong() -> None:
     policy = LogLikelihood(f64(-0.3, -0.3), f64(-0.3, -0.3))  # D = 0
     reference = LogLikelihood(f64(-0.2, -0.4), f64(-0.4, -0.2))  # D_ref = 0.2, -0.2
@@ -492,6 +514,17 @@ def test_beta_dpo_follows_the_batch_without_gradient_and_has_a_floor() -> None:
     assert factor > 0.02
     for one, other in zip(slopes("beta-dpo", e), slopes("dpo", e, beta=BETA * factor), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_beta_dpo_measures_margins_and_their_average_alike() -> None:
+    """Margins that never change leave beta what it is, however sure the labels are."""
+    for sure in (1.0, 0.7, 0.5):
+        at_work = LossAtWork(losses.load("beta-dpo"), 2.0, losses.MovingMargin())
+        ratio, label = margins(0.8, 0.8), f64(sure, sure)
+        for _ in range(3):
+            at_work.learn(label, ratio, mismatched=None)
+        policy = LogLikelihood(f64(0.0, 0.0), f64(0.0, 0.0))
+        torch.testing.assert_close(at_work(label, policy, policy, ratio), losses.dpo(ratio, label, 2.0))
 
 
 def test_madpo_weights_by_the_judges_margin() -> None:

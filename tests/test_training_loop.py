@@ -158,6 +158,20 @@ def test_a_weight_scales_the_loss_of_its_pair(tmp_path: Path) -> None:
     assert lines(tmp_path)[0]["loss"] == pytest.approx(0.5 * math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x.mean(), lambda x: x[:1]], ids=["a column", "a mean", "one"])
+@pytest.mark.parametrize("where", ["losses", "validate"])
+def test_a_loss_that_is_not_one_number_for_each_is_refused(change: Callable, where: str, tmp_path: Path) -> None:
+    """A column beside the weights of a batch would be a matrix, and every gradient as many times too large as there are pairs."""
+
+    def odd(learner: Learner) -> Learner:
+        own = getattr(learner, where)
+        return replace(learner, **{where: lambda batch: replace(outcome := own(batch), loss=change(outcome.loss))})
+
+    trainer = make_trainer(tmp_path, wrap=odd, validation=True)
+    with pytest.raises(UserError, match=r"gave 'loss' of shape \[.*\] for \d samples; it should be \[\d\]"):
+        trainer.run()
+
+
 def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     calls = []
 

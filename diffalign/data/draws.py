@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.levels import Levels
+from diffalign.levels import LevelDistribution, Levels
 
 _STREAMS = {"order": 1, "draw": 2, "validation": 3, "curriculum": 4, "buckets": 5, "kept": 6, "kept levels": 7}
 
@@ -133,8 +133,12 @@ class KeptDraws:
         return _drawn(g, t, shape, self.prompt_dropout, self.flip)
 
     def describe(self) -> dict[str, Any]:
-        """For a fingerprint, as plain values."""
-        return asdict(self)
+        """For a fingerprint, as plain values; a distribution of somebody's own by where its draws lie."""
+        plain, own = asdict(self), self.levels.distribution
+        if type(own) is not LevelDistribution:
+            shares = torch.linspace(0.0, 1.0, 65, dtype=torch.float64)[1:-1]
+            plain["levels"]["distribution"] |= {"quantiles": own.quantile(shares).tolist()}
+        return plain
 
 
 def fixed_draws(seed: int, row: int, shape: tuple[int, ...], levels: Levels, count: int) -> list[Draw]:

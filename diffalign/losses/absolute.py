@@ -61,8 +61,12 @@ def mapo(policy: LogLikelihood, label: Tensor, beta: float, weight: float, rate:
     """
 
     def q(x: Tensor) -> Tensor:
-        error = (-rate * x).clamp(min=torch.finfo(x.dtype).tiny)  # q(0) = 1
-        return error / torch.expm1(error)
+        """``e / (exp(e) - 1)`` of e = -s x, also where exp(e) has no room, and by its series where e is next to nothing."""
+        error = -rate * x
+        near, square = error < 0.05, error.square()
+        series = 1.0 - error / 2 + square / 12 * (1.0 - square / 60 * (1.0 - square / 42))
+        far = torch.where(near, 1.0, error)
+        return torch.where(near, series, far * (-far).exp() / -torch.expm1(-far))
 
     def stated(winner: Tensor, loser: Tensor) -> Tensor:
         return -winner - weight * F.logsigmoid(beta * (q(winner) - q(loser)))

@@ -42,7 +42,11 @@ class Extras:
 
     divergence: Divergence = option("reverse-kl", "divergence that ties the policy to the reference (losses on log-ratios)")
     divergence_alpha: float = option(0.5, "order of the alpha divergence; 1 is reverse-kl")
-    sft_weight: float = option(0.0, "weight of an added SFT term on the winner, in units of beta", ge=0)
+    sft_weight: float = option(
+        0.0,
+        "weight of an added SFT term on the winner, times what multiplies log-ratios (beta; beta / 2 for denoising errors)",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -55,8 +55,10 @@ def adpo_group(ratios: Tensor, rewards: Tensor, beta: float, reward_temperature:
     and same noise for all K. Least at beta rho = z / beta_r up to a constant; there it equals q's entropy (the paper's KL
     subtracts it).
     The released code anchors to the policy that sampled (tau 0.8, beta_r 0.5, K = 8) and can adapt tau to a language model's
-    entropy; that part is not here.
+    entropy; that part is not here. Raises ValueError for groups of one, which have no deviation.
     """
+    if rewards.shape[1] < 2:
+        raise ValueError(f"pictures are compared within their group, and these groups have {rewards.shape[1]}")
     rewards = rewards.to(ratios.dtype)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     q = torch.softmax(centred / (rewards.std(dim=1, keepdim=True) + 1e-8) / reward_temperature, dim=1)

@@ -133,7 +133,7 @@ class DenoisingLosses:
         policy, past = denoising(*now), denoising(*before) if before else None
         ratio = log_ratio(policy, past) if past else None
         if learning and ratio:
-            self._loss.learn(ratio, lambda: self._mismatched(pair, reference))
+            self._loss.learn(batch.label, ratio, lambda: self._mismatched(pair, reference))
         loss, scale = self._loss(batch.label, policy, past, ratio, batch.scores), self._loss.scale
         health = denoising_health(ratio, now, before, scale) if ratio else policy_health(now, scale)
         return Outcome(loss=loss, t=pair.t, metrics=health)

@@ -39,7 +39,11 @@ class LossChoice:
     loss_options: dict[str, float | str] = option(None, "constants of that loss, as name=value")  # type: ignore[assignment]
     divergence: Divergence = option("reverse-kl", "divergence that ties the policy to the reference")
     divergence_alpha: float = option(0.5, "order of the alpha divergence; 1 is reverse-kl")
-    sft_weight: float = option(0.0, "weight of an added SFT term on the winner, in units of beta", ge=0)
+    sft_weight: float = option(
+        0.0,
+        "weight of an added SFT term on the winner, times what multiplies log-ratios (beta; beta / 2 for denoising errors)",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -135,12 +139,15 @@ class LossAtWork:
         self._processes = processes or Alone()
 
     @torch.no_grad()
-    def learn(self, ratio: LogRatio, mismatched: Callable[[], LogRatio]) -> None:
-        """Bring the baseline up to date with a training batch of all processes. ``mismatched`` is asked only if it is watched."""
+    def learn(self, label: Tensor, ratio: LogRatio, mismatched: Callable[[], LogRatio]) -> None:
+        """Bring the baseline up to date with a training batch of all processes. ``mismatched`` is asked only if it is watched.
+
+        Margins count in the direction of ``label`` [B], and less the less sure it is, as they do where they are measured.
+        """
         if self.baseline is None:
             return
         if self.baseline.watches == "margins":
-            values = ratio.margin
+            values = (2.0 * label.to(ratio.margin.dtype) - 1.0) * ratio.margin
         else:
             sides = mismatched() if self.baseline.watches == "mismatched" else ratio
             values = torch.cat([sides.winner, sides.loser])

@@ -96,7 +96,7 @@ class TokenLosses:
         policy, gold = self._policy_likelihoods(batch, factors)
         ratio = log_ratio(policy, past) if past else None
         if learning and ratio:
-            self._loss.learn(ratio, lambda: self._mismatched(batch, reference))
+            self._loss.learn(batch.label, ratio, lambda: self._mismatched(batch, reference))
         loss = self._loss(batch.label, policy, past, ratio, batch.scores)
         if gold is not None:
             loss = loss - self._gold_weight * gold

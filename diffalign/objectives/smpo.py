@@ -111,13 +111,18 @@ class SmPO(LossChoice):
         )
 
     def smoothed(self, batch: PairBatch, low: float | None, high: float | None) -> Tensor:
-        """P [B]; of a pair without scores, its own label."""
+        """P [B]; of a pair without scores among others, its own label, which weighs what it weighs in DPO.
+
+        The loss takes ``gamma (2 P - 1)``, and a judge's P is near 1/2: with gamma 10 a human's P of 1 would count thirty times
+        as much as the usual pair.
+        """
         if self.smoothing == "label":
             return batch.label
+        own = 0.5 + (batch.label.double() - 0.5) / max(self.gamma, 1.0) if self.loss == "smpo" else batch.label
         if batch.scores is None:
-            return batch.label
+            return own
         p = smoothed_label(batch.scores[:, 0], batch.scores[:, 1], low, high)
-        return torch.where(p.isnan(), batch.label.to(p.dtype), p)
+        return torch.where(p.isnan(), own.to(p), p)
 
     def noised(self, batch: PairBatch, policy: Denoiser) -> NoisyPair:
         """Both sides carried up to the pair's t by the policy, without dropout: an inversion's strides must agree."""
