@@ -194,7 +194,18 @@ class GivenTexts:
 
 
 class Objective(Protocol):
-    """Settings and mathematics of one paper; ``objectives/`` has one per file."""
+    """Settings and mathematics of one paper, a frozen dataclass whose fields are its settings; ``objectives/`` has one per file,
+    and ``objectives.register`` takes more."""
+
+    @property
+    def about(self) -> Any:
+        """``objectives.About``: what it learns from and compares with. Of the class."""
+        ...
+
+    @property
+    def cost(self) -> Any:
+        """``objectives.Cost``: samples through the network for one pair."""
+        ...
 
     def learner(self, given: Any) -> Learner:
         """``given``: ``Given``, or ``GivenTexts`` where the objective learns from rewrites."""

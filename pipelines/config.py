@@ -113,6 +113,11 @@ def _plain(name: str, value: Any) -> Any:
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "score") or callable(value):
+        raise UserError(
+            f"{name} was given a {type(value).__name__}. Settings are names, numbers and paths; a judge of your own is given as "
+            "judge=, to training, and to pipelines.evaluation.evaluate for comparisons."
+        )
     if not isinstance(value, _PLAIN):
         raise UserError(
             f"{name} was given a {type(value).__name__}. A run is to be repeated from its settings, so they are names, numbers "

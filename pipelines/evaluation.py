@@ -222,11 +222,23 @@ def _judged(panel: dict[str, Judge], images: list[Image.Image], prompts: list[st
     scores |= {name: judge.score(images, prompts) for name, judge in panel.items() if name not in ours}
     judged = {}
     for name, judge in panel.items():
-        score = scores[name].detach().cpu().numpy().astype(np.float64)
-        assert score.shape == (len(images),), f"{name} gave scores of shape {score.shape} for {len(images)} pictures"
+        score = _numbers(name, scores[name], len(images))
         details = judge.details(images, prompts) if isinstance(judge, DetailedJudge) else {}
         judged[name] = _Scores(np.where(hidden, np.nan, score), {k: np.where(hidden, np.nan, v) for k, v in details.items()})
     return judged
+
+
+def _numbers(name: str, given: Any, count: int) -> np.ndarray:
+    """[count] float64 of what a judge said. Raises UserError if it is something else."""
+    import torch
+
+    try:
+        numbers = torch.as_tensor(given).detach().to("cpu", torch.float64).numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"The judge {name} should give scores; it gave {type(given).__name__}.") from error
+    if numbers.shape != (count,):
+        raise UserError(f"The judge {name} gave scores {list(numbers.shape)} for {count} pictures; it should give one for each.")
+    return numbers
 
 
 def _joined(parts: list[_Scores]) -> _Scores:

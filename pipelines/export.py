@@ -34,6 +34,7 @@ def write_model_card(
     licence: str | None = None,
     adapter: str | None = None,
     pipeline_class: str = "StableDiffusionPipeline",
+    left_out: Sequence[str] = (),
 ) -> Path:
     """Write ``README.md`` into the folder of a finished model, and return its path.
 
@@ -50,6 +51,7 @@ def write_model_card(
         paper: citation of the objective.
         curves: a picture of the training curves; copied into ``output`` if it lies elsewhere.
         licence: identifier of the base model's licence, if known.
+        left_out: parts of the pipeline that there are none of, which whoever loads it has to say.
 
     Raises:
         UserError: the card could not be written; an older one stays.
@@ -61,7 +63,7 @@ def write_model_card(
             _front_matter(objective, base, licence, is_lora, folder),
             _introduction(objective, base, is_lora, paper),
             _below(base_loras, is_lora),
-            _loading(folder, base, is_lora, pipeline_class, base_loras),
+            _loading(folder, base, is_lora, pipeline_class, base_loras, left_out),
             _pictures(folder, curves),
             "" if not scores else _scores(scores),
             "## Data\n\n" + table(("field", "value"), flat(data)),
@@ -122,16 +124,19 @@ def _stacked(name: str, base_loras: Sequence[str]) -> list[str]:
     return [*lines, f"pipe.set_adapters({names})"]
 
 
-def _loading(folder: Path, base: str, is_lora: bool, pipeline_class: str, base_loras: Sequence[str] = ()) -> str:
+def _loading(
+    folder: Path, base: str, is_lora: bool, pipeline_class: str, base_loras: Sequence[str], left_out: Sequence[str]
+) -> str:
+    without = "".join(f", {part}=None" for part in left_out)
     name, imports = folder.absolute().name, [f"from diffusers import {pipeline_class}"]
     if is_lora and base_loras:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}")', *_stacked(name, base_loras)]
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}"{without})', *_stacked(name, base_loras)]
         note = (
             f"`{public(base)}` stands for the base model, the folders for those of the LoRAs, `{name}` being this one. "
             "`diffalign export` makes one LoRA of them, or one model."
         )
     elif is_lora:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}")']
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}"{without})']
         if (folder / PEFT_FILE).is_file():  # a pipeline without a loader of its own
             imports.append("from peft import PeftModel")
             lines.append(f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{name}")')
@@ -139,7 +144,7 @@ def _loading(folder: Path, base: str, is_lora: bool, pipeline_class: str, base_l
             lines.append(f'pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")')
         note = f"`{public(base)}` stands for the base model, `{name}` for this folder."
     else:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{name}")']
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{name}"{without})']
         note = f"`{name}` stands for this folder."
     code = "\n".join([*imports, "", *lines, 'picture = pipe("a prompt").images[0]'])
     return f"## Use\n\n```python\n{code}\n```\n\n{note}\n"

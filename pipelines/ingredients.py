@@ -40,16 +40,17 @@ from diffalign.sources.stored import Stored
 from diffalign.train import Together
 from diffalign.types import PairBatch, placed
 from diffalign.weights import TrainedWeights
-from pipelines import devices, families, feedback, heap, reference_beforehand
+from pipelines import devices, families, feedback, heap, own_judges, reference_beforehand
 from pipelines.families import _quantised
 from pipelines.families._compiled import compile_blocks
 from pipelines.families._encoding import digest
 from pipelines.families._sources import find_loras, recorded_loras
 from pipelines.image_settings import DataSettings, TrainSettings
 from pipelines.judge_options import load_judges
+from pipelines.own_judges import OwnJudge
 from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
-from pipelines.rewarding import Judges, PictureJudge, RewardFunction, pair_scores, score_range
+from pipelines.rewarding import Judges, PictureJudge, pair_scores, score_range
 from pipelines.run import PRECISIONS, Say
 from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
@@ -71,6 +72,8 @@ class Prepared:
     cache: PairCache | None
     prompts: PromptCache | None
     judges: Judges
+    own_judge: OwnJudge | None
+    """of a user, in ``judges`` in place of those that settings could name"""
     train_rows: Sequence[int]
     validation: list[PairBatch] = field(default_factory=list)
     feedback: Stored | None = None
@@ -153,24 +156,27 @@ def start_adapter(settings: TrainSettings) -> families.SavedAdapter | None:
     return families.read_adapter(settings.start_lora)
 
 
-def training_judges(settings: TrainSettings, function: RewardFunction | None = None) -> Judges:
-    """The judges of training, loaded; none if none is named, or if people chose. A ``function`` takes the place of any.
+def training_judges(settings: TrainSettings, own: OwnJudge | None = None) -> Judges:
+    """The judges of training, loaded; none if none is named, or if people chose. A user's ``own`` takes the place of any.
 
     Raises:
         UserError: an unknown judge, or one that cannot score the data's pairs where there are such.
     """
     chosen = settings.reward
     if not samples_itself(settings):
-        _refuse_for_pairs(chosen.reward, function)
-    if function is not None:
-        return {name: function for name in chosen.reward}
+        _refuse_for_pairs(chosen.reward, own)
+    if own is not None:
+        return {own_judges.name_of(own): own}
     wanted = chosen.reward and settings.feedback is None
     return load_judges(",".join(chosen.reward), chosen.reward_options) if wanted else {}
 
 
-def _refuse_for_pairs(names: Sequence[str], function: RewardFunction | None) -> None:
-    if function is not None:
-        raise UserError("A function rewards what is sampled; the data's pairs are scored by a judge, by its name (reward=...).")
+def _refuse_for_pairs(names: Sequence[str], own: OwnJudge | None) -> None:
+    if own is not None and not own_judges.is_judge(own):
+        raise UserError(
+            "A function rewards what is sampled; the data's pairs are scored by a judge: by its name (reward=...), or by a "
+            "reward_models.PointwiseJudge of your own."
+        )
     if len(names) > 1:
         raise UserError(f"The data's pairs are scored by one judge; --reward names {len(names)}: {', '.join(names)}.")
 
@@ -232,7 +238,7 @@ def prepare(
     accelerator: Accelerator,
     say: Say,
     progress: bool = True,
-    judge: RewardFunction | None = None,
+    judge: OwnJudge | None = None,
     renew: bool = False,
 ) -> Prepared:
     """Encode the data (or open the cache), let go of the encoders, attach what is trained.
@@ -274,6 +280,7 @@ def prepare(
         cache=cache,
         prompts=prompts,
         judges=judges,
+        own_judge=judge,
         train_rows=train_rows,
         validation=validation,
         feedback=stored,

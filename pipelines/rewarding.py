@@ -20,12 +20,12 @@ from diffalign.data.pairs import Progress, UnreadableImage
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.learner import Processes
+from pipelines import own_judges
+from pipelines.own_judges import OwnJudge, RewardFunction
 from reward_models._judge import Scorer
 from reward_models.base import JudgeError
 
-RewardFunction = Callable[[Tensor, Sequence[str]], Any]
-"""Somebody's own judge: pictures [N, 3, H, W] in [0, 1] and their prompts to N numbers, larger is better."""
-Judges = Mapping[str, Scorer | RewardFunction]
+Judges = Mapping[str, OwnJudge]
 JUDGED_AT_ONCE, OPEN_AT_ONCE = 512, 64
 """Pairs whose scores are written to the disk together; pairs whose pictures are in memory together."""
 
@@ -41,8 +41,9 @@ class PictureJudge:
 
     def __call__(self, latents: Tensor, index: Sequence[int]) -> Tensor:
         """Raises UserError if a judge gives no number for a picture."""
-        pictures = torch.cat([self._decode(part) for part in latents.split(self._batch)])
-        rewards = rewards_of(self._judges, pictures, [self._prompts[i] for i in index])
+        some = [(latents[low : low + self._batch], index[low : low + self._batch]) for low in range(0, len(index), self._batch)]
+        parts = [rewards_of(self._judges, self._decode(part), [self._prompts[i] for i in where]) for part, where in some]
+        rewards = torch.cat(parts)
         if not bool(rewards.isfinite().all()):
             row, column = (~rewards.isfinite()).nonzero()[0].tolist()
             name, prompt = list(self._judges)[column], self._prompts[index[row]]
@@ -68,6 +69,8 @@ def rewards_of(judges: Judges, pictures: Tensor, prompts: Sequence[str]) -> Tens
 
 def _asked(name: str, judge: RewardFunction, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
     said = judge(pictures, list(prompts))
+    if isinstance(said, tuple) and len(said) == 2 and isinstance(said[1], Mapping):
+        said = said[0]
     try:
         numbers = torch.as_tensor(said).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -79,7 +82,7 @@ def _asked(name: str, judge: RewardFunction, pictures: Tensor, prompts: Sequence
     return numbers
 
 
-def direction(judge: Scorer | RewardFunction) -> float:
+def direction(judge: OwnJudge) -> float:
     """1 where larger is better, as it is of functions; -1 where smaller is."""
     return -1.0 if isinstance(judge, Scorer) and not judge.info.higher_is_better else 1.0
 
@@ -101,7 +104,7 @@ def pair_scores(
         UserError: a picture cannot be judged.
     """
     (scorer,) = judge.values()
-    folder = directory / f"scores-{scorer.fingerprint[:16]}"
+    folder = directory / f"scores-{own_judges.digest_of(scorer)}"
     how = {"processes": processes, "progress": progress, "stage": "judging", "at_once": JUDGED_AT_ONCE}
     found = kept_values(lambda part: _judged(table, rows[part.start : part.stop], judge), len(rows), folder, **how)
     return torch.from_numpy(found)

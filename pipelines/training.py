@@ -28,7 +28,7 @@ from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
 from diffalign.weights import TrainedWeights
-from pipelines import config, devices, families, ingredients, memory_presets, run
+from pipelines import config, devices, families, ingredients, memory_presets, own_judges, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
@@ -38,9 +38,9 @@ from pipelines.image_settings import EvaluationSettings, TrainSettings
 from pipelines.ingredients import Prepared
 from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
+from pipelines.own_judges import OwnJudge
 from pipelines.progress import Bar
 from pipelines.prompts import held_out_prompts
-from pipelines.rewarding import RewardFunction
 from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, OutputFolder, check_output, start_accelerator, to_yaml
 from pipelines.sampling import SAMPLING_FILE
@@ -67,7 +67,7 @@ def preflight(settings: TrainSettings) -> None:
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
 
 
-def check_judges(settings: TrainSettings, judge: RewardFunction | None = None) -> None:
+def check_judges(settings: TrainSettings, judge: OwnJudge | None = None) -> None:
     """Load every judge and let it go, before the model is loaded. Accelerate must have begun, or all processes of a machine would
     take the first GPU for their own.
 
@@ -115,6 +115,7 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         "data": prepared.data_digest,
         "start_lora": prepared.start_lora,
         **({"kept_errors": prepared.kept.fingerprint} if prepared.kept else {}),
+        **own_judge_identity(prepared.own_judge),
         **base_loras(prepared.family.origin.base_loras),
     }
 
@@ -130,6 +131,11 @@ def settings_identity(name: str, settings: TrainSettings, world: int) -> dict[st
         "pairs_per_step": pairs_per_step(settings, world),
         **run.division(settings, world, settings.data.buckets),
     }
+
+
+def own_judge_identity(judge: OwnJudge | None) -> dict[str, Any]:
+    """That of a judge without a name that settings could have."""
+    return {} if judge is None else {"judge": f"{own_judges.name_of(judge)} {own_judges.digest_of(judge)}"}
 
 
 def pairs_per_step(settings: TrainSettings, world: int) -> int:
@@ -152,7 +158,7 @@ def train(
     overwrite: bool = False,
     say: Say = print,
     progress: bool = True,
-    judge: RewardFunction | None = None,
+    judge: OwnJudge | None = None,
 ) -> Finished:
     """Run an objective from settings to the exported result.
 
@@ -160,7 +166,7 @@ def train(
         name: an objective of ``diffalign.objectives``, such as ``diffusion-dpo``.
         resume: go on from the newest checkpoint of the output folder.
         overwrite: replace the run that is there.
-        judge: a function that rewards what an on-line objective samples, in place of the judge that the settings name.
+        judge: somebody's own (see ``align``), in place of those that the settings name.
 
     Raises:
         UserError: model, data, output folder or device are not as they should be.
@@ -173,7 +179,8 @@ def train(
     accelerator = start_accelerator(settings)
     with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
         if resume:
-            run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
+            known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)
+            run.refuse_another_run(settings.output, known)
         check_judges(settings, judge)
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
@@ -197,6 +204,7 @@ class Trained:
     base_loras: list[BaseLora]
     stats: dict[str, Any]
     pipeline_class: str
+    left_out: tuple[str, ...]  # parts that the pipeline is without
 
 
 def _train_and_export(
@@ -206,7 +214,7 @@ def _train_and_export(
     folder: OutputFolder,
     say: Say,
     progress: bool,
-    judge: RewardFunction | None,
+    judge: OwnJudge | None,
 ) -> Trained:
     """Everything that needs the networks, which are let go when it returns: what follows needs the memory."""
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
@@ -222,7 +230,8 @@ def _train_and_export(
                 _export(settings, family, prepared.weights)
         say(f"saved {settings.output}")
     loras = family.origin.base_loras
-    return Trained(finished, prepared.base_digest, prepared.data_digest, loras, prepared.stats(), family.pipeline_class)
+    of_pipeline = family.pipeline_class, family.left_out
+    return Trained(finished, prepared.base_digest, prepared.data_digest, loras, prepared.stats(), *of_pipeline)
 
 
 def align(
@@ -232,7 +241,7 @@ def align(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    judge: RewardFunction | None = None,
+    judge: OwnJudge | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The main job in one call: ``align("diffusion-dpo", recipe="tiny", output="runs/first", steps=100)``.
@@ -240,8 +249,9 @@ def align(
     Args:
         name: the objective.
         recipe: a shipped recipe to start from.
-        judge: of on-line objectives, a function of your own from pictures [N, 3, H, W] in [0, 1] and their N prompts to N
-            rewards; otherwise name one (``reward="pickscore"``).
+        judge: your own, in place of one with a name (``reward="pickscore"``): a ``reward_models.PointwiseJudge``, or several
+            combined, to reward what is sampled, or to score the pairs of ``smpo``; for what is sampled also a function from
+            pictures [N, 3, H, W] in [0, 1] and their N prompts to N rewards, larger is better.
         options: any setting by its short name, as on the command line (``learning_rate=1e-4``, ``rank=8``).
 
     Returns:
@@ -252,13 +262,10 @@ def align(
         KeyboardInterrupt: the run was stopped; the same call with ``resume=True`` goes on.
     """
     if judge is not None:
-        if not callable(judge):
-            raise UserError(f"judge is a function of pictures and prompts; it was given {judge!r}. Judges have names in reward=.")
+        own_judges.check(judge)
         if "reward" in options:
-            raise UserError(
-                "judge is a function that rewards in place of named judges, and reward names judges: give one of them."
-            )
-        options["reward"] = (getattr(judge, "__name__", type(judge).__name__),)  # for the record
+            raise UserError("judge takes the place of named judges, and reward names judges: give one of them.")
+        options["reward"] = (own_judges.name_of(judge),)  # for the record
     settings = run.settings_of(name, recipe, options)
     finished = train(name, settings, resume=resume, overwrite=overwrite, progress=progress, judge=judge)
     return run.summary_of(settings.output, finished)
@@ -413,4 +420,5 @@ def _card(name: str, settings: TrainSettings, trained: Trained, scores: dict[str
         scores=table or None,
         curves=curves,
         pipeline_class=trained.pipeline_class,
+        left_out=trained.left_out,
     )

@@ -206,6 +206,8 @@ class Scorer(ABC):
         """``factor`` times this judge."""
         from reward_models._combine import Combined, Term
 
+        if not isinstance(self, PointwiseJudge):
+            raise JudgeError(f"{self.info.name!r} is no PointwiseJudge: only these can be combined")
         return Combined((Term(self, factor),))
 
     def z(self, reference: Any = None) -> Combined:
@@ -220,6 +222,15 @@ class Scorer(ABC):
         return self.scaled(factor)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, factor: float) -> Combined:
+        return self.scaled(1.0 / factor)
+
+    def __neg__(self) -> Combined:
+        return self.scaled(-1.0)
+
+    def __radd__(self, other: Any) -> Combined:
+        return self.scaled(1.0) if other == 0 else NotImplemented  # where sum() begins
 
     def __add__(self, other: Scorer) -> Combined:
         return self.scaled(1.0).plus(other.scaled(1.0))

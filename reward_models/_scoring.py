@@ -41,6 +41,7 @@ def score_all(
     """Scores [N] float32 of each judge, all in one pass; arguments as ``PointwiseJudge.score``."""
     import torch
 
+    check_judges(judges)
     pictures = Pictures.of(images)
     parts = list(dict.fromkeys(part for judge in judges for part in judge.parts))
     texts = [texts_for(part, len(pictures), prompts) for part in parts]
@@ -51,6 +52,13 @@ def score_all(
             out[part][batch] = of_batch
     pictures.warn()
     return [judge.combine([out[part] for part in judge.parts]) for judge in judges]
+
+
+def check_judges(judges: Iterable[Any]) -> None:
+    """Raises JudgeError for what has no scores of ours: the cache, batches and combinations need more than ``base.Judge``."""
+    for judge in judges:
+        if not isinstance(judge, Scorer):
+            raise JudgeError(f"{judge!r} is no reward_models.PointwiseJudge; judges are made of it, or loaded by their names")
 
 
 def stream(
@@ -277,7 +285,11 @@ def _scores_of(judge: PointwiseJudge, some: Sequence[tuple[Any, str]]) -> Tensor
     """
     import torch
 
-    scores = torch.as_tensor(judge.score_prepared(*zip(*some, strict=True)))
+    given = judge.score_prepared(*zip(*some, strict=True))
+    try:
+        scores = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise JudgeError(f"the judge {judge.info.name!r} gave {type(given).__name__}; give a tensor of scores") from error
     if scores.shape not in ((len(some),), (len(some), 1)):
         raise JudgeError(
             f"the judge {judge.info.name!r} gave scores {list(scores.shape)} for {len(some)} pictures; give one each"

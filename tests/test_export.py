@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from miniature import save_untrained
+from miniatures import MINIATURES
 from PIL import Image
 
 from diffalign.errors import UserError
@@ -74,6 +75,25 @@ def test_the_lines_for_a_whole_pipeline_load_it(base: Path) -> None:
     scope = run_the_lines(write(output, base="base"))
     assert scope["picture"].size == (64, 64)
     assert "LoRA" not in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["whole", "lora"])
+def test_the_lines_say_which_parts_there_are_none_of(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers asks for SD3's third text encoder unless it is told that there is none."""
+    monkeypatch.chdir(tmp_path)
+    MINIATURES["sd3, of 3.5 and without T5"].save(tmp_path / "base")
+    family = families.load_family("base")
+    assert family.left_out == ("text_encoder_3", "tokenizer_3")
+    if full:
+        family.train_fully()
+        family.save_pipeline("run")
+    else:
+        family.attach_lora(rank=2, alpha=8)
+        family.save_adapter("run")
+    told = {"pipeline_class": family.pipeline_class, "left_out": family.left_out}
+    code = re.findall(r"```python\n(.*?)picture = ", write(tmp_path / "run", base="base", **told).read_text(), re.DOTALL)[0]
+    exec(code, scope := {})
+    assert scope["pipe"].text_encoder_3 is None and scope["pipe"].transformer is not None
 
 
 def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:

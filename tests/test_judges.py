@@ -118,3 +118,44 @@ def test_oracle_says_beforehand_which_prompts_it_cannot_judge():
     judge.check_prompts(["a red circle", "a small blue star above a green cross"])
     with pytest.raises(JudgeError, match="'a corgi in a spaceship'"):
         judge.check_prompts(["a red circle", "a corgi in a spaceship"])
+
+
+class Flat(reward_models.PointwiseJudge):
+    """Gives every picture what it was told to give."""
+
+    info = reward_models.RewardInfo(name="flat", needs_prompt=False)
+
+    def __init__(self, given: object = 2.0) -> None:
+        self.given = given
+
+    def score_prepared(self, prepared, prompts):
+        return torch.full((len(prepared),), self.given) if isinstance(self.given, float) else self.given
+
+
+def test_judges_are_reckoned_with_like_numbers():
+    two, jpeg, picture = Flat(), reward_models.load("jpeg"), Image.new("RGB", (8, 8), "red")
+    size = jpeg.score([picture]).item()
+    for reward, wanted in (
+        (two / 4, 0.5),
+        (-two, -2.0),
+        (sum([two, jpeg]), 2.0 + size),
+        (sum([two]), 2.0),
+        (two - two * 3, -4.0),
+    ):
+        assert reward.score([picture], cache=False).item() == pytest.approx(wanted)
+    with pytest.raises(TypeError):
+        5 + two
+
+
+def test_what_is_no_judge_of_ours_or_gives_no_scores_is_told():
+    class Bare:
+        info = Flat.info
+
+        def score(self, images, prompts=None):
+            return torch.zeros(len(images))
+
+    assert isinstance(Bare(), reward_models.Judge)
+    with pytest.raises(reward_models.JudgeError, match="is no reward_models.PointwiseJudge"):
+        reward_models.score({"bare": Bare()}, [Image.new("RGB", (8, 8))])
+    with pytest.raises(reward_models.JudgeError, match="'flat' gave NoneType; give a tensor"):
+        Flat(None).score([Image.new("RGB", (8, 8))], cache=False)

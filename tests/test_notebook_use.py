@@ -138,7 +138,7 @@ def given(**options: Any) -> dict[str, Any]:
         ("diffusion-dpo", {"seed": -1}, "seed: should be from 0"),
         ("diffusion-dpo", {"tracker": "nonsense"}, "tracker is 'nonsense'; Accelerate knows"),
         ("diffusion-dpo", {"pairs": Dataset.from_dict({"prompt": ["a"]})}, "pairs was given a Dataset.*save data first"),
-        ("d3po", {"judge": "oracle"}, "judge is a function.*'oracle'"),
+        ("d3po", {"judge": "oracle"}, "judge is a judge, or a function.*'oracle'"),
         ("d3po", {"judge": brightness, "reward": "oracle"}, "give one of them"),
     ],
     ids=["objective", "seed", "tracker", "data in memory", "no function", "two judges"],

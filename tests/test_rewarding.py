@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import reward_models
 from diffalign.data.open import open_pairs
 from diffalign.errors import UserError
 from diffalign.learner import Alone
-from pipelines import rewarding
+from pipelines import own_judges, rewarding
 from pipelines.rewarding import PictureJudge, direction, pair_scores, rewards_of, score_range
 from pipelines.training import align
 from reward_models.base import RewardInfo
@@ -60,7 +61,9 @@ def test_a_function_that_gives_something_else_is_told(judge, words: str) -> None
 
 
 def test_a_picture_without_a_number_stops_training_with_its_prompt() -> None:
-    judge = PictureJudge(lambda z: z, {"mine": lambda pictures, prompts: [0.0, math.nan, 1.0]}, PROMPTS, batch=2)
+    judge = PictureJudge(
+        lambda z: z, {"mine": lambda pictures, prompts: [math.nan if p == "b" else 0.0 for p in prompts]}, PROMPTS, batch=2
+    )
     with pytest.raises(UserError, match="The judge mine gives no number for a picture of 'b'"):
         judge(PICTURES, [0, 1, 2])
 
@@ -88,14 +91,13 @@ ONLINE = {"steps": 1, "batch_size": 4, "accumulation": 1, "round_pairs": 1, "rol
 
 def test_a_function_of_ones_own_rewards_training(tmp_path: Path) -> None:
     model = save_untrained(tmp_path / "model")
-    (tmp_path / "p.txt").write_text("a red circle\na blue star\n")
     shown = []
 
     def mine(pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         shown.append((tuple(pictures.shape[:2]), float(pictures.min()) >= 0 and float(pictures.max()) <= 1, sorted(set(prompts))))
         return redness(pictures, prompts)
 
-    common = {"model": str(model), "train_prompts": str(tmp_path / "p.txt"), "progress": False, **ONLINE}
+    common = {"model": str(model), "train_prompts": str(write_captions(tmp_path)), "progress": False, **ONLINE}
     summary = align("d3po", judge=mine, output=str(tmp_path / "run"), **common)
     assert shown and shown[0][0] == (2, 3) and shown[0][1] and set(shown[0][2]) <= {"a red circle", "a blue star"}
     assert summary["steps"] == 1 and "mine" in (tmp_path / "run" / "config.yaml").read_text()
@@ -136,3 +138,85 @@ def test_pairs_are_judged_once_by_all_processes_together(tmp_path: Path, monkeyp
 def test_what_cannot_score_pairs_is_refused_before_anything_is_loaded(judges: dict, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         align("smpo", recipe="tiny", model="nowhere", output=str(tmp_path / "run"), steps=1, prompts="none", **judges)
+
+
+class Bright(reward_models.PointwiseJudge):
+    """Likes dark pictures: its score is how bright they are."""
+
+    info = RewardInfo(name="bright", needs_prompt=False, higher_is_better=False)
+
+    def score_prepared(self, prepared: list, prompts: list[str]) -> torch.Tensor:
+        return torch.tensor([np.asarray(picture.convert("RGB")).mean() for picture in prepared])
+
+
+def test_a_judge_of_ones_own_rewards_what_is_sampled_and_scores_pairs(tmp_path: Path) -> None:
+    common = {"model": str(save_untrained(tmp_path / "model")), "progress": False, "prompts": "none", "rank": 2, "steps": 1}
+    online = {**common, **ONLINE, "train_prompts": str(write_captions(tmp_path))}
+    for name, judge in (("itself", Bright()), ("a function", Bright().as_callable())):
+        align("d3po", judge=judge, output=str(tmp_path / name), **online)
+    rewards = [reward_of(tmp_path / name) for name in ("itself", "a function")]
+    assert rewards[0] == pytest.approx(rewards[1]) and rewards[0] < 0  # lower is better
+    align(
+        "smpo",
+        judge=Bright(),
+        pairs=str(write_pairs(tmp_path / "data", 6)),
+        inversion_steps=2,
+        output=str(tmp_path / "s"),
+        **common,
+    )
+    assert "bright" in (tmp_path / "s" / "config.yaml").read_text()
+    assert [p.name[:7] for p in (tmp_path / "s" / "cache").glob("scores-*")] == ["scores-"]
+
+
+def write_captions(folder: Path) -> Path:
+    (folder / "p.txt").write_text("a red circle\na blue star\n")
+    return folder / "p.txt"
+
+
+def reward_of(folder: Path) -> float:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["reward"]
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [
+        (Bright().score, "does not say whether higher is better: give the judge itself"),
+        (Bright().z(), "standardised by the pictures judged together"),
+    ],
+    ids=["a method", "by its company"],
+)
+def test_judges_that_would_mislead_are_refused(judge, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        align("d3po", recipe="tiny", judge=judge, output=str(tmp_path / "run"))
+
+
+def test_a_judge_is_known_by_what_it_does() -> None:
+    def scaled(factor: float) -> own_judges.RewardFunction:
+        return lambda pictures, prompts: [factor * float(x.mean()) for x in pictures]
+
+    class Darker(Bright):
+        def score_prepared(self, prepared: list, prompts: list[str]) -> torch.Tensor:
+            return super().score_prepared(prepared, prompts) - 1
+
+    class Calls:
+        calls = 0
+
+        def __call__(self, pictures: torch.Tensor, prompts: list[str]) -> list[float]:
+            self.calls += 1
+            return [0.0] * len(prompts)
+
+    several = [scaled(1.0), scaled(-1.0), partial(redness), Bright(), Darker(), reward_models.load("jpeg"), Calls(), redness]
+    digests = [own_judges.digest_of(judge) for judge in several]
+    assert len(set(digests)) == len(digests)
+    assert [own_judges.digest_of(judge) for judge in (scaled(1.0), Bright())] == [digests[0], digests[3]]
+    several[6](PICTURES, PROMPTS)
+    assert own_judges.digest_of(several[6]) == digests[6]
+
+
+def test_a_run_does_not_go_on_with_another_function(tmp_path: Path) -> None:
+    common = {"model": str(save_untrained(tmp_path / "model")), "train_prompts": str(write_captions(tmp_path)), "progress": False}
+    how = {**common, **ONLINE, "steps": 2, "output": str(tmp_path / "run")}
+    align("d3po", judge=lambda pictures, prompts: pictures.mean(dim=(1, 2, 3)), **how)
+    with pytest.raises(UserError, match="another run.*judge: '<lambda> [0-9a-f]{16}' then, '<lambda> [0-9a-f]{16}' now"):
+        align("d3po", judge=lambda pictures, prompts: -1000 * pictures.mean(dim=(1, 2, 3)), resume=True, **how)
+    align("d3po", judge=lambda pictures, prompts: pictures.mean(dim=(1, 2, 3)), resume=True, **how)

@@ -31,7 +31,7 @@ from diffalign.losses.baselines import Baseline, BatchMean, MismatchedMean, Movi
 from diffalign.losses.batchwise import aot, aot_unpaired, beta_dpo
 from diffalign.losses.divergences import transformed
 from diffalign.losses.pairwise import cdpo, discopop, dpo, exo, hinge, ipo, rdpo, smpo
-from diffalign.losses.registry import Evidence, Extras, Loss, load, names, read_options
+from diffalign.losses.registry import Evidence, Extras, Loss, load, loss, names, read_options
 from diffalign.losses.rewarded import adpo, adpo_group, madpo
 from diffalign.losses.sides import apo_down, apo_zero, cal_dpo, nca, sppo
 from diffalign.losses.unpaired import bco, bco_unpaired, kto, kto_unpaired
@@ -67,6 +67,7 @@ __all__ = [
     "kto",
     "kto_unpaired",
     "load",
+    "loss",
     "madpo",
     "mapo",
     "names",

@@ -55,6 +55,7 @@ class Family:
         self._patch = patch  # latent pixels on a side of what the network takes for one
         self._whole = whole  # whether the autoencoder takes sides of whole latent pixels only; others cut off what is over
         self._released = False
+        self.left_out = _left_out(pipeline)
 
     @property
     def network(self) -> nn.Module:
@@ -350,3 +351,8 @@ class Family:
         if self.origin is None:
             raise ValueError("the encoders were released, and this family was not loaded from anywhere they could be read again")
         return self.origin
+
+
+def _left_out(pipeline: Any) -> tuple[str, ...]:
+    """Parts that it has not, and that ``from_pretrained`` insists on unless it is told: SD3's third text encoder."""
+    return tuple(n for n, part in pipeline.components.items() if part is None and n not in pipeline._optional_components)
