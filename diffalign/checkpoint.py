@@ -169,9 +169,13 @@ class Checkpoints:
                 f"{path} holds {', '.join(note['things'])}, but this run needs {', '.join(sorted(things))}: "
                 "it was made with other settings (say, another adapter or EMA). Resume with the settings it was started with."
             )
+        self.restore(path, things)
+        return note
+
+    def restore(self, path: Path, things: Mapping[str, Stateful]) -> None:
+        """Restore some of what a checkpoint holds. Raises UserError: a file of it is damaged."""
         for name, thing in things.items():
             thing.load_state_dict(self._state(path / f"{name}.pt"))
-        return note
 
     def _state(self, file: Path) -> Mapping[str, Any]:
         try:

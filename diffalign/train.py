@@ -400,7 +400,8 @@ class Trainer:
         raise NonFiniteLossError(
             f"Step {self.step + 1}: loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}. "
             f"{where} {margins}. The update was not made; {kept}. "
-            "A lower learning rate, bf16 instead of fp16, or a look at these pairs may help."
+            "Resuming comes to this step again. A lower learning rate, bf16 instead of fp16, or a look at these pairs may help: "
+            "go on with it from what `diffalign export RUN --checkpoint latest` writes (--start-lora, or --model)."
         )
 
     # -------------------------------------------------------------------------------------------- validation and logs

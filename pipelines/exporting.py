@@ -50,6 +50,7 @@ class Export:
         dtype: of the tensors; None is float32, for LoRAs and for models.
         base: the base model, if not the one on record.
         title: for the header of the file; None is the name of the result's folder.
+        checkpoint: what the run had learnt by a checkpoint, a step or ``latest``, in place of its end.
     """
 
     result: str
@@ -62,6 +63,7 @@ class Export:
     base: str | None = None
     title: str | None = None
     overwrite: bool = False
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def export(asked: Export) -> Exported:
         UserError: a result or a base that cannot be read, options that do not go together, a network that has no such layout,
             an output that is in the way.
     """
+    if asked.checkpoint is not None:
+        return _of_checkpoint(asked)
     origin = find(asked.result, base=asked.base)
     whole = asked.merge or asked.layout == "single-file"
     _check(asked, origin, whole)
@@ -91,6 +95,18 @@ def export(asked: Export) -> Exported:
     if asked.layout == "diffusers":
         return _diffusers(asked, origin, together, parts, dtype, joined=bool(below) and not asked.alone)
     return _foreign(asked, origin, together, parts, dtype)
+
+
+def _of_checkpoint(asked: Export) -> Exported:
+    """By way of the result that the run would have been, in a folder that is gone afterwards."""
+    from pipelines.from_checkpoint import result_of_checkpoint
+
+    run = Path(asked.result).expanduser()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / run.absolute().name  # whose name is the title, if there is no other
+        step = result_of_checkpoint(run, asked.checkpoint, result, asked.base)
+        done = export(replace(asked, result=str(result), checkpoint=None))
+    return replace(done, text=f"{done.text} It is the checkpoint of step {step}.")
 
 
 def _check(asked: Export, origin: Origin, whole: bool) -> None:

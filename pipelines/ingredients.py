@@ -432,7 +432,7 @@ def _attach(
     compute, beforehand = settings.compute, reference_beforehand.is_enough(settings)
     if settings.optimiser.eight_bit:
         devices.refuse_sharding(accelerator, "The moments of an 8-bit optimizer")
-    _make_trainable(settings, family, accelerator, saved)
+    make_trainable(settings, family, accelerator, saved)
     _choose_kernels(settings, family, accelerator, say)
     precision = getattr(torch, PRECISIONS[compute.mixed_precision])
     frozen = None if beforehand or settings.adapter == "lora" else family.frozen_copy(precision)  # computes the same way
@@ -465,7 +465,7 @@ def _choose_kernels(settings: TrainSettings, family: Any, accelerator: Accelerat
         family.set_channels_last(True)
 
 
-def _make_trainable(settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None) -> None:
+def make_trainable(settings: TrainSettings, family: Any, accelerator: Accelerator, saved: families.SavedAdapter | None) -> None:
     """Put an adapter on, new or ``saved``, or make all weights trainable."""
     if settings.adapter != "lora":
         family.train_fully()

@@ -227,7 +227,7 @@ def _train_and_export(
         with trainer.ema.applied() if trainer.ema else nullcontext():
             prepared.weights.collect()
             if accelerator.is_main_process:
-                _export(settings, family, prepared.weights)
+                write_result(settings, family, prepared.weights)
         say(f"saved {settings.output}")
     loras = family.origin.base_loras
     of_pipeline = family.pipeline_class, family.left_out
@@ -309,7 +309,8 @@ def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds:
     _card(name, settings, trained, scores, curves)
 
 
-def _export(settings: TrainSettings, family: Any, weights: TrainedWeights) -> None:
+def write_result(settings: TrainSettings, family: Any, weights: TrainedWeights) -> None:
+    """The adapter, or the whole pipeline, as the parameters are now, into the output folder."""
     if settings.adapter == "lora":
         family.save_adapter(settings.output)
     else:

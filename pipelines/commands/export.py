@@ -13,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign export``."""
     parser.add_argument("result", metavar="RESULT", help="a folder that `diffalign train` wrote")
     parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        help="what a run had learnt by a checkpoint, finished or not: the step, or latest (default: the finished result)",
+    )
+    parser.add_argument(
         "--to",
         dest="layout",
         choices=LAYOUTS,
@@ -52,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         title=args.title,
         overwrite=args.overwrite,
+        checkpoint=args.checkpoint,
     )
     print(export(asked).text)
     return 0

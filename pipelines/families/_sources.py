@@ -287,6 +287,17 @@ def _in_folder(path: Path, *, called: str, base: str | None) -> Origin:
         return _adapter(path, base)
     if not path.is_dir():
         raise UserError(f"There is no model {called}: the folder {path} does not exist.")
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} holds a run that is not finished. `diffalign export {path} --checkpoint latest --out FOLDER` writes what it "
+            "has learnt so far; the command it was started with goes on with --resume."
+        )
+    if path.parent.name == "checkpoints" and path.name.startswith("checkpoint-"):
+        step = path.name.rpartition("-")[2].lstrip("0") or "0"
+        raise UserError(
+            f"{path} is a checkpoint. `diffalign export {path.parent.parent} --checkpoint {step} --out FOLDER` makes a LoRA or a "
+            "model of it."
+        )
     holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
     raise UserError(
         f"{path} is not a model: it has neither a {INDEX_FILE} (a Diffusers pipeline) nor a {LORA_FILE} (a LoRA). "
