@@ -184,6 +184,39 @@ def test_a_split_is_chosen_by_file_name_and_an_unknown_one_is_refused(tmp_path):
         open_pairs(as_saved_with_image_features(tmp_path / "x"), split="test")
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("pickapic_validation.parquet", "validation"),
+        ("pickapic-validation.parquet", "validation"),
+        ("my-test-00000.parquet", "test"),
+        ("Validation-00000.parquet", "validation"),
+        ("eval.parquet", "eval"),
+        ("pickapic_test_unique.parquet", "test_unique"),
+        ("held/My_Test/00000.parquet", "test"),
+        ("pairs_train_v2.parquet", "train"),
+        ("TRAIN-00001.parquet", "train"),
+        ("pairs-flux-dev.parquet", "train"),
+        ("latest.parquet", "train"),
+    ],
+)
+def test_rows_for_testing_do_not_become_training_data(name, split, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pick_a_pic([1.0] * 2), tmp_path / "train.parquet")
+    pq.write_table(pick_a_pic([1.0]), tmp_path / name)
+    table = open_pairs(tmp_path)
+    assert len(table) == (3 if split == "train" else 2)
+    assert len(open_pairs(tmp_path, split=split)) == (3 if split == "train" else 1)
+    assert split == "train" or f"(split train, without {split})" in table.description
+
+
+def test_the_cache_of_datasets_has_its_splits(tmp_path):
+    names = ("train", "validation", "test_unique-00000-of-00001")
+    for number, name in enumerate(names, 1):
+        as_arrow(pick_a_pic([1.0] * number), tmp_path / f"my_test-{name}.arrow")
+    assert [len(open_pairs(tmp_path, split=name.split("-")[0])) for name in names] == [1, 2, 3]
+
+
 def test_parquet_reads_forwards_and_backwards_across_batches_and_row_groups(tmp_path):
     n = 3 * ROWS_AT_ONCE + 5
     table = pa.table({"prompt": [str(i) for i in range(n)], "chosen": [b"c"] * n, "rejected": [b"r"] * n})
@@ -444,6 +477,60 @@ def test_a_picture_of_the_same_size_is_noticed_where_all_are_few(write, tmp_path
     last = max(tmp_path.rglob("*.png"))
     last.write_bytes(last.read_bytes()[::-1])
     assert open_pairs(place).fingerprint != before
+
+
+def as_parquet_of_paths(table: pa.Table, root: Path) -> Path:
+    pq.write_table(table, root / "pairs.parquet", row_group_size=4)
+    return root / "pairs.parquet"
+
+
+def as_arrow_of_paths(table: pa.Table, root: Path) -> Path:
+    as_arrow(table, root / "pairs.arrow")
+    return root / "pairs.arrow"
+
+
+def as_saved_paths(table: pa.Table, root: Path) -> Path:
+    datasets.Dataset(table).save_to_disk(root)
+    return root
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize("write", [as_parquet_of_paths, as_arrow_of_paths, as_saved_paths], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string()), IMAGE], ids=str)
+def test_a_picture_that_a_table_names_by_its_path_is_noticed(write, kind, tmp_path):
+    write_pictures(tmp_path, [(f"{i}a.png", f"{i}b.png") for i in range(N)])
+    cells = [f"{i}a.png" if kind != IMAGE else {"bytes": None, "path": f"{i}a.png"} for i in range(N)]
+    rejected = [{"bytes": png(i), "path": "nowhere.png"} if i % 2 else {"bytes": None, "path": f"{i}b.png"} for i in range(N)]
+    table = pa.table({"prompt": ["p"] * N, "chosen": pa.array(cells, kind), "rejected": pa.array(rejected, IMAGE)})
+    place, found = write(table, tmp_path), []
+    for changed in ("", "5a.png", "4b.png"):
+        if changed:
+            (tmp_path / changed).write_bytes(png(99 + len(found)))
+        found.append(open_pairs(place).fingerprint)
+    assert len(set(found)) == 3
+
+
+def test_bytes_in_a_table_are_its_own_and_not_looked_for_beside_it(tmp_path):
+    pictures = pa.array([{"bytes": png(i), "path": "beside.png"} for i in range(N)], IMAGE)
+    for write in (as_parquet_of_paths, as_arrow_of_paths):
+        place, found = write(pa.table({"prompt": ["p"] * N, "chosen": pictures, "rejected": pictures}), tmp_path), []
+        for seed in range(2):
+            (tmp_path / "beside.png").write_bytes(png(seed))
+            found.append(open_pairs(place).fingerprint)
+        assert found[0] == found[1]
+
+
+def test_a_picture_of_a_list_that_lies_at_home_is_noticed(tmp_path, monkeypatch):
+    place, found = as_jsonl(tmp_path), []
+    place.write_text(json.dumps({"prompt": "p", "chosen": "~/img/0a.png", "rejected": "img/0b.png"}))
+    for home in (tmp_path, tmp_path, tmp_path / "moved"):
+        shutil.copytree(tmp_path / "img", tmp_path / "moved/img", dirs_exist_ok=True)
+        monkeypatch.setenv("HOME", str(home))
+        found.append(open_pairs(place).fingerprint)
+        (tmp_path / "img/0a.png").write_bytes(png(99))
+    assert found[0] != found[1] == found[2]
 
 
 @pytest.mark.parametrize("write", [as_pair_folders, as_two_folders, as_pictures], ids=lambda f: f.__name__)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.readers._files import identity_of_data
-from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of
+from diffalign.data.readers._files import identity_of_data, with_pictures
+from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of, paths_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,4 +43,6 @@ class DatasetRows:
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
         files = [Path(part["filename"]) for part in self._dataset.cache_files]
-        return [len(self), identity_of_data(files, None, buffers_of(self._dataset.data.column(name) for name in others))]
+        data = identity_of_data(files, None, buffers_of(self._dataset.data.column(name) for name in others))
+        pictures = (chunk for name in set(images) for chunk in self._dataset.data.column(name).chunks)
+        return [len(self), with_pictures(data, paths_in(pictures), self.base or Path())]

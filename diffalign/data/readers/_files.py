@@ -30,7 +30,12 @@ CAPTION = ".txt"
 
 _UNTIDY = re.compile(r"(?:^|/)\.?(?:/|\Z)")
 """Finds a part of a path that is empty or a dot; an absolute path begins with an empty one."""
-_SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|testing)(_[a-z]+)*(?=$|[^a-z])")
+_WORDS = "train|training|validation|valid|val|test|testing|eval|evaluation"
+_SPLIT = re.compile(rf"(?:{_WORDS}|dev)(?:_[a-z]+)*(?=$|[^a-z])")
+_CACHED_SPLIT = re.compile(rf"-((?:{_WORDS}|dev)(?:_[a-z]+)*)(?:-\d+-of-\d+)?\.arrow$")
+"""How ``datasets`` names the files of its cache: ``NAME-SPLIT-00000-of-00001.arrow``."""
+_SPLIT_INSIDE = re.compile(rf"(?<![a-z])(?:{_WORDS})(?:_[a-z]+)*(?=$|[^a-z])")
+"""A split somewhere in a name, as in ``pickapic_validation.parquet``. Not ``dev``: FLUX.1-dev is a model."""
 
 
 def identity_of(files: Sequence[Path], root: Path) -> Iterator[list[object]]:
@@ -42,6 +47,12 @@ def identity_of_paths(paths: Iterable[str], root: Path) -> Iterator[list[object]
     """Of pictures that a list names, from ``root``: as ``identities``."""
     start = str(root / "_")[:-1]
     return identities(_located(path, root, start) for path in paths)
+
+
+def with_pictures(data: list[object], paths: Iterable[str], root: Path) -> list[object]:
+    """The identity of a table's files, and with it that of the pictures whose paths the table holds, if it holds any."""
+    listed = sorted(set(paths))
+    return [data, identity_of_paths(listed, root)] if listed else data
 
 
 def identities(places: Iterable[tuple[str, str]]) -> Iterator[list[object]]:
@@ -138,8 +149,11 @@ def _read(path: Path, name: str, size: int, whole: bool) -> list[object]:
 def _located(path: str, root: Path, start: str) -> tuple[str, str]:
     """Where a path of a list leads, and its name from ``root``; ``start`` is what comes before the names below ``root``.
 
-    As ``pathlib`` has it, but that takes longer than to look at the file; most paths need none of its care.
+    As ``pathlib`` has it, but that takes longer than to look at the file; most paths need none of its care. A path below ``~``
+    keeps that in its name, so that another home makes it no other.
     """
+    if path.startswith("~") and (expanded := os.path.expanduser(path)) != path:
+        return expanded, path
     absolute = path.startswith("/")
     inside = path.removeprefix(start) if absolute else path
     if os.name == "posix" and not _UNTIDY.search(inside):
@@ -154,20 +168,24 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
-def shards(where: str, suffix: str, split: str) -> list[Path]:
-    """The files of one split: a single file as it is; in a folder those whose name or parent folder begins with the split.
+def shards(where: str, suffix: str, split: str) -> tuple[list[Path], str]:
+    """The files of one split, and what to call them in reports: a single file as it is; in a folder those that name the split.
 
     Files that name no split belong to ``train``. Raises ``UserError`` where the split has no file.
     """
     root = Path(where)
     if root.is_file():
-        return [root]
+        return [root], str(root)
     by_split: dict[str, list[Path]] = {}
     for file in sorted(root.rglob(f"*{suffix}")):
         by_split.setdefault(_split_of(file, root), []).append(file)
     if split not in by_split:
-        raise UserError(f"{where} has no split {split!r}; its {suffix} files are of: {', '.join(sorted(by_split))}.")
-    return by_split[split]
+        there = ", ".join(sorted(by_split))
+        raise UserError(
+            f"{where} has no split {split!r}; its {suffix} files are of: {there}. Ask for one of these (split), or name a file."
+        )
+    others = ", ".join(sorted(by_split.keys() - {split}))
+    return by_split[split], f"{where} (split {split}, without {others})" if others else str(root)
 
 
 def is_split(name: str) -> bool:
@@ -176,10 +194,22 @@ def is_split(name: str) -> bool:
 
 
 def _split_of(file: Path, root: Path) -> str:
-    for name in (file.name, *(p.name for p in file.relative_to(root).parents)):
-        if name and (match := _SPLIT.match(name)):
-            return match.group(0)
-    return "train"
+    """By the file's name, or else by that of the nearest folder that names one."""
+    names = (file.name, *(p.name for p in file.relative_to(root).parents))
+    return next(filter(None, map(_split_in, names)), "train")
+
+
+def _split_in(name: str) -> str | None:
+    """The split that a name says, in letters of either case: test rows that are taken for training are worse than a refusal."""
+    name = name.lower()
+    if match := _CACHED_SPLIT.search(name):
+        return match.group(1)
+    if match := _SPLIT.match(name):
+        return match.group(0)
+    inside = _SPLIT_INSIDE.findall(name)
+    if not inside:
+        return None
+    return "train" if inside[-1].startswith("train") else inside[-1]  # ``my_train_pairs`` is no split of that name
 
 
 def same_columns(files: Sequence[Path], columns: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.readers import parquet, saved
-from diffalign.data.readers._files import identity_of_data, same_columns, shards
-from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of
+from diffalign.data.readers._files import identity_of_data, same_columns, shards, with_pictures
+from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of, paths_in
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ def claims(where: str) -> bool:
 
 
 def open_rows(where: str, split: str) -> ArrowRows:
-    return ArrowRows(Path(where), shards(where, ".arrow", split))
+    return ArrowRows(Path(where), *shards(where, ".arrow", split))
 
 
 class ArrowRows:
     """Rows of memory-mapped tables; nothing is read before it is asked for."""
 
-    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+    def __init__(self, root: Path, files: Sequence[Path], description: str) -> None:
         self._files = list(files)
         self._root = root if root.is_dir() else root.parent
         self._tables = [_open(file) for file in self._files]
         self.columns = same_columns(self._files, [t.column_names for t in self._tables])
         self._starts = [0, *accumulate(t.num_rows for t in self._tables)]
         self.base = self._root
-        self.description = str(root)
+        self.description = description
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -63,7 +63,9 @@ class ArrowRows:
         return f"{self._files[k].relative_to(self._root).as_posix()}:row {j}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
-        return identity_of_data(self._files, self._root, buffers_of(table[name] for table in self._tables for name in others))
+        data = identity_of_data(self._files, self._root, buffers_of(table[name] for table in self._tables for name in others))
+        pictures = (chunk for table in self._tables for name in set(images) for chunk in table[name].chunks)
+        return with_pictures(data, paths_in(pictures), self.base)
 
     def _locate(self, index: int) -> tuple[int, int]:
         k = bisect_right(self._starts, index) - 1

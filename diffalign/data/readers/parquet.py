@@ -9,8 +9,8 @@ from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.readers._files import identity_of_data, same_columns, shards
-from diffalign.data.readers._values import CELLS_AT_ONCE, cells_of
+from diffalign.data.readers._files import identity_of_data, same_columns, shards, with_pictures
+from diffalign.data.readers._values import CELLS_AT_ONCE, cells_of, paths_in
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ def claims(where: str) -> bool:
 
 
 def open_rows(where: str, split: str) -> ParquetRows:
-    return ParquetRows(Path(where), shards(where, ".parquet", split))
+    return ParquetRows(Path(where), *shards(where, ".parquet", split))
 
 
 class ParquetRows:
     """Random access by row; going forwards costs no more than reading the file once."""
 
-    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+    def __init__(self, root: Path, files: Sequence[Path], description: str) -> None:
         self._files = list(files)
         self._root = root if root.is_dir() else root.parent
         opened = [_open(file) for file in self._files]
         self.columns = same_columns(self._files, [f.schema_arrow.names for f in opened])
         self._starts = [0, *accumulate(f.metadata.num_rows for f in opened)]
         self.base = self._root
-        self.description = str(root)
+        self.description = description
         self._cursor: _Cursor | None = None
 
     def __len__(self) -> int:
@@ -66,7 +66,9 @@ class ParquetRows:
         return f"{self._files[k].relative_to(self._root).as_posix()}:row {j}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
-        return identity_of_data(self._files, self._root, chain.from_iterable(_stored(file, others) for file in self._files))
+        stored = chain.from_iterable(_stored(file, others) for file in self._files)
+        paths = paths_in(chain.from_iterable(_with_paths(file, name) for file, name in product(self._files, set(images))))
+        return with_pictures(identity_of_data(self._files, self._root, stored), paths, self.base)
 
     def _locate(self, index: int) -> tuple[int, int]:
         k = bisect_right(self._starts, index) - 1
@@ -108,6 +110,26 @@ def _stored(file: Path, columns: Sequence[str]) -> Iterator[bytes]:
             part = metadata.row_group(group).column(leaf)
             stream.seek(part.dictionary_page_offset or part.data_page_offset)
             yield stream.read(part.total_compressed_size)
+
+
+def _with_paths(file: Path, column: str) -> Iterator[pa.Array]:
+    """A column of pictures, a part at a time, but for the row groups that hold all of them as bytes: those are not read."""
+    opened = _open(file)
+    groups = [group for group in range(opened.num_row_groups) if not _holds_bytes(opened, group, column)]
+    for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[column], use_threads=False) if groups else ():
+        yield batch.column(column)
+
+
+def _holds_bytes(opened: Any, group: int, column: str) -> bool:
+    """Whether each picture of a row group is there as bytes; what the file does not say is taken for no."""
+    import pyarrow as pa
+
+    kind, rows = opened.schema_arrow.field(column).type, opened.metadata.row_group(group)
+    if not pa.types.is_struct(kind):
+        return not any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary))
+    parts = (rows.column(leaf) for leaf in range(rows.num_columns))
+    said = next((part.statistics for part in parts if part.path_in_schema == f"{column}.bytes"), None)
+    return said is not None and said.has_null_count and said.null_count == 0
 
 
 def _open(file: Path) -> Any:
