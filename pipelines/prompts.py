@@ -13,9 +13,11 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.tabs import tab_separated
 from diffalign.errors import UserError
 
 SETS: dict[str, str] = {
@@ -158,19 +160,26 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
 
 
 def _table_rows(path: Path, text: str) -> Iterator[tuple[str, Row]]:
+    lines = io.StringIO(text, newline="")
     tabs = path.suffix.lower() == ".tsv"
-    # in tab-separated files a quotation mark is a character like any other (PartiPrompts is written so)
-    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", **options)
+    rows = tab_separated(enumerate(lines, start=1)) if tabs else _csv_rows(path, lines)
+    _, header = next(rows, (0, []))
+    for line, fields in rows:
+        if len(fields) > len(header):
+            raise UserError(
+                f"{path}, line {line}: {len(fields)} fields under a header of {len(header)}; "
+                f"put prompts that contain a {'tab' if tabs else 'comma'} in quotation marks."
+            )
+        if fields:
+            yield f"{line}", dict(zip_longest(header, fields))
+
+
+def _csv_rows(path: Path, lines: io.StringIO) -> Iterator[tuple[int, list[str]]]:
+    """Every row with the line that it ends in."""
+    reader = csv.reader(lines, strict=True)
     try:
         for row in reader:
-            if "" in row and isinstance(row[""], list):
-                found = len(reader.fieldnames or ()) + len(row[""])
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {found} fields under a header of {len(reader.fieldnames or ())}; "
-                    f"put prompts that contain a {'tab' if tabs else 'comma'} {'elsewhere' if tabs else 'in quotation marks'}."
-                )
-            yield f"{reader.line_num}", row
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: this is not valid CSV ({error}).") from error
 

@@ -320,6 +320,34 @@ def test_csv_with_line_breaks_in_captions_and_a_short_row(tmp_path):
         table[1]
 
 
+def test_quotation_marks_in_a_tsv_are_read_as_they_were_meant(tmp_path):
+    """As pandas writes them, and as they stand in lists that no CSV writer has seen; no row swallows another."""
+    lines = ['"a ""red"" circle"', '"Hello" on a sign', 'a 24" screen', '"opened', 'second "', '"two\tcells"']
+    (tmp_path / "p.tsv").write_text("prompt\tchosen\trejected\n" + "".join(f"{text}\t0.png\t1.png\n" for text in lines))
+    meant = ['a "red" circle', '"Hello" on a sign', 'a 24" screen', '"opened', 'second "', "two\tcells"]
+    assert [pair.prompt for pair in open_pairs(tmp_path / "p.tsv")] == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "prompt,chosen,rejected\nfine,a,b\ncafé,a,b\n".encode("latin-1"), "line 3: byte 0xe9 is not UTF-8; save"),
+        ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "line 1: byte 0xff is not UTF-8; save"),
+        ("p.csv", b'prompt,chosen,rejected\nfine,a,b\n"open,a,b\nc,a,b\n', "line 3: a quotation mark is opened here and never"),
+        ("p.csv", b'prompt,chosen,rejected\n"a" b,a,b\n', "line 2: this is not valid CSV .*doubled"),
+        ("p.csv", b"prompt,chosen,rejected\ra,0.png,1.png\r", "line 1: a line ends in CR alone.*save"),
+        ("p.jsonl", b"\n\n", "p.jsonl is empty; it should be"),
+        ("p.csv", b"", "p.csv is empty; it should be"),
+        ("p.csv", b"prompt,chosen,rejected,label,label\na,0.png,1.png,1,0\n", "two columns called 'label'"),
+    ],
+    ids=["latin-1", "utf-16", "open", "marks", "cr", "blank", "empty", "twice"],
+)
+def test_a_list_that_cannot_be_read_names_the_line_and_the_cause(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_pairs(tmp_path / name)
+
+
 def test_missing_columns_are_answered_with_what_is_there_and_what_is_needed(tmp_path):
     pq.write_table(pa.table({"text_a": ["x"], "good": [b"1"], "bad": [b"2"]}), tmp_path / "p.parquet")
     with pytest.raises(UserError) as caught:

@@ -72,6 +72,16 @@ def test_all_formats_give_the_same_prompts(tmp_path):
         assert [(p.text, p.category) for p in read_prompts(file)] == [("a red circle, large", "shape"), ('a "blue" star', None)]
 
 
+def test_quotation_marks_in_a_tsv_are_read_as_in_pairs(tmp_path):
+    path = write(tmp_path, "p.tsv", 'prompt\tcategory\n"a ""blue"" star"\tx\n\n"Hello" on a sign\ty\n"open\t\n')
+    found = [(p.text, p.category, p.origin) for p in read_prompts(path)]
+    assert found == [
+        ('a "blue" star', "x", "p.tsv:2"),
+        ('"Hello" on a sign', "y", "p.tsv:4"),
+        ('"open', None, "p.tsv:5"),
+    ]
+
+
 def test_json_may_hold_bare_strings(tmp_path):
     assert [p.text for p in read_prompts(write(tmp_path, "p.json", '["one", "two"]'))] == ["one", "two"]
     assert [p.text for p in read_prompts(write(tmp_path, "p.jsonl", '"one"\n"two"\n'))] == ["one", "two"]

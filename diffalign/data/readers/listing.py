@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
 from diffalign.data.readers._files import identity_of_paths, sha256_of
+from diffalign.data.tabs import tab_separated
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ class ListingRows:
         try:
             for place, line, record in self._records():
                 if self._delimiter and not self._header:
-                    self._header = [name.strip() for name in record]
+                    self._header = self._checked([name.strip() for name in record])
                     columns = dict.fromkeys(self._header)
                     continue
                 places.append(place)
                 lines.append(line)
                 if isinstance(record, dict):
                     columns.update(dict.fromkeys(record))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read as text (UTF-8): {error}.") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if not (places or self._header):
+            raise UserError(f"{path} is empty; it should be {FORM}.")
         self.columns = tuple(columns)
         self._places, self._lines = places, lines
 
@@ -88,6 +91,12 @@ class ListingRows:
         listed = [self._path.name, self._path.stat().st_size, sha256_of(self._path)]
         return [[listed], identity_of_paths(sorted(paths), self.base)]
 
+    def _checked(self, header: list[str]) -> list[str]:
+        """Raises ``UserError`` for two columns of one name: either could be meant."""
+        if twice := [name for k, name in enumerate(header) if name and name in header[:k]]:
+            raise UserError(f"{self._path} has two columns called {twice[0]!r}; rename or remove one of them.")
+        return header
+
     def _problem(self, record: Any) -> str | None:
         if self._delimiter:
             wanted, found = len(self._header), len(record)
@@ -101,17 +110,36 @@ class ListingRows:
             yield from self._parsed(_Lines(stream))
 
     def _parsed(self, lines: _Lines) -> Iterator[tuple[int, int, Any]]:
-        """(byte offset, line number from 1, record) of every row that is not blank."""
-        source: Iterator[Any] = map(_json, lines)
-        if self._delimiter:
-            source = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        """(byte offset, line number from 1, record) of every row that is not blank. Raises ``UserError`` that names the line."""
+        if self._delimiter == "\t":
+            rows = tab_separated(self._placed(lines, lines), len(self._header))
+        else:
+            rows = self._placed(lines, csv.reader(lines, strict=True) if self._delimiter else map(_json, lines))
+        return ((place, line, record) for (place, line), record in rows if record not in ([], None))
+
+    def _placed(self, lines: _Lines, rows: Iterator[Any]) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Each of ``rows``, which are made of ``lines``, with byte offset and number of its first line."""
         while True:
             place, line = lines.place, lines.number + 1
-            record = next(source, _END)
-            if record is _END:
+            try:
+                row = next(rows, _END)
+            except UnicodeDecodeError as error:
+                found = f"byte {error.object[error.start]:#04x} is not UTF-8; save the file in UTF-8"
+                raise UserError(f"{self._path}, line {lines.number}: {found}.") from error
+            except csv.Error as error:
+                raise UserError(f"{self._path}, line {line}: {_csv_fault(error)}.") from error
+            if row is _END:
                 return
-            if record not in ([], None):
-                yield place, line, record
+            yield (place, line), row
+
+
+def _csv_fault(error: csv.Error) -> str:
+    """What is wrong with a row that begins where the caller says."""
+    if "new-line character" in str(error):
+        return "a line ends in CR alone, as on the first Macintoshes; save the file with line ends LF or CRLF"
+    never_closed = "unexpected end of data" in str(error) or "field limit" in str(error)
+    found = "a quotation mark is opened here and never closed" if never_closed else f"this is not valid CSV ({error})"
+    return f"{found}; a field with a quotation mark, comma or line break stands in quotation marks, and a mark in it is doubled"
 
 
 _END = object()
