@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from diffalign.data.open import TIES
-from diffalign.data.pairs import RowProblem, number_from, score_from
+from diffalign.data.pairs import RowProblem, number_from, score_from, text_from
 from diffalign.data.readers import arrow, hub, listing, parquet, saved
 from diffalign.errors import UserError
 from pipelines import outputs
@@ -353,13 +353,7 @@ def _text(cell: Any, name: str, speaker: str) -> str:
         raise ValueError(f"{name} is empty")
     if isinstance(cell, (bytes, bytearray)) or (isinstance(cell, dict) and "bytes" in cell):
         raise ValueError(f"{name} is a picture, not text: these are preferences between pictures")
-    if not isinstance(cell, str):
-        raise ValueError(f"{name} is {type(cell).__name__}, not text")
-    try:
-        cell.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
-    return cell.strip()
+    return text_from(cell, name)
 
 
 def _turns(cell: Any) -> list[Mapping[str, Any]] | None:

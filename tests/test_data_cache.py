@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_the_framing_says_which_pixels_were_taken():
     assert first == [top, left] and 0 < left < 40 - SIDE
     of_mirrored = ((mirrored[1, 0, 0] + 1) * 127.5).round()  # a column of the picture, which its mirror image has elsewhere
     assert 39 - of_mirrored == left_of_mirrored != left
+
+
+@pytest.mark.parametrize("size", [(3000, 4), (4, 3000)])
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_of_a_very_long_picture_only_the_crop_is_enlarged(size, crop, monkeypatch):
+    transform, image, asked = Transform(SIDE, crop), Image.open(io.BytesIO(png(0, size))), []
+    plain = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: asked.append(size) or plain(self, size, *a, **k))
+    found = transform.apply(image, transform.position(3), False)
+    monkeypatch.undo()
+    (_, _, top, left, *_) = transform.framings(size, transform.position(3))[0]
+    whole = image.resize(tuple(4 * side for side in size), Image.Resampling.BILINEAR)
+    cut = np.asarray(whole.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32)
+    assert asked == [(SIDE, SIDE)]
+    assert np.abs((found.permute(1, 2, 0).numpy() + 1) * 127.5 - cut).max() < 1.01
 
 
 def test_a_picture_of_the_right_size_is_only_rescaled_to_plus_minus_one():
@@ -344,6 +360,33 @@ def test_two_builds_at_once_are_refused_but_a_complete_cache_opens(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_rows_that_no_file_and_no_tokenizer_takes_are_skipped_as_others(tmp_path):
+    for seed in range(4):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+    row = {"prompt": "p", "chosen": "0.png", "rejected": "1.png"}
+    wrong = [
+        {"prompt": "half \ud83d"},
+        {"chosen": "a\0.png"},
+        {"chosen": "a\ud83d.png"},
+        {"chosen": "~nobody-of-this-name/a.png"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in [{}, *wrong, {"rejected": "2.png"}]))
+    cache = build_cache(open_pairs(tmp_path / "p.jsonl"), SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.7)
+    assert len(cache) == 2 and len(cache.skipped) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are text")
+def test_names_that_are_not_utf8_are_no_hindrance(tmp_path):
+    for name in (b"\xe9", b"fine"):
+        folder = tmp_path / "pairs" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        (folder / "prompt.txt").write_text("p")
+        (folder / "win.png").write_bytes(png(0))
+        (folder / "lose.png").write_bytes(png(1) if name == b"fine" else b"")
+    cache = build_cache(open_pairs(tmp_path / "pairs"), SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.7)
+    assert len(cache) == 1 and cache.skipped[0][0] == r"pairs/\udce9"
 
 
 def test_unreadable_rows_are_skipped_under_the_limit_and_refused_above(tmp_path):

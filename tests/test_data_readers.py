@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,13 @@ def test_ties_are_kept_as_one_half_or_dropped_and_unlabelled_rows_are_left_out(t
     assert "2 ties left out" in drop.description
 
 
+@pytest.mark.parametrize("said", [0, 0.0, "False", "false", "0"])
+def test_a_pair_without_a_label_is_left_out_however_the_table_says_so(said, tmp_path):
+    pq.write_table(pick_a_pic([1.0, 1.0], has_label=[said, type(said)(1) if said != "0" else "1"]), tmp_path / "p.parquet")
+    table = open_pairs(tmp_path / "p.parquet")
+    assert len(table) == 1 and table.left_out["unlabelled"] == 1
+
+
 def test_each_kind_of_label_is_looked_at_once_not_each_row(tmp_path, monkeypatch):
     rows, asked = 3000, []
     pictures = {"jpg_0": [png(0)] * rows, "jpg_1": [png(1)] * rows, "caption": ["p"] * rows}
@@ -263,14 +271,6 @@ def test_labels_that_cannot_be_remembered_are_looked_at(tmp_path):
     assert len(table) == 3 and table.left_out["ties"] == 1 and table[2].label == 1.0
     with pytest.raises(RowProblem, match="line 2.*label"):
         table[1]
-
-
-@pytest.mark.parametrize("said", [(0, False), (False, 0)])
-def test_labels_that_python_takes_for_equal_are_told_apart(said, tmp_path):
-    base = {"caption": "p", "jpg_0": "0a.png", "jpg_1": "0b.png", "label_0": 1}
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(base | {"has_label": known}) for known in said))
-    table = open_pairs(tmp_path / "p.jsonl")
-    assert [table.origin(row) for row in range(len(table))] == [f"p.jsonl:line {2 if said[0] is False else 1}"]
 
 
 def test_labels_and_weights_of_a_listing_are_used(tmp_path):
@@ -293,6 +293,7 @@ def test_labels_and_weights_of_a_listing_are_used(tmp_path):
         ({"chosen": None}, "there is no picture"),
         ({"rejected": "https://x/y.png"}, "is an address"),
         ({"prompt": ["a"]}, "prompt is list, not text"),
+        ({"prompt": "half \ud83d"}, "prompt holds half of a surrogate pair, which is no character"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_named_and_the_others_stay(line, reason, tmp_path):
@@ -303,6 +304,37 @@ def test_a_row_that_makes_no_sense_is_named_and_the_others_stay(line, reason, tm
     with pytest.raises(RowProblem, match=rf"pairs.jsonl:line 2.*{reason}"):
         table[1]
     assert table[2].prompt == "p"
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "a\ud83d.png", "~nobody-of-this-name/a.png"])
+def test_a_name_that_no_file_can_have_is_a_problem_of_its_row(name, tmp_path, capsys):
+    place = as_jsonl(tmp_path)
+    place.write_text(place.read_text() + "\n" + json.dumps({"prompt": "p", "chosen": name, "rejected": "img/0b.png"}))
+    report = check(open_pairs(place))
+    assert [(p.origin, p.side) for p in report.unreadable] == [("pairs.jsonl:line 12", "winner")] and report.usable == N
+    assert run_check(str(place), "--json", str(tmp_path / "report.json")) == 1
+    assert "cannot read" in capsys.readouterr().out
+
+
+def test_a_name_that_begins_with_a_tilde_may_be_a_file(tmp_path):
+    place = as_jsonl(tmp_path)
+    (tmp_path / "~pic.png").write_bytes(png(7))
+    place.write_text(json.dumps({"prompt": "p", "chosen": "~pic.png", "rejected": "img/0b.png"}))
+    assert open_pairs(place)[0].winner.read_bytes() == png(7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are text")
+@pytest.mark.parametrize("write", [as_pair_folders, as_pictures, as_two_folders], ids=lambda f: f.__name__)
+def test_names_of_files_that_are_not_utf8_can_be_written_into_reports(write, tmp_path):
+    place = write(tmp_path)
+    for file in sorted(place.rglob("*"), reverse=True):
+        if file.stem in ("p0", "0", "n0"):
+            file.rename(file.with_name(os.fsdecode(b"\xe9") + file.suffix))
+    table = open_pairs(place)
+    report = check(table)
+    assert report.usable == N and any(table.origin(i).endswith((r"\udce9", r"\udce9.png")) for i in range(N))
+    (place / "broken.png").write_bytes(b"")
+    json.dumps(report.to_dict(), ensure_ascii=False).encode()
 
 
 def test_contradictory_pick_a_pic_labels_are_a_problem_of_the_row(tmp_path):
@@ -389,6 +421,18 @@ def test_folders_that_lack_a_picture_or_caption_say_which(tmp_path):
     (place / "l/n3.png").unlink()
     with pytest.raises(RowProblem, match=r"b/n3 \(loser\).*n3"):
         open_pairs(place)[3]
+
+
+def test_several_pictures_for_one_side_are_not_chosen_among(tmp_path):
+    place = as_pair_folders(tmp_path / "a")
+    shutil.copy(place / "p1/win.png", place / "p1/WINNER.PNG")
+    with pytest.raises(RowProblem, match=r"a/p1 \(chosen\): 2 pictures could be meant: WINNER.PNG, win.png; keep one"):
+        open_pairs(place)[1]
+    place = as_two_folders(tmp_path / "b")
+    shutil.copy(place / "l/n3.png", place / "l/n3.jpg")
+    with pytest.raises(RowProblem, match=r"b/n3 \(loser\): 2 pictures could be meant: n3.jpg, n3.png; keep one"):
+        open_pairs(place)[3]
+    assert open_pairs(place)[4].prompt == "prompt 4"
 
 
 def test_every_file_of_the_registries_is_a_reader_or_a_layout():
@@ -727,6 +771,18 @@ def test_the_report_finds_every_planted_flaw(tmp_path):
     text = report.to_text()
     assert all(place(i) in text for i in (1, 2, 4, 5, 6, 7)) and "8 (6 usable)" in text
     assert json.loads(json.dumps(report.to_dict()))["unusable"] == 2
+
+
+def test_what_the_report_counts_does_not_depend_on_the_order_of_rows(tmp_path):
+    cells = [(png(0), png(1), 0.5), (png(0), png(1), 1.0), (png(0), png(1), 0.0), (png(1), png(0), 0.0)]
+    for order in permutations(cells):
+        columns = dict(zip(("jpg_0", "jpg_1", "label_0"), map(list, zip(*order, strict=True)), strict=True))
+        pq.write_table(pa.table({"caption": ["a"] * 4, **columns}), tmp_path / "p.parquet")
+        report = check(open_pairs(tmp_path / "p.parquet"))
+        assert (len(report.duplicate_pairs), len(report.contradictions)) == (2, 1)
+        (later, first), said = report.contradictions[0], [a == png(0) if p else a != png(0) for a, _, p in order]
+        rows = [int(place.rpartition(" ")[2]) for place in (later, first)]
+        assert 0.5 not in [order[row][2] for row in rows] and said[rows[0]] != said[rows[1]]
 
 
 def test_pictures_too_small_or_too_long_to_learn_from_are_counted_and_named(tmp_path):

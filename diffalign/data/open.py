@@ -42,7 +42,8 @@ def open_pairs(
         raise UserError(f"Data are named by a path or a hub id; got a {type(where).__name__}. Save it first: to_parquet(FILE).")
     if ties not in TIES:
         raise UserError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}.")
-    place = str(Path(where).expanduser()) if Path(where).expanduser().exists() else str(where)
+    expanded = os.path.expanduser(where)
+    place = str(Path(expanded)) if os.path.exists(expanded) else str(where)
     rows = _reader(place).open_rows(place, split)
     layout, names = _layout(rows, columns or {})
     if scores is not None:
@@ -165,7 +166,7 @@ def _kept(rows: Rows, layout: Layout, names: Mapping[str, str], ties: str) -> tu
     if not present:
         return range(len(rows)), left_out
     reason_of = partial(_left_out, layout, present, ties)
-    remembered = lru_cache(maxsize=1024, typed=True)(reason_of)  # there are few labels, whatever the number of rows
+    remembered = lru_cache(maxsize=1024)(reason_of)  # there are few labels, whatever the number of rows
     kept = array("q")
     for index, cells in enumerate(rows.cells([names[role] for role in present])):
         try:

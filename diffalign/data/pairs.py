@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,23 @@ WINNER, LOSER, PICTURE = "winner", "loser", "picture"
 SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 
 
+def printable(text: str) -> str:
+    """The same text where it can be written; bytes of a file name that are not UTF-8, and halves of characters, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class UnreadableImage(UserError):
     """A picture that cannot be read or decoded; the message is the reason alone, the caller knows the row."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
 
 
 class RowProblem(UserError):
     """One row of a data set that cannot be used: where it is, which side (if one is at fault), and why."""
 
     def __init__(self, origin: str, side: str | None, reason: str) -> None:
+        origin, reason = printable(origin), printable(reason)
         super().__init__(f"{origin}{f' ({side})' if side else ''}: {reason}")
         self.origin, self.side, self.reason = origin, side, reason
 
@@ -55,6 +65,8 @@ class ImageSource:
             return self.path.read_bytes()
         except OSError as error:
             raise UnreadableImage(f"cannot read {self.path}: {error.strerror or error}") from error
+        except ValueError as error:  # a name that no file can have
+            raise UnreadableImage(f"cannot read {str(self.path)!r}: {error}") from error
 
     def held(self) -> ImageSource:
         """The same picture with its bytes in memory, so that reading it several times costs one access."""
@@ -140,9 +152,27 @@ def image_from(value: Any, base: Path | None) -> ImageSource:
     if isinstance(value, str) and value.strip():
         if "://" in value:
             raise ValueError(f"{value} is an address; download the picture and give its path")
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))  # what begins with ~ and names nobody's home may be a file
         return ImageSource(path=path if base is None else base / path)
     raise ValueError("there is no picture" if value in (None, "") else f"expected a path or bytes, found {type(value).__name__}")
+
+
+def text_from(value: Any, name: str) -> str:
+    """A cell as text, without white space at its ends. Raises ``ValueError`` that names the column for what is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {type(value).__name__}, not text")
+    if is_broken(value):
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
+    return value.strip()
+
+
+def is_broken(text: str) -> bool:
+    """Whether there is half of a character in it, as JSON may hold, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def number_from(value: Any, name: str, low: float, high: float) -> float:

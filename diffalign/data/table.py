@@ -20,7 +20,9 @@ from diffalign.data.pairs import (
     RowProblem,
     image_from,
     number_from,
+    printable,
     score_from,
+    text_from,
 )
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class PairTable:
     def __getitem__(self, index: int) -> PreferencePair:
         where = self._kept[self._checked(index)]
         found = self.rows.row(where, tuple(self._names.values()))
-        return self._pair(self._by_role(found), self.rows.origin(where))
+        return self._pair(self._by_role(found), self._origin(where))
 
     @property
     def kind(self) -> Kind:
@@ -141,7 +143,7 @@ class PairTable:
         where = self._kept[self._checked(index)]
         cells = self.rows.row(where, self.rows.columns)
         by_role = self._by_role(cells)
-        pair = self._pair(by_role, self.rows.origin(where))
+        pair = self._pair(by_role, self._origin(where))
         probability = self._layout.probability(by_role)
         images = (pair.winner, pair.loser) if probability >= 0.5 else (pair.loser, pair.winner)
         return StoredPair(pair, cells, images, probability)
@@ -149,7 +151,7 @@ class PairTable:
     def shown(self, row: int) -> Iterator[Shown | RowProblem]:
         """Every picture of a row of ``rows``, also of one that is left out or whose label makes no sense."""
         columns, prompt = tuple(dict.fromkeys(self.image_columns)), self._names[self._layout.PROMPT]
-        origin = self.rows.origin(row)
+        origin = self._origin(row)
         try:
             cells = self.rows.row(row, (prompt, *columns))
             text = _prompt(cells[prompt], prompt)
@@ -194,13 +196,16 @@ class PairTable:
 
     def origin(self, index: int) -> str:
         """File and row of pair ``index``, without reading it."""
-        return self.rows.origin(self._kept[self._checked(index)])
+        return self._origin(self._kept[self._checked(index)])
+
+    def _origin(self, row: int) -> str:
+        return printable(self.rows.origin(row))
 
     @property
     def description(self) -> str:
         """One line: where the data are, in which form, and how many rows."""
         left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
-        return f"{self.rows.description}: {self._layout.FORM}, {len(self)} {self.kind}{left}"
+        return f"{printable(self.rows.description)}: {self._layout.FORM}, {len(self)} {self.kind}{left}"
 
     @property
     def fingerprint(self) -> str:
@@ -290,8 +295,4 @@ def _json(value: Any) -> Iterator[str]:
 
 
 def _prompt(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {type(value).__name__}, not text")
-    return value.strip()
+    return "" if value is None else text_from(value, name)

@@ -22,6 +22,9 @@ CENTER: Position = (0.5, 0.5)
 FIT = 1.1
 """The most by which ``crop="fit"`` changes the ratio of a picture's sides."""
 
+LONG = 16
+"""How many times the crop a resized picture may be before only the crop is made."""
+
 Framing = tuple[int, int, int, int, int, int]
 """What was done to a picture: height and width of the original; top and left of the crop, in pixels after resizing; height and
 width of what is left. SDXL is trained with these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
@@ -32,8 +35,9 @@ class Transform:
     """Resize the shorter side to ``resolution`` pixels, cut a square, mirror or not; with ``buckets``, resize to just cover the
     shape nearest to the winner's (see ``buckets``) and cut to that.
 
-    Bilinear resizing with antialiasing, as in the released Diffusion-DPO script. ``crop="random"`` draws one relative
-    position per pair from (seed, pair index), so that it is known before anything is encoded and never changes. ``crop="fit"``
+    Bilinear resizing with antialiasing, as in the released Diffusion-DPO script; only that the longer side is rounded to the
+    nearest pixel, and down by torchvision's Resize, which that script uses. ``crop="random"`` draws one relative position per
+    pair from (seed, pair index), so that it is known before anything is encoded and never changes. ``crop="fit"``
     cuts nothing of a picture whose proportions are within ``FIT`` of the shape's: it is resized to it, either side by itself.
     With buckets of one sixteenth of the resolution that holds for every winner, up to the widest bucket; others are cut at the
     centre.
@@ -99,9 +103,7 @@ class Transform:
         high, wide = target = target or self.square
         resized = self._resized(image.size, target)
         top, left = _corner(resized, target, position)
-        if resized != image.size:
-            image = image.resize(resized, Image.Resampling.BILINEAR)
-        pixels = np.asarray(image.crop((left, top, left + wide, top + high)), dtype=np.float32)
+        pixels = np.asarray(_cut(image, resized, (left, top, left + wide, top + high)), dtype=np.float32)
         tensor = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1)
         return (tensor.flip(-1) if flipped else tensor).contiguous()
 
@@ -121,6 +123,22 @@ class Transform:
         if self.crop == "fit" and max(scales) <= FIT * min(scales):
             return wide, high
         return max(wide, round(width * max(scales))), max(high, round(height * max(scales)))
+
+
+def _cut(image: Image.Image, resized: tuple[int, int], crop: tuple[int, int, int, int]) -> Image.Image:
+    """What lies in ``crop`` (left, top, right, bottom) of the resized picture.
+
+    Of a picture that would become very long only that part is made: 20000 x 10 pixels would take gigabytes. Its box is in single
+    precision in Pillow, and rounding may change a pixel by one; so all others are resized whole.
+    """
+    left, top, right, bottom = crop
+    if resized[0] * resized[1] > LONG * (right - left) * (bottom - top):
+        wide, high = (old / new for old, new in zip(image.size, resized, strict=True))
+        box = left * wide, top * high, min(right * wide, image.width), min(bottom * high, image.height)
+        return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.BILINEAR)
+    return image.crop(crop)
 
 
 def _corner(resized: tuple[int, int], target: Shape, position: Position) -> tuple[int, int]:

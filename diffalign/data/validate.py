@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ class DataReport:
     unique_images: int
     sizes: dict[str, int]  # "width x height" -> pictures (each side of each pair counts), most frequent first
     smallest_side: int
-    duplicate_pairs: tuple[tuple[str, str], ...]  # (place, place of the first): same prompt, same pictures, same preference
+    duplicate_pairs: tuple[tuple[str, str], ...]  # (place, place of the first): same prompt and pictures, not the other preferred
     contradictions: tuple[tuple[str, str], ...]  # same prompt and pictures, the other one preferred; or wanted and unwanted
     repeated_images: int  # pictures that occur in more than one place
     identical_sides: tuple[str, ...]  # of pairs: winner and loser are the same file
@@ -138,7 +138,7 @@ class _Tally:
     empty: list[str] = field(default_factory=list)
     images: Counter[bytes] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    seen: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)  # prompt and pictures -> first place, what it says
+    seen: dict[bytes, str] = field(default_factory=dict)  # prompt, pictures and what is said of them -> first place
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     contradictions: list[tuple[str, str]] = field(default_factory=list)
     identical: list[str] = field(default_factory=list)
@@ -215,11 +215,30 @@ def _count(tally: _Tally, seen: _Seen) -> None:
     digests = list(seen.digests.values())
     if not pair.single and digests[0] == digests[1]:
         tally.identical.append(pair.origin)
-    said = bytes([pair.label >= 0.5]) if pair.single else seen.digests["winner"]
-    first, preferred = tally.seen.setdefault(prompt + b"".join(sorted(digests)), (pair.origin, said))
-    if first != pair.origin:
-        agrees = preferred == said or pair.label == 0.5
-        (tally.duplicates if agrees else tally.contradictions).append((pair.origin, first))
+    _compare(tally, prompt + b"".join(sorted(digests)), _said(pair, digests), pair.origin)
+
+
+_SAID = (b"yes", b"no", b"tie")
+
+
+def _said(pair: PreferencePair, digests: Sequence[bytes]) -> bytes:
+    """What a row says of its pictures, whichever of them comes first in it: one of ``_SAID``."""
+    if pair.label == 0.5:
+        return b"tie"
+    return b"yes" if (pair.label > 0.5 if pair.single else digests[0] <= digests[1]) else b"no"
+
+
+def _compare(tally: _Tally, pictures: bytes, said: bytes, origin: str) -> None:
+    """Count a row against those that came before it; how many are found does not depend on the order of the rows."""
+    before = {each: tally.seen[pictures + each] for each in _SAID if pictures + each in tally.seen}
+    against = {b"yes": b"no", b"no": b"yes"}.get(said)
+    if said in before:
+        tally.duplicates.append((origin, before[said]))
+    elif against in before:
+        tally.contradictions.append((origin, before[against]))
+    elif before:  # one of the two is a tie
+        tally.duplicates.append((origin, next(iter(before.values()))))
+    tally.seen.setdefault(pictures + said, origin)
 
 
 def _measure(tally: _Tally, seen: _Seen) -> None:

@@ -19,7 +19,8 @@ SCORES = ("score_0", "score_1")
 
 def probability(row: Mapping[str, Any]) -> float | None:
     """``label_0``; None where ``has_label`` is false. ``label_1``, where there is one, must be its complement."""
-    if row.get("has_label") is False:
+    known = row.get("has_label")
+    if known == 0 or str(known).lower() in ("false", "0"):  # false in parquet; a number or text in lists
         return None
     first = number_from(row["label_0"], "label_0", 0.0, 1.0)
     if row.get("label_1") is not None:

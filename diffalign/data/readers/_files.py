@@ -220,10 +220,15 @@ def same_columns(files: Sequence[Path], columns: Sequence[Sequence[str]]) -> tup
     return tuple(columns[0])
 
 
-def picture(folder: Path, stems: Sequence[str]) -> Path | None:
-    """The first picture in ``folder`` whose name without suffix is one of ``stems``."""
-    found = {p.stem.lower(): p for p in sorted(folder.iterdir(), reverse=True) if p.suffix.lower() in PICTURES}
-    return next((found[stem] for stem in stems if stem in found), None)
+def pictures(folder: Path, stems: Sequence[str]) -> list[Path]:
+    """The pictures in ``folder`` whose name without suffix is one of ``stems``, in letters of either case."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.stem.lower() in stems)
+
+
+def only_one(found: Sequence[Path]) -> str | None:
+    """Why nobody knows which of several pictures is meant; None for a single one."""
+    names = ", ".join(file.name for file in found)
+    return f"{len(found)} pictures could be meant: {names}; keep one of them" if len(found) > 1 else None
 
 
 def read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import LOSER, WINNER, identity_of, picture, read_text
+from diffalign.data.readers._files import LOSER, WINNER, identity_of, only_one, pictures, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,7 @@ def open_rows(where: str, split: str) -> PairFolderRows:
 
 
 def _is_pair(folder: Path) -> bool:
-    return folder.is_dir() and (picture(folder, WINNER) or picture(folder, LOSER)) is not None
+    return folder.is_dir() and bool(pictures(folder, (*WINNER, *LOSER)))
 
 
 class PairFolderRows:
@@ -45,15 +45,17 @@ class PairFolderRows:
 
     def row(self, index: int, columns: Sequence[str]) -> Mapping[str, Any]:
         folder = self._root / self._names[index]
-        sides = {"chosen": picture(folder, WINNER), "rejected": picture(folder, LOSER)}
+        sides = {"chosen": pictures(folder, WINNER), "rejected": pictures(folder, LOSER)}
         for (side, found), stems in zip(sides.items(), (WINNER, LOSER), strict=True):
-            if found is None:
+            if not found:
                 raise RowProblem(self.origin(index), side, f"no picture called {' or '.join(f'{s}.*' for s in stems[:3])}")
+            if problem := only_one(found):
+                raise RowProblem(self.origin(index), side, problem)
         try:
             prompt = read_text(folder / "prompt.txt")
         except ValueError as error:
             raise RowProblem(self.origin(index), None, str(error)) from error
-        return {"prompt": prompt, **{side: str(found.absolute()) for side, found in sides.items()}}
+        return {"prompt": prompt, **{side: str(found[0].absolute()) for side, found in sides.items()}}
 
     def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         return repeat((None,) * len(columns), len(self))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import LOSER, PICTURES, WINNER, identity_of, read_text
+from diffalign.data.readers._files import LOSER, PICTURES, WINNER, identity_of, only_one, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +29,13 @@ def _folders(root: Path) -> tuple[Path, Path] | None:
     return next((pair for pair in pairs if pair[0].is_dir() and pair[1].is_dir() and _stems(pair[0])), None)
 
 
-def _stems(folder: Path) -> dict[str, Path]:
-    return {p.stem: p for p in sorted(folder.iterdir(), reverse=True) if p.suffix.lower() in PICTURES}
+def _stems(folder: Path) -> dict[str, list[Path]]:
+    """Pictures by name without suffix, which several may share."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in PICTURES:
+            found.setdefault(file.stem, []).append(file)
+    return found
 
 
 class TwoFolderRows:
@@ -54,6 +59,8 @@ class TwoFolderRows:
         for folder, pictures, side in zip(self._folders, self._pictures, ("winner", "loser"), strict=True):
             if name not in pictures:
                 raise RowProblem(self.origin(index), side, f"{folder} has no picture called {name}.*")
+            if problem := only_one(pictures[name]):
+                raise RowProblem(self.origin(index), side, problem)
         captions = [place / f"{name}.txt" for place in (self._folders[0], self._root, self._folders[1])]
         try:
             caption = next((c for c in captions if c.exists()), None)
@@ -62,7 +69,7 @@ class TwoFolderRows:
             prompt = read_text(caption)
         except ValueError as error:
             raise RowProblem(self.origin(index), None, str(error)) from error
-        winner, loser = (str(pictures[name].absolute()) for pictures in self._pictures)
+        winner, loser = (str(pictures[name][0].absolute()) for pictures in self._pictures)
         return {"prompt": prompt, "chosen": winner, "rejected": loser}
 
     def cells(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
