@@ -17,6 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.pairs import is_broken
 from diffalign.data.tabs import tab_separated
 from diffalign.errors import UserError
 
@@ -34,6 +35,7 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 CATEGORY_COLUMNS = ("category", "tag")
+BROKEN = "holds half of a surrogate pair, which is no character; remove it"
 
 
 class LoggedPromptsWarning(UserWarning):
@@ -58,29 +60,34 @@ def as_prompts(given: str | Iterable[Prompt | str]) -> list[Prompt]:
     """What a caller in Python means by prompts: one string, or several strings and prompts.
 
     Raises:
-        UserError: one of them is something else, such as the NaN of an empty cell in pandas.
+        UserError: one of them is something else, such as the NaN of an empty cell in pandas, or holds half of a character.
     """
     several = [given] if isinstance(given, str) else list(given)
     for place, one in enumerate(several, 1):
         if not isinstance(one, (str, Prompt)):
             raise UserError(f"Prompt {place} of {len(several)} is no string: {one!r}.")
+        if is_broken(one if isinstance(one, str) else one.text):
+            raise UserError(f"Prompt {place} of {len(several)} {BROKEN}.")
     return [one if isinstance(one, Prompt) else Prompt(one) for one in several]
 
 
-def read_prompts(where: str | Path, column: str | None = None) -> list[Prompt]:
+def read_prompts(where: str | Path, column: str | None = None, *, strict: bool = True) -> list[Prompt]:
     """Prompts in the order of the file; repeated prompts stay repeated.
+
+    ``strict=False`` lets the empty ones of a file with columns stay, for whoever leaves out and names what cannot be used.
 
     ``where`` is one of ``NAMES``, ``hpsv2:PATH`` or ``pick-a-pic:PATH``, or a file: ``.txt`` (one in a line, empty lines
     skipped), ``.jsonl``, ``.json`` (a list of strings or of objects), ``.csv`` or ``.tsv`` (with a header). In files with
     columns the prompt is taken from ``column``, or else from the first of ``PROMPT_COLUMNS`` there is, whatever its case.
 
     Raises:
-        UserError: no such file, an unknown format, a row without a prompt, or nothing to read.
+        UserError: no such file, an unknown format, a row without a prompt (unless it is empty, and not ``strict``), one with half
+            of a character, or nothing to read.
     """
     name, colon, place = str(where).partition(":")
     if isinstance(where, str) and name in FETCHED and (place or not colon):
         return _FETCH[name](place or None, column)
-    return _read_file(_find(where), column)
+    return _read_file(_find(where), column, strict)
 
 
 def held_out_prompts(where: str, count: int) -> list[Prompt]:
@@ -92,9 +99,9 @@ def held_out_prompts(where: str, count: int) -> list[Prompt]:
     return read_prompts(where)[:count]
 
 
-def _read_file(path: Path, column: str | None = None) -> list[Prompt]:
+def _read_file(path: Path, column: str | None = None, strict: bool = True) -> list[Prompt]:
     rows = _ROWS[path.suffix.lower()](path, read_text(path))
-    prompts = [_prompt(path, place, row, column) for place, row in rows]
+    prompts = [_prompt(path, place, row, column, strict) for place, row in rows]
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts
@@ -291,14 +298,14 @@ _FETCH = {"hpsv2": _hpsv2, "pick-a-pic": _pick_a_pic}
 # -------------------------------------------------------------------------------------------------------------- columns
 
 
-def _prompt(path: Path, place: str, row: Row, column: str | None) -> Prompt:
+def _prompt(path: Path, place: str, row: Row, column: str | None, strict: bool) -> Prompt:
     origin = f"{path.name}:{place}"
     if isinstance(row, str):
-        return Prompt(_stripped(path, place, "", row), None, origin)
+        return Prompt(_stripped(path, place, "", row, strict), None, origin)
     name = _column(path, row, column)
     category = next((row[c] for c in row if c and c.lower() in CATEGORY_COLUMNS), None)
     rest = {c: value for c, value in row.items() if c != name}
-    return Prompt(_stripped(path, place, name, row[name]), str(category) if category else None, origin, rest)
+    return Prompt(_stripped(path, place, name, row[name], strict), str(category) if category else None, origin, rest)
 
 
 def _column(path: Path, row: Mapping[str, Any], column: str | None) -> str:
@@ -314,10 +321,14 @@ def _column(path: Path, row: Mapping[str, Any], column: str | None) -> str:
     return found
 
 
-def _stripped(path: Path, place: str, column: str, value: Any) -> str:
+def _stripped(path: Path, place: str, column: str, value: Any, strict: bool) -> str:
     where = f"{path}, {place if place.startswith('item') else 'line ' + place}" + (f", column {column!r}" if column else "")
+    if value is None and not strict:
+        return ""
     if not isinstance(value, str):
         raise UserError(f"{where}: found {_kind(value)}; a prompt is a string.")
-    if not value.strip():
+    if strict and not value.strip():
         raise UserError(f"{where}: the prompt is empty.")
+    if is_broken(value):
+        raise UserError(f"{where}: the prompt {BROKEN}.")
     return value.strip()

@@ -128,7 +128,14 @@ def test_a_prompt_that_cannot_be_rewritten_stays_where_it_is(optimizer: PromptOp
 def test_a_file_of_prompts(optimizer: PromptOptimizer, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n\na red star\n")
-    assert texts(optimizer(file, n=2, **SHORT)) == texts(optimizer(["a cat", "a red star"], n=2, **SHORT))
+    expected = texts(optimizer(["a cat", "a red star"], n=2, **SHORT))
+    assert texts(optimizer(file, n=2, **SHORT)) == expected
+    listed = tmp_path / "prompts.jsonl"
+    listed.write_text('{"prompt": "a cat"}\n{"prompt": ""}\n{"prompt": "a red star"}\n')
+    found = optimizer(listed, n=2, strict=False, **SHORT)
+    assert texts([found[0], found[2]]) == expected and found[1][0].problem == "prompt is empty"
+    with pytest.raises(UserError, match="prompts.jsonl, line 2, column 'prompt': the prompt is empty"):
+        optimizer(listed, n=2, **SHORT)
     with pytest.raises(UserError, match="is a file. Its prompts are rewritten by Path"):
         optimizer(str(file))
 
@@ -207,5 +214,9 @@ def test_mistakes_are_said(optimizer: PromptOptimizer) -> None:
         optimizer("  ")
     with pytest.raises(UserError, match="Prompt 2 of 3 cannot be rewritten: prompt is empty. So it is with 2 of 3 prompts"):
         optimizer(["a cat", "  ", ""])
+    with pytest.raises(UserError, match="strict=False, or --prompts FILE on the command line, leaves such prompts as they are"):
+        optimizer(["a cat", "  "])
+    with pytest.raises(UserError, match="Prompt 1 of 1 holds half of a surrogate pair"):
+        optimizer("half \ud83d")
     with pytest.raises(UserError, match="takes .* tokens"):
         optimizer("word " * 400)

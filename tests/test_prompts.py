@@ -14,7 +14,7 @@ import pytest
 
 from diffalign.errors import UserError
 from pipelines.commands import generate
-from pipelines.prompts import NAMES, SETS, STYLES, LoggedPromptsWarning, Prompt, read_prompts
+from pipelines.prompts import NAMES, SETS, STYLES, LoggedPromptsWarning, Prompt, as_prompts, read_prompts
 
 
 def write(tmp_path, name: str, text: str):
@@ -116,6 +116,30 @@ def test_wrong_files_are_named_with_the_place(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message) as caught:
         read_prompts(write(tmp_path, name, text))
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.jsonl", '{"prompt": "one"}\n{"prompt": " "}\n{"prompt": null}\n'),
+        ("p.json", '[{"prompt": "one"}, {"prompt": ""}, {"prompt": null}]'),
+        ("p.csv", 'prompt,n\none,1\n"",2\n ,3\n'),
+    ],
+)
+def test_empty_prompts_stay_for_whoever_names_them(tmp_path, name, text):
+    path = write(tmp_path, name, text)
+    assert [prompt.text for prompt in read_prompts(path, strict=False)] == ["one", "", ""]
+    with pytest.raises(UserError, match="the prompt is empty"):
+        read_prompts(path)
+
+
+def test_half_a_character_is_named_with_its_place(tmp_path):
+    path = write(tmp_path, "p.jsonl", '{"prompt": "one"}\n{"prompt": "half \\ud83d"}\n')
+    for strict in (True, False):
+        with pytest.raises(UserError, match="p.jsonl, line 2, column 'prompt': the prompt holds half of a surrogate pair"):
+            read_prompts(path, strict=strict)
+    with pytest.raises(UserError, match="Prompt 2 of 2 holds half of a surrogate pair"):
+        as_prompts(["one", "half \ud83d"])
 
 
 def test_missing_file_and_misspelt_list(tmp_path):

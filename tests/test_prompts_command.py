@@ -89,15 +89,16 @@ def test_the_five_commands_one_after_the_other(
 
 
 def test_an_evaluation_under_a_cap_leaves_out_what_cannot_be_rewritten(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    listed = folder / "odd.txt"
-    listed.write_text("a red star\n" + "word " * 400 + "\na yellow star\n")
+    listed = folder / "odd.jsonl"
+    listed.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a red star", "word " * 400, "", "a yellow star")))
     evaluate = ["--prompts", listed, "--writers", f"w={folder / 'start'}", "--embedding", "tiny", "--out", folder / "capped"]
     fine(capsys, "evaluate", *evaluate, *DRAWN, "--max-distance", "0")
     values = json.loads((folder / "capped" / "evaluation.json").read_text())
-    assert values["prompts"] == 2 and values["left out"][0].startswith("odd.txt:2: the prompt takes")
+    assert values["prompts"] == 2 and values["left out"][0].startswith("odd.jsonl:2: the prompt takes")
+    assert values["left out"][1] == "odd.jsonl:3: prompt is empty"
     assert values["ways"][1]["unchanged"] == 1 and values["ways"][1]["distance"] == 0
     report = (folder / "capped" / "report.md").read_text()
-    assert "1 prompts that cannot be rewritten were left out:\n\n* odd.txt:2:" in report
+    assert "2 prompts that cannot be rewritten were left out:\n\n* odd.jsonl:2:" in report
 
 
 def test_drift_in_another_embedding_is_not_compared(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -142,7 +142,7 @@ def _prompts(args: argparse.Namespace, split: str) -> list[Any]:
 
         captions = scenes.captions(args.count or 500, seed={"train": 11, "test": 2026}[split], split=split)
         return [Prompt(text, None, f"tiny:{number}") for number, text in enumerate(captions, start=1)]
-    return read_prompts(args.prompts, args.column)[: args.count]
+    return read_prompts(args.prompts, args.column, strict=False)[: args.count]
 
 
 def _studio(args: argparse.Namespace) -> Any:

@@ -137,7 +137,7 @@ class PromptOptimizer:
             UserError: a prompt that is empty, too long, no string, or the name of a file; a cap without an embedding; a number
                 out of range.
         """
-        asked, alone = _asked(prompts)
+        asked, alone = _asked(prompts, strict)
         self._check(n, max_distance, draw)
         problems = unwritable(self.writer, asked, max_rewrite_tokens)
         if problems and strict:
@@ -236,23 +236,24 @@ class PromptOptimizer:
         return out
 
 
-def _asked(prompts: str | Sequence[str | Prompt] | Path) -> tuple[list[str], bool]:
+def _asked(prompts: str | Sequence[str | Prompt] | Path, strict: bool) -> tuple[list[str], bool]:
     """Cleaned prompts, and whether one was asked for by itself."""
     if isinstance(prompts, Path):
-        return [clean(prompt.text) for prompt in read_prompts(prompts)], False
+        return [clean(prompt.text) for prompt in read_prompts(prompts, strict=strict)], False
     if not isinstance(prompts, str):
         return [clean(prompt.text) for prompt in as_prompts(prompts)], False
     if prompts.strip().lower().endswith(FORMATS) and Path(prompts.strip()).is_file():
         raise UserError(f'{prompts!r} is a file. Its prompts are rewritten by Path("{prompts.strip()}"); a string is a prompt.')
-    return [clean(prompts)], True
+    return [clean(prompt.text) for prompt in as_prompts(prompts)], True
 
 
 def _refused(problems: Mapping[int, str], of: int) -> str:
     first, why = next(iter(problems.items()))
     if of == 1:
         return f"A prompt cannot be rewritten: {why}."
+    lenient = "strict=False, or --prompts FILE on the command line, leaves such prompts as they are."
     more = f" So it is with {len(problems)} of {of} prompts." if len(problems) > 1 else ""
-    return f"Prompt {first + 1} of {of} cannot be rewritten: {why}.{more} strict=False leaves such prompts as they are."
+    return f"Prompt {first + 1} of {of} cannot be rewritten: {why}.{more} {lenient}"
 
 
 def _left(prompt: str, problem: str) -> Rewrite:

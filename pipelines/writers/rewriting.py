@@ -18,7 +18,7 @@ from typing import Any
 from diffalign.errors import UserError
 from pipelines import outputs
 from pipelines.progress import Progress
-from pipelines.prompts import read_prompts
+from pipelines.prompts import as_prompts, read_prompts
 from pipelines.writers.journal import Lines
 from pipelines.writers.optimizer import PromptOptimizer, Rewrite
 
@@ -92,7 +92,7 @@ def rewrite_file(
     path = Path(out).expanduser()
     check_out(path, overwrite)
     named = isinstance(prompts, (str, os.PathLike))
-    texts = [prompt.text for prompt in read_prompts(prompts, column)] if named else list(prompts)
+    texts = [prompt.text for prompt in (read_prompts(prompts, column, strict=False) if named else as_prompts(prompts))]
     if not texts:
         raise UserError("There are no prompts to rewrite.")
     lines = Lines(path.with_name(f"{path.name}.part"), _purpose(optimizer, texts, chunk, options))
