@@ -10,6 +10,7 @@ import numpy as np
 def split_rows(prompts: Sequence[Hashable] | np.ndarray, validation_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows for training and for validation, int64 and ascending; a prompt is in one of them only, and at most half of the rows
     are held out. ``prompts`` are texts, or numbers from 0 on for them (``PairCache.prompt_numbers``), which take less memory.
+    They are told apart to the letter, as they are encoded: "A cat" is another prompt than "a cat".
     """
     group = _by_appearance(prompts)
     sizes = np.bincount(group)
