@@ -59,7 +59,7 @@ Found = dict[Path, PromptedPicture]
 def pictures_with_prompts(
     folder: str | Path, prompts: str | Path | None = None, column: str | None = None, *, required: bool = True
 ) -> list[PromptedPicture]:
-    """The pictures of a folder (not of its subfolders), sorted by name, each with its prompt.
+    """The pictures of a folder (not of its subfolders), sorted by name, 2 before 10, each with its prompt.
 
     Args:
         prompts: a file or list as ``pipelines.prompts.read_prompts`` takes them; ``"txt"`` for ``NAME.txt`` beside each picture;
@@ -293,9 +293,7 @@ def _in_order(folder: Path, pictures: Sequence[Path], prompts: Sequence[Prompt],
             f"pictures (in a column {', '.join(NAME_COLUMNS[:3])} or the like), there should be as many pictures as prompts, or "
             "twice as many, or three times: as many for each prompt, in a row."
         )
-    # 2.png before 10.png: by letters alone, prompts in order would go to other pictures
-    ordered = sorted(pictures, key=lambda p: [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d+)", p.name))])
-    return {picture: _prompted(picture, prompts[i // each]) for i, picture in enumerate(ordered)}
+    return {picture: _prompted(picture, prompts[i // each]) for i, picture in enumerate(pictures)}
 
 
 # ----------------------------------------------------------------------------------------------------- inside a picture

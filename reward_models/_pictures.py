@@ -6,37 +6,52 @@ must not pass unseen.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
     import numpy as np
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+"""Those that training reads (``diffalign.data.readers``)."""
 SLACK = 1e-3
 """How far a float picture may leave [0, 1] by rounding."""
 SHEETS = ("grid.png", "generation.json")
 """``diffalign generate`` lays a sheet of all pictures beside them, and this record; the sheet is none of the pictures."""
 NAMED = 5
 """Unreadable files that a warning names; it counts all."""
-_FAILURES = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
+_UNBOUNDED = ("I", "F")
+"""Modes of 32 bits, of which nobody knows how bright white is."""
+_TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class UnreadablePictureWarning(UserWarning):
     """Some files are no pictures; their scores are NaN."""
 
 
+@dataclass(frozen=True)
+class NoPicture:
+    """A place where a picture should be, and why there is none: counted and named like a file that cannot be read."""
+
+    name: str
+    reason: str
+
+
 class Pictures:
-    """PIL images, paths, a folder (sorted by name), arrays [H, W, 3] or [N, H, W, 3], tensors [3, H, W] or [N, 3, H, W], uint8 or
-    float in [0, 1], encoded bytes, a column of a data set or a frame, or a sequence of these. None stays None.
+    """PIL images, paths, a folder (sorted by name, 2 before 10), arrays [H, W, 3] or [N, H, W, 3], tensors [3, H, W] or
+    [N, 3, H, W], uint8 or float in [0, 1], encoded bytes, a column of a data set or a frame, or a sequence of these. None stays
+    None.
 
     Raises:
         JudgeError: something that is no picture, or a float picture outside [0, 1]. Files are not opened yet.
@@ -55,15 +70,20 @@ class Pictures:
         return len(self.items)
 
     def __getitem__(self, i: int) -> Image.Image | None:
-        """The picture, decoded; None if it cannot be."""
+        """The picture, decoded, in RGB as it is to be seen; None if it cannot be."""
         item = self.items[i]
-        if item is None or isinstance(item, Image.Image):
-            return item
+        if item is None:
+            return None
+        if isinstance(item, NoPicture):
+            self.broken[i] = f"{item.name} ({item.reason})"
+            return None
+        # Decoders raise a dozen exception types on damaged files (OSError, SyntaxError, struct.error, EOFError, ...).
         try:
+            if isinstance(item, Image.Image):
+                return as_seen(item)
             with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
-                image.load()
-                return image
-        except _FAILURES as error:
+                return as_seen(image)
+        except Exception as error:
             self.broken[i] = f"{self.name(i)} ({error})"
             return None
 
@@ -77,15 +97,16 @@ class Pictures:
     def digest(self, i: int) -> str | None:
         """A hash of the content: of a file's bytes, which need no decoding, or of the pixels. None if there are none."""
         item = self.items[i]
+        if item is None or isinstance(item, NoPicture):
+            return None
+        if isinstance(item, Image.Image):
+            shape = f"{item.mode} {item.size} {item.getpalette()} {item.info.get('transparency')} "
+            return hashlib.sha256(shape.encode() + item.tobytes()).hexdigest() + _way_of(item)
         try:
-            if isinstance(item, Path):
-                return hashlib.sha256(item.read_bytes()).hexdigest()
+            content = item if isinstance(item, bytes) else item.read_bytes()
         except OSError:
             return None  # told when it is opened
-        if item is None or isinstance(item, bytes):
-            return None if item is None else hashlib.sha256(item).hexdigest()
-        shape = f"{item.mode} {item.size} {item.getpalette()} {item.info.get('transparency')} "
-        return hashlib.sha256(shape.encode() + item.tobytes()).hexdigest()
+        return hashlib.sha256(content).hexdigest() + _way_of(content)
 
     def warn(self) -> None:
         """One warning that counts the pictures that could not be read, and names some."""
@@ -97,13 +118,65 @@ class Pictures:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """The pictures of a folder, sorted by name; not those of its subfolders."""
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS)
+    """The pictures of a folder, sorted by name, 2 before 10; not those of its subfolders, and no hidden files."""
+    # macOS lays a hidden ._NAME.png beside NAME.png on disks that are not its own
+    pictures = (p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith(".") and p.is_file())
+    found = sorted(pictures, key=_in_natural_order)
     if (folder / SHEETS[1]).is_file():
         found = [p for p in found if p.name != SHEETS[0]]
     if not found:
         raise JudgeError(f"there is no picture in {folder} (looked for {', '.join(ENDINGS)})")
     return found
+
+
+def _in_natural_order(path: Path) -> tuple[list[str | int], str]:
+    """Numbers in a name count as numbers; names that then are equal, as 7 and 007, are sorted letter by letter."""
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d+)", path.name))], path.name
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """In RGB as a person sees it, and as training reads it (``diffalign.data.pairs``): turned upright as its EXIF data says,
+    transparency laid over white, 16-bit grey reduced to 8 bits.
+
+    Raises:
+        ValueError: pixels of 32 bits. Of a file, also whatever the decoder raises.
+    """
+    image.load()
+    if image.mode == "RGB" and _as_stored(image):
+        return image
+    if image.mode in _UNBOUNDED:
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no agreed range; save the picture as 8-bit RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        import numpy as np
+
+        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+    if _is_transparent(upright):
+        seen = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return upright.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in _TRANSPARENT or "transparency" in image.info
+
+
+def _as_stored(image: Image.Image) -> bool:
+    """Whether the stored pixels, converted to RGB, are what there is to see. Of a file this reads the head only."""
+    # not image.getexif(), by which a PNG would be decoded as a whole to look for EXIF data behind the pixels
+    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) != 1
+    deep = image.mode in _UNBOUNDED or image.mode.startswith("I;16")
+    return not (turned or deep or _is_transparent(image))
+
+
+def _way_of(picture: Image.Image | bytes) -> str:
+    """What is added to the hash of a picture that is more than converted to RGB: before, it was no more than that, and scores
+    that a cache holds from then would be mistaken for those of what is seen now."""
+    try:
+        with Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else contextlib.nullcontext(picture) as image:
+            return "" if _as_stored(image) else " as seen"
+    except Exception:
+        return ""  # has no score to be mistaken
 
 
 def _flat(images: Any) -> Iterable[Any]:
@@ -118,13 +191,13 @@ def _flat(images: Any) -> Iterable[Any]:
     return images
 
 
-def _item(one: Any) -> Image.Image | Path | bytes | None:
+def _item(one: Any) -> Image.Image | Path | bytes | NoPicture | None:
     """One picture as it is kept: files stay closed, numbers become a picture at once, so that wrong ranges are told early."""
     if isinstance(one, Mapping):  # how ``datasets`` keeps a picture that it has not decoded
         one = one.get("bytes") or one.get("path")
     if isinstance(one, str | Path):
         return Path(one)
-    if one is None or isinstance(one, Image.Image | bytes):
+    if one is None or isinstance(one, Image.Image | bytes | NoPicture):
         return one
     if not hasattr(one, "shape"):
         raise JudgeError(f"a picture is a PIL image, a path, an array or a tensor; got {type(one).__name__}")

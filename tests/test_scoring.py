@@ -16,9 +16,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import reward_models
+from diffalign.data.pairs import ImageSource, UnreadableImage
+from diffalign.data.readers import _files
 from reward_models import PointwiseJudge, _clip, _heads, aesthetic
 from reward_models._cache import Cache
-from reward_models._pictures import Pictures, UnreadablePictureWarning
+from reward_models._pictures import ENDINGS, Pictures, UnreadablePictureWarning, list_folder
 from reward_models.base import JudgeError, RewardInfo
 
 
@@ -242,6 +244,76 @@ def test_columns_of_data_sets_and_frames_are_pictures(folder: Path) -> None:
     ]
     for column in columns:
         assert torch.equal(judge.score(column), expected)
+
+
+def stored_in_every_way(folder: Path) -> dict[str, Path]:
+    """One picture in all modes that files have, turned, and with EXIF data before and behind its pixels."""
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (6, 9, 4), dtype=np.uint8), "RGBA")
+    grey = rng.integers(0, 2**16, (6, 9), dtype=np.uint16)
+    turned, opaque = Image.Exif(), colours.convert("RGB")
+    turned[0x0112] = 6
+    palette = opaque.quantize(8)
+    files = {f"{mode}.png": (opaque.convert(mode), {}) for mode in ("1", "L", "P", "RGB")}
+    files |= {f"{mode}.tif": (opaque.convert(mode), {}) for mode in ("CMYK", "YCbCr")}
+    files |= {
+        "LA.png": (colours.convert("LA"), {}),
+        "RGBA.png": (colours, {}),
+        "one colour.png": (opaque, {"transparency": opaque.getpixel((2, 2))}),
+        "palette.png": (palette, {"transparency": 3}),
+        "palette.gif": (palette, {"transparency": 3}),
+        "deep.png": (Image.fromarray(grey), {}),
+        "deep.tif": (Image.fromarray(grey), {}),
+        "turned.jpg": (opaque, {"exif": turned}),
+        "turned.png": (opaque, {"exif": turned}),
+        "turned.webp": (colours, {"exif": turned, "lossless": True}),
+        "turned deep.png": (Image.fromarray(grey), {"exif": turned}),
+        "whole numbers.tif": (Image.fromarray(grey.astype(np.int32)), {}),
+        "fractions.tif": (Image.fromarray(grey.astype(np.float32)), {}),
+    }
+    for name, (picture, how) in files.items():
+        picture.save(folder / name, **how)
+    return {name: folder / name for name in files}
+
+
+def test_judges_see_the_pixels_that_training_sees(tmp_path: Path) -> None:
+    for name, file in stored_in_every_way(tmp_path).items():
+        try:
+            expected = np.asarray(ImageSource(path=file).open())
+        except UnreadableImage:
+            expected = None
+        with Image.open(file) as image:
+            image.load()
+            pictures = Pictures([file, file.read_bytes(), image])
+            for i, seen in enumerate(pictures):
+                assert (expected is None and seen is None) or np.array_equal(np.asarray(seen), expected), name
+                assert expected is not None or "32 bits) have no agreed range" in pictures.broken[i]
+    turned = Pictures(tmp_path / "turned.jpg")[0]
+    assert turned.size == (6, 9) and Pictures(Image.new("RGBA", (2, 2)))[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_cache_from_before_serves_no_score_of_a_picture_that_looked_otherwise(tmp_path: Path) -> None:
+    """Keys of what was seen right stay what they were: the hash of the file, or of shape and pixels."""
+    import hashlib
+
+    as_before = {"1.png", "L.png", "P.png", "RGB.png", "CMYK.tif", "YCbCr.tif"}
+    for name, file in stored_in_every_way(tmp_path).items():
+        before = hashlib.sha256(file.read_bytes()).hexdigest()
+        for one in (Pictures(file), Pictures([file.read_bytes()])):
+            assert (one.digest(0) == before) == (name in as_before), name
+            assert one.digest(0).startswith(before)
+    picture = many(1)[0]
+    shape = f"RGB {picture.size} None None "
+    assert Pictures(picture).digest(0) == hashlib.sha256(shape.encode() + picture.tobytes()).hexdigest()
+
+
+def test_a_folder_has_no_hidden_files_and_counts_as_people_do(tmp_path: Path) -> None:
+    for name in ("10.png", "9.png", "b2.avif", "b010.png", "._9.png", ".hidden.png"):
+        many(1)[0].save(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "._10.png").write_bytes(b"\x00\x05\x16\x07what macOS remembers of a file")
+    assert [Path(p).name for p in list_folder(tmp_path)] == ["9.png", "10.png", "b2.avif", "b010.png"]
+    assert set(ENDINGS) == _files.PICTURES
 
 
 def test_prompts_may_be_a_column(three, folder) -> None:
