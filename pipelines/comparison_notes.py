@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.comparison_numbers import MACRO
 from pipelines.comparison_table import Judge, Pairs, Rows
+from pipelines.counterparts import name_of
 from pipelines.markdown import count
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ def _notes_on_pairing(rows: Rows, paired: Sequence[Pairs]) -> list[str]:
                 f"{p.system}: {count(p.alone, 'picture')} without partner in {p.baseline}, and {p.baseline_alone} of "
                 f"{p.baseline} without partner in {p.system}, are left out; {count(len(p.a), 'pair')} remain."
             )
+        by_order = _paired_by_order(rows, p)
+        if by_order:
+            notes.append(
+                f"{p.system}: {by_order} of {count(len(p.a), 'pair')} share neither seed nor name; they are paired by their "
+                "order, in which numbers in names count as numbers."
+            )
         seeds = [(rows.columns["seed"][i], rows.columns["seed"][j]) for i, j in zip(p.a, p.b)]
         different = sum(x is not None and y is not None and x != y for x, y in seeds)
         if different:
@@ -56,6 +64,21 @@ def _notes_on_pairing(rows: Rows, paired: Sequence[Pairs]) -> list[str]:
             "and only the differences can be laid beside each other."
         )
     return notes
+
+
+def _paired_by_order(rows: Rows, p: Pairs) -> int:
+    """Pairs that the prompt alone does not make, as there are several pictures of it or it is not known, nor seed or name."""
+    system, picture, seed, text = (rows.columns[key] for key in ("system", "picture", "seed", "prompt"))
+    of_prompt = Counter(zip(system, rows.prompt))
+
+    def single(i: int) -> bool:
+        return bool(text[i]) and of_prompt[system[i], rows.prompt[i]] == 1
+
+    def akin(i: int, j: int) -> bool:
+        names = name_of(picture[i]), name_of(picture[j])
+        return None in names or names[0] == names[1] or (seed[i] is not None and seed[i] == seed[j])
+
+    return sum(not (single(i) and single(j)) and not akin(i, j) for i, j in zip(p.a, p.b))
 
 
 def _notes_on_scores(row: Mapping[str, Any]) -> list[str]:

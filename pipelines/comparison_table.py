@@ -1,6 +1,7 @@
 """A table of scores, checked, and its pictures in pairs: what every number of a comparison is computed from.
 
-Pictures of two systems are paired by prompt and by their number among the pictures of that prompt.
+Pictures of two systems are paired by ``prompt_id`` and ``sample``, their number among the pictures of that prompt; in tables of
+``scoring`` these are equal where the pictures' seeds, names or order say that they belong together (``counterparts``).
 
 Shapes: M = rows of the table, K = different (prompt, sample), S = systems, N = pairs.
 """
@@ -201,4 +202,5 @@ def pair_up(rows: Rows, baseline: str, system: str) -> Pairs:
 
 def _example(rows: Rows, of_system: np.ndarray) -> str:
     row = of_system[of_system >= 0][0]
-    return f"prompt_id {rows.columns['prompt_id'][row]}, sample {rows.columns['sample'][row]}"
+    without = "" if rows.columns["prompt"][row] else " (without a prompt)"
+    return f"prompt_id {rows.columns['prompt_id'][row]}, sample {rows.columns['sample'][row]}{without}"

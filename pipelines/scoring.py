@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import reward_models
 from diffalign.errors import UserError
 from pipelines import outputs
 from pipelines.comparison_table import KEYS
+from pipelines.counterparts import numbered
 from pipelines.picture_prompts import pictures_with_prompts, prompts_and_pictures_of_dataset
 from pipelines.score_journal import Journal
 from reward_models._pictures import Pictures, list_folder
@@ -132,22 +132,18 @@ def sheet_of(
     """
     rows: list[dict[str, Any]] = []
     pictures: list[Any] = []
-    ids: dict[str, int] = {}
     for system, where in named_systems(systems).items():
         mine = prompts[system] if isinstance(prompts, Mapping) else prompts
         found = list(_found(where, mine, column, image_column, split, required))
         if categories is not None and len(categories) != len(found):
             raise UserError(f"The system {system!r} has {len(found)} pictures and {len(categories)} categories; each needs one.")
-        seen: Counter[int] = Counter()
         for i, one in enumerate(found):
-            text = one["prompt"]
-            number = ids.setdefault(text, len(ids)) if text else i  # without prompts the i-th pictures belong together
             category = categories[i] if categories is not None else one.get("category")
-            sample, seen[number] = seen[number], seen[number] + 1
-            keys = (system, one["name"], number, text, category, sample, one.get("seed"))
-            rows.append(dict(zip(KEYS, keys, strict=True)))
+            known = {"prompt": one["prompt"], "category": category, "seed": one.get("seed")}
+            rows.append({"system": system, "picture": one["name"], **known})
             pictures.append(one["picture"])
-    return Sheet(tuple(rows), tuple(pictures))
+    numbers = [dict(zip(("prompt_id", "sample"), pair, strict=True)) for pair in numbered(rows)]
+    return Sheet(tuple(row | more for row, more in zip(rows, numbers, strict=True)), tuple(pictures))
 
 
 def named_systems(systems: Any) -> dict[str, Any]:
@@ -322,7 +318,9 @@ def _frame(sheet: Sheet, panel: Mapping[str, Scorer], scores: Mapping[str, np.nd
     import pandas as pd
 
     table = pd.DataFrame(list(sheet.rows), columns=list(KEYS))
-    table["seed"] = table["seed"].astype("Int64")
+    seeds = [row["seed"] for row in sheet.rows]
+    # some programs draw seeds below 2**64; frames would make floats of them where a picture has none
+    table["seed"] = pd.array(seeds, dtype="UInt64" if max((s or 0 for s in seeds), default=0) >= 2**63 else "Int64")
     for name, values in scores.items():
         if name in KEYS:
             raise UserError(f"A judge cannot be called {name!r}: the table has a column of that name.")

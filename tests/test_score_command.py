@@ -20,6 +20,8 @@ from PIL import Image, PngImagePlugin
 import reward_models
 from diffalign.errors import UserError
 from pipelines import cli, scoring
+from pipelines.comparison import compare
+from pipelines.counterparts import numbered
 from pipelines.score_journal import Journal
 from pipelines.scoring import read_table, score_table
 from pipelines.tiny import scenes
@@ -114,6 +116,91 @@ def test_judges_without_prompts_pair_pictures_by_their_place(tmp_path: Path) -> 
     pictures = [Image.new("RGB", (8, 8), (level,) * 3) for level in range(3)]
     table = score_table({"a": pictures, "b": pictures}, None, ["jpeg"])
     assert table["prompt_id"].tolist() == [0, 1, 2, 0, 1, 2] and table["sample"].tolist() == [0] * 6
+
+
+def noise(folder: Path, names: dict[str, int]) -> Path:
+    """Pictures that JPEG tells apart; equal numbers are equal pictures."""
+    folder.mkdir()
+    for name, seed in names.items():
+        levels = np.random.default_rng(seed).integers(0, 256, (24 + seed, 24, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(folder / name)
+    return folder
+
+
+def against(a: Path, b: Path, judge: str = "jpeg", **options) -> tuple[list[int], tuple[str, ...]]:
+    """Wins, ties and losses of ``b``, and the notes."""
+    found = compare(score_table([a, b], None, [judge], **options), n_boot=50)
+    return found.win_rates.iloc[0][["wins", "ties", "losses"]].tolist(), found.notes
+
+
+def test_a_picture_that_is_missing_shifts_no_other_pair(tmp_path: Path) -> None:
+    a = noise(tmp_path / "a", {f"{i}.png": i for i in range(6)})
+    b = noise(tmp_path / "b", {f"{i}.png": i for i in (0, 1, 3, 4, 5)})
+    told, notes = against(a, b)
+    assert told == [0, 5, 0]
+    assert any(note.startswith("b: 0 pictures without partner in a, and 1 of a without") for note in notes)
+    for folder in (a, b):  # four pictures of either prompt
+        rows = [{"file_name": p.name, "prompt": "xy"[int(p.stem) // 4]} for p in folder.glob("*.png")]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told, notes = against(a, b)
+    assert told == [0, 5, 0] and not any("by their order" in note for note in notes)
+
+
+def test_seeds_come_before_names_where_all_pictures_of_a_prompt_have_their_own(tmp_path: Path) -> None:
+    a = noise(tmp_path / "a", {"0.png": 1, "1.png": 2, "2.png": 3})
+    b = noise(tmp_path / "b", {"0.png": 3, "1.png": 1})
+    for folder, seeds in ((a, (1, 2, 2**64 - 1)), (b, (2**64 - 1, 1))):
+        rows = [{"file_name": f"{i}.png", "prompt": "x", "seed": seed} for i, seed in enumerate(seeds)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert against(a, b)[0] == [0, 2, 0]
+    rows = [{"file_name": f"{i}.png", "prompt": "x", "seed": 1} for i in range(2)]
+    (b / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told, notes = against(a, b)  # one seed for all tells nothing: 0 against 0, 1 against 1
+    assert told[1] == 0 and sum(told) == 2 and any("come from different seeds" in note for note in notes)
+
+
+def test_names_that_are_numbers_count_as_numbers(tmp_path: Path) -> None:
+    a = noise(tmp_path / "a", {f"{i}.png": i for i in range(12)})
+    b = noise(tmp_path / "b", {f"{i:03d}.png": i for i in range(12)})
+    told, notes = against(a, b)
+    assert told == [0, 12, 0] and not any("by their order" in note for note in notes)
+    noise(tmp_path / "both", {"7.png": 1, "007.png": 2, "7.bmp": 3})
+    noise(tmp_path / "less", {"007.png": 2, "7.png": 1})
+    assert against(tmp_path / "both", tmp_path / "less")[0] == [0, 2, 0]  # by their whole names
+
+
+def test_pictures_with_no_name_in_common_are_paired_by_order_and_the_notes_say_so(tmp_path: Path) -> None:
+    a = noise(tmp_path / "a", {f"base_{i}.png": i for i in range(12)})
+    b = noise(tmp_path / "b", {f"tuned_{i}.png": i for i in range(12)})
+    told, notes = against(a, b)
+    assert told == [0, 12, 0]
+    assert any(note.startswith("b: 12 of 12 pairs share neither seed nor name; they are paired by their order") for note in notes)
+    for folder in (a, b):  # one picture of each prompt: nothing is left to choose
+        rows = [{"file_name": p.name, "prompt": p.stem.split("_")[1]} for p in folder.glob("*.png")]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told, notes = against(a, b)
+    assert told == [0, 12, 0] and not any("by their order" in note for note in notes)
+
+
+def test_a_third_system_is_paired_with_what_either_of_the_others_has(tmp_path: Path) -> None:
+    rows = [
+        ("a", "1.png", None),
+        ("a", "2.png", None),
+        ("b", "2.png", 5),
+        ("b", "3.png", 6),
+        ("c", "x.png", 6),
+        ("c", "y.png", 5),
+    ]
+    told = numbered([{"system": s, "picture": name, "prompt": "p", "seed": seed} for s, name, seed in rows])
+    assert told == [(0, 0), (0, 1), (0, 1), (0, 2), (0, 2), (0, 1)]
+
+
+def test_pictures_without_a_prompt_are_no_part_of_another_ones_prompt(tmp_path: Path) -> None:
+    mixed = noise(tmp_path / "mixed", {f"{i}.png": i for i in range(5)})
+    for i in (0, 2):
+        (mixed / f"{i}.txt").write_text("a cat")
+    table = score_table([mixed], None, ["jpeg"])
+    assert table["prompt_id"].tolist() == [0, 1, 0, 2, 3] and table["sample"].tolist() == [0, 0, 1, 0, 0]
 
 
 def test_pictures_of_one_prompt_are_numbered(tmp_path: Path) -> None:
