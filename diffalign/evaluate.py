@@ -27,7 +27,10 @@ _DRAWS_AT_ONCE = 2_000_000  # 16 MB of indices
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval. ``n`` counts what entered, ``excluded`` the scores that were not a number."""
+    """A mean with its confidence interval, which is NaN where one group is all there is: how much groups differ is not known.
+
+    ``n`` counts what entered, ``excluded`` the scores that were not a number.
+    """
 
     mean: float
     low: float
@@ -83,7 +86,7 @@ def win_rate(
     outcome = np.where(np.abs(difference) <= tie_tolerance, 0.0, np.sign(difference))  # [N] of -1, 0, 1
     sums, counts = _per_group(0.5 * (1.0 + outcome), codes)
     rate, low, high = _bca(sums, counts, n_boot, seed, level)
-    if low == high:
+    if not low < high:
         low, high = _wilson(rate, len(counts), level)
     return WinRate(
         rate=rate,
@@ -196,15 +199,18 @@ def _per_group(values: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.nd
 def _bca(sums: np.ndarray, counts: np.ndarray, n_boot: int, seed: int, level: float) -> tuple[float, float, float]:
     """Mean and its bias-corrected and accelerated interval, resampling groups with their sums and counts, [G] each.
 
+    The interval of a single group is NaN: drawing it again and again would say that the mean is known exactly.
     With z0 the bias and a the acceleration, the ends are the quantiles Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the
     replicates (Efron 1987, equation 2.3); z = -1.96 and 1.96 at 95 %.
     """
     from scipy.special import ndtr, ndtri
 
     mean = float(sums.sum() / counts.sum())
+    if len(counts) == 1:
+        return mean, np.nan, np.nan
     replicates = _replicates(sums, counts, n_boot, seed)  # [R]
     slack = 1e-12 * max(1.0, float(np.abs(replicates).max()))
-    if len(counts) == 1 or np.ptp(replicates) <= slack:
+    if np.ptp(replicates) <= slack:
         return mean, mean, mean
     below = np.mean(replicates < mean - slack) + 0.5 * np.mean(np.abs(replicates - mean) <= slack)
     z0 = ndtri(np.clip(below, 0.5 / n_boot, 1 - 0.5 / n_boot))

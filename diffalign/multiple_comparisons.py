@@ -77,9 +77,13 @@ class Ranking:
 def rank_systems(wins: np.ndarray, *, n_boot: int, seed: int = 0, level: float = 0.95) -> Ranking:
     """Strengths and ranks, with intervals from groups drawn anew.
 
-    ``wins`` [G, S, S]: how often system i beat system j in each group, a tie counting half for both.
+    ``wins`` [G, S, S]: how often system i beat system j in each group, a tie counting half for both. One group does not tell
+    how much groups differ: intervals of strengths are NaN then, as is ``first``, and any rank is possible.
     """
     strength = bradley_terry(wins.sum(axis=0))
+    if len(wins) == 1:
+        unknown, lowest = np.full(len(strength), np.nan), np.ones(len(strength))
+        return Ranking(strength, unknown, unknown, _ranks(strength), lowest, len(strength) * lowest, unknown)
     drawn = bradley_terry(_redrawn(wins, n_boot, seed))  # [R, S]
     ranks = _ranks(drawn)
     ends = [0.5 - 0.5 * level, 0.5 + 0.5 * level]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pipelines.report_page import p_value, percent
+from pipelines.report_page import interval, p_value, percent
 
 if TYPE_CHECKING:
     from pipelines.comparison import Comparison
@@ -94,7 +94,7 @@ def _wins_table(c: Comparison) -> Table:
     headings = ["judge", "system", "win rate", f"interval ({_level(c)})", "won / tied / lost", "sign test p"]
     rows = []
     for r in c.win_rates.to_dict("records"):
-        cells = [c.label(r["judge"]), r["system"], _rate(r), f"{percent(r['low'])} to {percent(r['high'])}"]
+        cells = [c.label(r["judge"]), r["system"], _rate(r), interval(r["low"], r["high"], percent)]
         cells += [f"{r['wins']} / {r['ties']} / {r['losses']}", _p(r["sign_test_p"])]
         rows.append(cells + ([_preferred(r)] if probable else []))
     remark = "A tie counts as half a win. The sign test counts each prompt once; its p values are not corrected for the rows."
@@ -114,7 +114,8 @@ def _rate(row: Mapping[str, Any]) -> str:
 def _preferred(row: Mapping[str, Any]) -> str:
     if math.isnan(row["preference"]):
         return ""
-    return f"{percent(row['preference'])} ± {50 * (row['preference_high'] - row['preference_low']):.1f}"
+    half = 50 * (row["preference_high"] - row["preference_low"])
+    return f"{percent(row['preference'])} ± {'-' if math.isnan(half) else f'{half:.1f}'}"
 
 
 def _p(p: float) -> str:
@@ -147,6 +148,8 @@ def _estimate(mean: float, low: float, high: float) -> str:
     """A number and its interval, with two digits of what is uncertain."""
     if math.isnan(mean):
         return "not judged"
+    if math.isnan(low) or math.isnan(high):
+        return f"{mean:.5g} (-)"
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"{mean:g}"
     half = 0.5 * (high - low) or abs(mean) / 1000
@@ -183,15 +186,15 @@ def _ranking_table(c: Comparison) -> list[Table]:
             c.label(r["judge"]),
             str(r["rank"]),
             r["system"],
-            f"{r['strength']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+            f"{r['strength']:.2f} ({interval(r['low'], r['high'], '{:.2f}'.format)})",
             f"{r['elo']:.0f}",
             f"{r['rank_low']} to {r['rank_high']}",
             percent(r["first"]),
         ]
         for r in c.ranking.to_dict("records")
     ]
-    interval = f"({_level(c)})"
-    headings = ("judge", "rank", "system", f"strength {interval}", "Elo", f"ranks {interval}", "ranked first")
+    level = f"({_level(c)})"
+    headings = ("judge", "rank", "system", f"strength {level}", "Elo", f"ranks {level}", "ranked first")
     remark = (
         "Bradley-Terry strengths from the pairs of all systems, in log-odds with mean 0; one tie is added between every two. "
         "Ranks and intervals: prompts drawn anew."

@@ -6,7 +6,7 @@ The page needs nothing from elsewhere: styles are in it, pictures lie beside it,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -36,6 +36,11 @@ def number(x: float) -> str:
 
 def percent(x: float) -> str:
     return "not known" if math.isnan(x) else f"{100 * x:.1f} %"
+
+
+def interval(low: float, high: float, shown: Callable[[float], str] = number) -> str:
+    """From where to where; of one prompt alone that is not known."""
+    return "-" if math.isnan(low) or math.isnan(high) else f"{shown(low)} to {shown(high)}"
 
 
 def p_value(p: float) -> str:
@@ -77,8 +82,8 @@ def _cells(name: str, judge: Values) -> tuple[str, ...]:
         name,
         number(judge["base"]["mean"]),
         number(judge["tuned"]["mean"]),
-        f"{number(difference['mean'])} ({number(difference['low'])} to {number(difference['high'])})",
-        f"{percent(judge['win_rate'])} ({percent(low)} to {percent(high)})",
+        f"{number(difference['mean'])} ({interval(difference['low'], difference['high'])})",
+        f"{percent(judge['win_rate'])} ({interval(low, high, percent)})",
         f"{judge['wins']} / {judge['ties']} / {judge['losses']}",
         p_value(judge["sign_test_p"]),
     )

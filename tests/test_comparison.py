@@ -113,6 +113,22 @@ def test_identical_pictures_of_a_prompt_do_not_narrow_the_interval() -> None:
     assert naive["half_width"] < 0.7 * once["half_width"]
 
 
+def test_of_one_prompt_means_differences_and_preferences_have_no_interval() -> None:
+    c = compare(made(systems=3, prompts=1, samples=4, fine={"sharpness": 1.0}, coarse={}), **QUICK)
+    ends = [*c.means[["low", "high"]].values.ravel(), *c.win_rates[["difference_low", "preference_high"]].values.ravel()]
+    assert np.isnan(ends).all() and c.win_rates[["low", "high"]].notna().all(axis=None)
+    assert c.ranking[["strength", "rank"]].notna().all(axis=None) and c.ranking[["low", "high", "first"]].isna().all(axis=None)
+    assert set(c.ranking["rank_low"]) == {1} and set(c.ranking["rank_high"]) == {3}
+    assert c.to_dict()["means"][0]["low"] is None and json.dumps(c.to_dict(), allow_nan=False)
+    shown = parsed(c.to_markdown())
+    mean, change = c.means.iloc[0]["mean"], c.win_rates.iloc[0]["difference"]
+    assert shown["Mean scores"].iloc[0]["fine"] == f"{mean:.5g} (-)"
+    assert shown["Paired differences of scores"].iloc[0]["system - s0 (95 %)"] == f"{change:.5g} (-)"
+    assert shown["Win rates"].iloc[0]["judge's own preference"].endswith("% ± -")
+    assert shown["Ranking"].iloc[0]["strength (95 %)"].endswith(" (-)")
+    assert not any("nan" in text for text in (c.to_markdown(), c._repr_html_().split("base64,")[1].split('"', 1)[1]))
+
+
 def test_equal_texts_are_one_prompt_though_numbered_apart() -> None:
     t = made(prompts=20, samples=1)
     t["prompt"] = [f"prompt {i // 2}" for i in t["prompt_id"]]

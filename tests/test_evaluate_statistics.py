@@ -117,6 +117,13 @@ def test_groups_may_be_any_labels_in_any_order():
     assert (straight.rate, straight.p_value) == (mixed.rate, mixed.p_value)
 
 
+def test_one_prompt_has_no_interval_and_its_win_rate_has_wilsons():
+    for found in (mean_with_interval([1.0, 2.0, 4.0], groups=["x"] * 3), paired_difference([1.0, NAN], [3.0, 4.0])):
+        assert found.groups == 1 and not math.isnan(found.mean) and math.isnan(found.low) and math.isnan(found.high)
+    won = win_rate([0.0, 0.0], [1.0, 1.0], groups=["x", "x"])
+    assert won.rate == 1.0 and won.low == pytest.approx(0.2065, abs=1e-4) and won.high == 1.0
+
+
 def test_equal_seeds_give_equal_intervals_whatever_the_chunks(monkeypatch):
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=70), rng.normal(size=70)

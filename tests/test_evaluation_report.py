@@ -40,6 +40,13 @@ def load(name: str):
     return pipe
 
 
+def test_one_prompt_is_reported_without_intervals_of_means(tmp_path):
+    summary = evaluate("net1", "net9", PROMPTS[:1], ["jpeg"], tmp_path, load=load, steps=1, images_per_prompt=2)
+    assert " (-) " in summary.to_text() and "nan" not in summary.to_text() + (tmp_path / "index.html").read_text()
+    told = json.loads((tmp_path / "summary.json").read_text())["judges"]["jpeg"]
+    assert told["base"]["low"] is told["difference"]["high"] is None and None not in told["win_rate_interval"]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation") / "report"

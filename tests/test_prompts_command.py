@@ -13,6 +13,7 @@ from test_writer_material import writer
 
 from pipelines import cli
 from pipelines.rewrite_pairs import read_rewrites
+from pipelines.writers import evaluation
 from pipelines.writers.drift import Drift, read_drift
 from pipelines.writers.studio import Studio
 
@@ -86,6 +87,11 @@ def test_the_five_commands_one_after_the_other(
     assert plain_way["distance"] == 0 and plain_way["unchanged"] == 1 and plain_way["beyond"] == 0
     assert {"oracle.taste", "oracle.faithfulness"} <= plain_way["parts"].keys()
     assert (folder / "evaluation" / "side_by_side.png").stat().st_size > 10_000
+
+
+def test_a_mean_over_one_prompt_is_told_without_an_interval() -> None:
+    assert evaluation._interval((1.25, float("nan"), float("nan"))) == "1.25 (-)"
+    assert evaluation._interval((1.25, 1.0, 1.5)) == "1.25 (1 to 1.5)"
 
 
 def test_an_evaluation_under_a_cap_leaves_out_what_cannot_be_rewritten(folder: Path, capsys: pytest.CaptureFixture) -> None:

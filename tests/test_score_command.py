@@ -79,6 +79,14 @@ def test_a_table_in_every_format(ending: str, folder: Path, tmp_path: Path, caps
     assert list(tmp_path.iterdir()) and not Journal(out).parts
 
 
+def test_the_mean_over_one_prompt_has_no_interval(tmp_path: Path, capsys) -> None:
+    place = noise(tmp_path / "one", {f"{i}.png": i for i in range(4)})
+    (place / "prompts.txt").write_text("a red star\n")
+    assert run("score", place, "--judges", "jpeg", "--out", tmp_path / "s.csv") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| jpeg"))
+    assert [cell.strip() for cell in line.split("|")][3] == "-"
+
+
 def test_several_folders_are_compared(folder: Path, tmp_path: Path, capsys) -> None:
     other = tmp_path / "other"
     captions = draw(other, 12)

@@ -124,11 +124,12 @@ def means(table: pd.DataFrame) -> str:
     """A line for each judge: mean with its interval over prompts, lowest, highest, and how many could not be judged."""
     from diffalign.evaluate import mean_with_interval
     from pipelines.markdown import table_lines
+    from pipelines.report_page import interval
 
     rows = []
     for judge in table.attrs["judges"]:
         scores = table[judge].astype(float)
         found = mean_with_interval(scores.to_numpy(), groups=table["prompt_id"].tolist())
-        interval = f"{found.low:.5g} to {found.high:.5g}"
-        rows.append([judge, f"{found.mean:.5g}", interval, f"{scores.min():.5g}", f"{scores.max():.5g}", str(found.excluded)])
+        ends = interval(found.low, found.high, "{:.5g}".format)
+        rows.append([judge, f"{found.mean:.5g}", ends, f"{scores.min():.5g}", f"{scores.max():.5g}", str(found.excluded)])
     return "\n".join(table_lines(["judge", "mean", "95 % interval", "lowest", "highest", "not judged"], rows))

@@ -27,6 +27,7 @@ from pipelines import grids, outputs
 from pipelines.markdown import table_lines
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
+from pipelines.report_page import interval
 from pipelines.semantics import Embedding, distance
 from pipelines.writers.drift import Drift
 from pipelines.writers.fitting import fitting
@@ -280,7 +281,8 @@ def _score_table(lines: Sequence[Line]) -> str:
 
 
 def _interval(values: tuple[float, float, float]) -> str:
-    return "{:.4g} ({:.4g} to {:.4g})".format(*values)
+    mean, low, high = values
+    return f"{mean:.4g} ({interval(low, high, '{:.4g}'.format)})"
 
 
 def _percent(values: tuple[float, float, float]) -> str:
