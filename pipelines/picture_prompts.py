@@ -12,13 +12,17 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
 from pipelines.prompts import PROMPT_COLUMNS, Prompt, read_prompts, read_text
+
+if TYPE_CHECKING:
+    from reward_models._pictures import NoPicture
 
 BESIDE, INSIDE = "txt", "png"
 """What to call the sources that are no file: a text beside each picture, the metadata inside each picture."""
@@ -69,9 +73,10 @@ def pictures_with_prompts(
         column: where the file has its prompts; see ``read_prompts``.
         required: False allows pictures without a prompt, which is then ``""``: some judges need none.
 
-    Rows of a file name their picture in one of ``NAME_COLUMNS`` (by path, name, stem, or number where the stem is one). In a
-    file without such a column, and in a list that has a name, they belong to the pictures in order, the numbers in file names
-    being counted as numbers; K times as many pictures as prompts are K pictures in a row for each prompt.
+    Rows of a file name their picture in one of ``NAME_COLUMNS``: by path, name, stem, or number where the stem is one; a stem or
+    number that several pictures have names none. In a file without such a column, and in a list that has a name, they belong to
+    the pictures in order, the numbers in file names being counted as numbers; K times as many pictures as prompts are K pictures
+    in a row for each prompt.
 
     Raises:
         UserError: no pictures, pictures without a prompt, or prompts that do not fit the pictures.
@@ -97,13 +102,13 @@ def prompts_and_pictures_of_dataset(
     prompt_column: str | None = None,
     *,
     required: bool = True,
-) -> tuple[list[Path | bytes | None], list[str]]:
+) -> tuple[list[Path | bytes | NoPicture], list[str]]:
     """The pictures of a data set, still encoded, and the prompt of each: lists of one length, as judges take them.
 
     ``where`` is a folder written by ``save_to_disk``, parquet or arrow (a file, or a folder of shards), a ``.jsonl``, ``.csv``
     or ``.tsv`` file with paths, a folder of pictures with ``metadata.jsonl`` or ``metadata.csv`` (``imagefolder``), or an id on
     the Hugging Face hub. Columns that are not named are the first of ``IMAGE_COLUMNS`` and of ``PROMPT_COLUMNS`` there are. A
-    row without a picture is None, which judges score NaN. ``required`` False allows rows without a prompt.
+    row without a picture is a ``NoPicture``, which judges score NaN and name. ``required`` False allows rows without a prompt.
 
     Raises:
         UserError: nothing that can be read, no such split or column, or rows without a prompt.
@@ -197,7 +202,7 @@ def _listed(folder: Path, pictures: Sequence[Path], where: str | Path, column: s
     named = _naming_column(pictures, prompts)
     if named is None:
         return _in_order(folder, pictures, prompts, where), ""
-    rows = _Rows([(prompt.metadata.get(named), prompt) for prompt in prompts])
+    rows = _Rows([(prompt.metadata.get(named), prompt) for prompt in prompts], pictures)
     found = {picture: prompt for picture in pictures if (prompt := rows.of(picture))}
     others = "" if found else ", which names other files; without it the rows would be taken in order"
     source = f"in {where} (by its column {named!r}{others})"
@@ -235,11 +240,16 @@ def _whole(value: Any) -> int | None:
 
 
 class _Rows:
-    """Rows by the picture they name: by the end of its path, else by its stem, else by its number."""
+    """Rows by the picture they name: by the end of its path, else by its stem, else by its number.
 
-    def __init__(self, rows: Iterable[tuple[Any, Prompt]]) -> None:
+    A stem or a number names a picture only where it is no other's: ``a.png`` says nothing of ``a.jpg`` beside it.
+    """
+
+    def __init__(self, rows: Iterable[tuple[Any, Prompt]], pictures: Sequence[Path]) -> None:
         from reward_models._pictures import ENDINGS
 
+        self._with_stem = Counter(picture.stem for picture in pictures)
+        self._with_number = Counter(_number(picture) for picture in pictures)
         self._names: dict[str, list[tuple[tuple[str, ...], Prompt]]] = {}
         self._stems: dict[str, list[tuple[tuple[str, ...], Prompt]]] = {}
         self._numbers: dict[int, list[tuple[tuple[str, ...], Prompt]]] = {}
@@ -260,8 +270,11 @@ class _Rows:
         Raises:
             UserError: rows that name it equally well have different prompts.
         """
-        number = int(picture.stem) if picture.stem.isdecimal() else -1
-        rows = self._names.get(picture.name) or self._stems.get(picture.stem) or self._numbers.get(number) or []
+        rows = self._names.get(picture.name) or []
+        if not rows and self._with_stem[picture.stem] == 1:
+            rows = self._stems.get(picture.stem) or []
+        if not rows and self._with_number[_number(picture)] == 1:
+            rows = self._numbers.get(_number(picture)) or []
         if not rows:
             return None
         # of base/00000.png and tuned/00000.png, the one that ends as the picture's own path does
@@ -274,6 +287,11 @@ class _Rows:
                 f"{other.origin} ({other.text!r})."
             )
         return best[0]
+
+
+def _number(picture: Path) -> int:
+    """What its name is a number of; -1 if it is none, which no row has."""
+    return int(picture.stem) if picture.stem.isdecimal() else -1
 
 
 def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
@@ -561,11 +579,14 @@ def _column_of(rows: Any, asked: str | None, names: Sequence[str], what: str) ->
     return found
 
 
-def _picture_in(rows: Any, i: int, column: str) -> Path | bytes | None:
+def _picture_in(rows: Any, i: int, column: str) -> Path | bytes | NoPicture:
     from diffalign.data.pairs import RowProblem, image_from
+    from reward_models._pictures import NoPicture
 
     try:
         source = image_from(rows.row(i, (column,))[column], rows.base)
-    except (RowProblem, ValueError):
-        return None
+    except RowProblem as problem:
+        return NoPicture(problem.origin, problem.reason)
+    except ValueError as error:
+        return NoPicture(f"{rows.origin(i)}, {column}", str(error))
     return source.path if source.data is None else source.data

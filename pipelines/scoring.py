@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +24,9 @@ from diffalign.errors import UserError
 from pipelines import outputs
 from pipelines.comparison_table import KEYS
 from pipelines.counterparts import numbered
-from pipelines.picture_prompts import pictures_with_prompts, prompts_and_pictures_of_dataset
+from pipelines.picture_prompts import NAMED, pictures_with_prompts, prompts_and_pictures_of_dataset
 from pipelines.score_journal import Journal
-from reward_models._pictures import Pictures, list_folder
+from reward_models._pictures import ENDINGS, Pictures, list_folder
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
@@ -182,6 +184,7 @@ def _found(
         return _with_list(Pictures(where).items, prompts, required)
     place = Path(where).expanduser()
     if place.is_dir() and _has_pictures(place):
+        _warn_of_subfolders(place)
         if listed:
             return _with_list(list_folder(place), prompts, required)
         return _in_folder(place, prompts, column, required)
@@ -197,6 +200,18 @@ def _has_pictures(folder: Path) -> bool:
         return bool(list_folder(folder))
     except JudgeError:
         return False
+
+
+def _warn_of_subfolders(folder: Path) -> None:
+    places = ((Path(place), files) for place, _, files in os.walk(folder))
+    below = [str(place) for place, files in places if place != folder and not place.name.startswith(".") and _any_picture(files)]
+    if below:
+        some = ", ".join(below[:NAMED]) + (", ..." if len(below) > NAMED else "")
+        warnings.warn(f"{folder} has subfolders with pictures, which are not scored ({some}); name each by itself.", stacklevel=4)
+
+
+def _any_picture(names: Sequence[str]) -> bool:
+    return any(Path(name).suffix.lower() in ENDINGS for name in names)
 
 
 def _with_list(pictures: Sequence[Any], prompts: Any, required: bool) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pipelines.picture_prompts import (
 )
 from pipelines.prompts import Prompt, read_prompts
 from pipelines.tiny import model
-from reward_models._pictures import Pictures
+from reward_models._pictures import NoPicture, Pictures
 
 SETTINGS = "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 965400086, Size: 512x512, Model hash: 45dee52b, Model: v1-5"
 
@@ -116,6 +116,16 @@ def test_pictures_without_a_row_are_counted_and_named(tmp_path):
     file = write_lines(tmp_path / "q.jsonl", [{"file": "COCO_1.jpg", "prompt": "one"}])
     with pytest.raises(UserError, match="9 of 9 .*column 'file', which names other files; without it .* in order"):
         pictures_with_prompts(folder, file)
+
+
+def test_a_stem_or_a_number_names_a_picture_only_where_it_is_no_other_ones(tmp_path):
+    folder = draw(tmp_path / "pictures", "a.png", "a.jpg", "b.png", "7.png", "007.png", "8.png")
+    rows = [{"file_name": name, "prompt": name} for name in ("a.png", "b.jpg", "7", "8")]
+    file = write_lines(tmp_path / "p.jsonl", rows)
+    with pytest.raises(UserError, match=r"2 of 6 pictures in .* have no prompt .*: 007\.png, a\.jpg\."):
+        pictures_with_prompts(folder, file)
+    expected = {"007.png": "", "7.png": "7", "8.png": "8", "a.jpg": "", "a.png": "a.png", "b.png": "b.jpg"}
+    assert told(folder, file, required=False) == expected
 
 
 # ------------------------------------------------------------------------------------------- files that name no pictures
@@ -487,7 +497,7 @@ def test_columns_of_data_sets(tmp_path):
     with pytest.raises(UserError, match=r"2 of 3 rows of .*x.parquet have no prompt: x.parquet:row 1, x.parquet:row 2"):
         prompts_and_pictures_of_dataset(file, "train", "made", "words")
     assert prompts_and_pictures_of_dataset(file, "train", "made", "words", required=False) == (
-        [*pictures[:2], None],
+        [*pictures[:2], NoPicture("x.parquet:row 2, made", "there is no picture")],
         ["one", "", ""],
     )
     assert prompts_and_pictures_of_dataset(file, "train", "made", required=False)[1] == ["", "", ""]

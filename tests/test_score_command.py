@@ -272,6 +272,26 @@ def test_a_data_set_of_pictures_and_prompts(folder: Path, tmp_path: Path) -> Non
     assert read_table(tmp_path / "s.csv")["tiny-pickscore"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_rows_without_a_picture_are_named_and_counted(folder: Path, tmp_path: Path) -> None:
+    cells = [str(folder / "0000.png"), "", None, 5, "http://x/y.png", "gone.png"]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": cell, "prompt": "x"}) + "\n" for cell in cells))
+    with pytest.warns(UnreadablePictureWarning) as caught:
+        assert run("score", tmp_path / "list.jsonl", "--judges", "jpeg", "--out", tmp_path / "s.csv") == 0
+    told = str(next(w.message for w in caught if w.category is UnreadablePictureWarning))
+    assert told.startswith("5 of 6 pictures cannot be read and score NaN: ") and "gone.png" in told
+    for row, why in ((2, "there is no picture"), (4, "expected a path or bytes, found int"), (5, "http://x/y.png is an address")):
+        assert f"list.jsonl:line {row}, image ({why}" in told
+    table = read_table(tmp_path / "s.csv")
+    assert table["jpeg"].isna().tolist() == [False] + [True] * 5 and table.attrs["unreadable"] == 5
+
+
+def test_pictures_of_subfolders_are_not_passed_over_in_silence(tmp_path: Path) -> None:
+    place = noise(tmp_path / "top", {"0.png": 0, "1.avif": 1})
+    noise(place / "more", {"2.png": 2})
+    with pytest.warns(UserWarning, match=r"top has subfolders with pictures, which are not scored \(.*more\)"):
+        assert len(score_table([place], None, ["jpeg"])) == 2
+
+
 # ----------------------------------------------------------------------------------------------------------- cut off, shared
 
 
