@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +77,16 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Comma-separated values; NaN and None are empty fields."""
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.writer(buffer, lineterminator="\n", quoting=quoting(cell for row in rows for cell in row))
     writer.writerow(header)
     writer.writerows([["" if _missing(v) else v for v in row] for row in rows])
     write_file(path, buffer.getvalue())
+
+
+def quoting(cells: Iterable[Any]) -> int:
+    """What is put in quotation marks: as little as possible, but every text where one has a carriage return, which ends a row for
+    readers and which Python before 3.13 quotes by no other setting."""
+    return csv.QUOTE_NONNUMERIC if any(isinstance(cell, str) and "\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
 
 
 def versions() -> dict[str, str | None]:

@@ -27,7 +27,7 @@ from pipelines.counterparts import numbered
 from pipelines.picture_prompts import NAMED, pictures_with_prompts, prompts_and_pictures_of_dataset
 from pipelines.score_journal import Journal
 from reward_models._pictures import ENDINGS, Pictures, list_folder
-from reward_models.base import JudgeError
+from reward_models.base import JudgeError, check_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 BATCH = 16
 FORMATS = (".parquet", ".csv", ".jsonl")
+TEXTS = ("system", "picture", "prompt", "category")
+"""Columns of a table that are read as they stand: a folder may be called ``null`` or ``007``."""
 Tell = Callable[[int, int], None]
 
 
@@ -141,11 +143,25 @@ def sheet_of(
             raise UserError(f"The system {system!r} has {len(found)} pictures and {len(categories)} categories; each needs one.")
         for i, one in enumerate(found):
             category = categories[i] if categories is not None else one.get("category")
-            known = {"prompt": one["prompt"], "category": category, "seed": one.get("seed")}
-            rows.append({"system": system, "picture": one["name"], **known})
+            _check_prompt(one)
+            known = {"prompt": one["prompt"], "category": _writable(category), "seed": one.get("seed")}
+            rows.append({"system": _writable(system), "picture": _writable(one["name"]), **known})
             pictures.append(one["picture"])
     numbers = [dict(zip(("prompt_id", "sample"), pair, strict=True)) for pair in numbered(rows)]
     return Sheet(tuple(row | more for row, more in zip(rows, numbers, strict=True)), tuple(pictures))
+
+
+def _check_prompt(one: Mapping[str, Any]) -> None:
+    name = one["name"] if isinstance(one["name"], str) else f"picture {one['name']}"
+    try:
+        check_text(one["prompt"] or "", f"the prompt of {_writable(name)}")
+    except JudgeError as error:
+        raise UserError(f"{error}.") from error
+
+
+def _writable(name: Any) -> Any:
+    """Names of files may hold bytes that are no text, and no table can hold: those are spelt out, as ``\\udcff``."""
+    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else name
 
 
 def named_systems(systems: Any) -> dict[str, Any]:
@@ -333,6 +349,8 @@ def _frame(sheet: Sheet, panel: Mapping[str, Scorer], scores: Mapping[str, np.nd
     import pandas as pd
 
     table = pd.DataFrame(list(sheet.rows), columns=list(KEYS))
+    if table["picture"].map(type).nunique() > 1:  # a column of a file is of one type
+        table["picture"] = table["picture"].astype(str)
     seeds = [row["seed"] for row in sheet.rows]
     # some programs draw seeds below 2**64; frames would make floats of them where a picture has none
     table["seed"] = pd.array(seeds, dtype="UInt64" if max((s or 0 for s in seeds), default=0) >= 2**63 else "Int64")
@@ -379,7 +397,8 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     if path.suffix.lower() == ".parquet":
         table.to_parquet(buffer, index=False)
     elif path.suffix.lower() == ".csv":
-        table.to_csv(buffer, index=False)
+        texts = (cell for column in TEXTS for cell in table[column])
+        table.to_csv(buffer, index=False, quoting=outputs.quoting(texts))
     else:
         table.to_json(buffer, orient="records", lines=True, force_ascii=False, double_precision=15)
     outputs.write_json(path.with_suffix(".provenance.json"), {**table.attrs, "versions": outputs.versions()})
@@ -391,7 +410,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     place = Path(path).expanduser()
-    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".jsonl": lambda p: pd.read_json(p, lines=True)}
+    readers = {".parquet": pd.read_parquet, ".csv": _read_csv, ".jsonl": _read_lines}
     if not place.is_file() or place.suffix.lower() not in readers:
         raise UserError(f"There is no table of scores {place}; it should be a file that ends in one of {', '.join(FORMATS)}.")
     table = readers[place.suffix.lower()](place)
@@ -402,3 +421,18 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not table.attrs and beside.is_file():
         table.attrs = json.loads(beside.read_text(encoding="utf-8"))
     return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = pd.read_csv(path, nrows=0).columns
+    empty = {column: [""] if column in TEXTS else ["", "nan", "NaN"] for column in columns}
+    return pd.read_csv(path, keep_default_na=False, na_values=empty, dtype=dict.fromkeys(TEXTS, str))
+
+
+def _read_lines(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.read_json(path, lines=True, dtype=False)
+    return table.astype({column: float for column in table.columns.difference(TEXTS) if table[column].isna().all()})

@@ -81,10 +81,23 @@ def prompt_per_image(info: RewardInfo, n: int, prompts: str | Sequence[str] | No
             raise JudgeError(f"the judge {info.name!r} needs the prompts that the pictures were made from; none were given")
         return [""] * n
     if isinstance(prompts, str):
+        check_text(prompts, "the prompt")
         return [prompts] * n
     if len(prompts) != n:
         raise JudgeError(f"the judge {info.name!r} got {n} pictures and {len(prompts)} prompts; each picture needs one")
     for place, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str):
             raise JudgeError(f"prompt {place} of {n} is no string: {prompt!r}")
+        check_text(prompt, f"prompt {place} of {n}")
     return list(prompts)
+
+
+def check_text(prompt: str, which: str) -> None:
+    """Raises JudgeError, naming ``which``: half a character, which JSON can hold and neither tokenizers nor files can."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise JudgeError(
+            f"{which} has half a character in it, as \\ud83d is in JSON, which no judge can read: {prompt!r}; write the whole "
+            "character, or leave it out"
+        ) from None

@@ -40,6 +40,14 @@ def load(name: str):
     return pipe
 
 
+def test_a_carriage_return_in_a_prompt_ends_no_row_of_scores(tmp_path):
+    outputs.write_csv(tmp_path / "s.csv", ["prompt", "score"], [["a\rb", 1.5], ['c "d", e', float("nan")]])
+    with open(tmp_path / "s.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file, strict=True)) == [["prompt", "score"], ["a\rb", "1.5"], ['c "d", e', ""]]
+    outputs.write_csv(tmp_path / "s.csv", ["prompt", "score"], [["a\nb", 1.5], ["c", None]])
+    assert (tmp_path / "s.csv").read_text() == 'prompt,score\n"a\nb",1.5\nc,\n'
+
+
 def test_one_prompt_is_reported_without_intervals_of_means(tmp_path):
     summary = evaluate("net1", "net9", PROMPTS[:1], ["jpeg"], tmp_path, load=load, steps=1, images_per_prompt=2)
     assert " (-) " in summary.to_text() and "nan" not in summary.to_text() + (tmp_path / "index.html").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from pipelines.scoring import read_table, score_table
 from pipelines.tiny import scenes
 from reward_models import jpeg
 from reward_models._pictures import UnreadablePictureWarning
+from reward_models.base import JudgeError
 
 JUDGES = "tiny-pickscore,jpeg"
 
@@ -432,6 +434,51 @@ class _Blind:
 
     def __getattr__(self, name: str):
         return getattr(self._journal, name)
+
+
+# ------------------------------------------------------------------------------------------------------ what tables can hold
+
+
+@pytest.mark.parametrize("ending", scoring.FORMATS)
+def test_names_and_prompts_come_back_as_they_were(ending: str, tmp_path: Path) -> None:
+    names = ["null", "007", "NA"]
+    folders = [noise(tmp_path / name, {f"{i}.png": i for i in range(5)}) for name in names]
+    prompts = ["None", "nan", "a\rb", 'a "b"\r\n, c', "12"]
+    table = score_table(folders, prompts, ["jpeg"], categories=["None", "1", "", "null", "x\ry"])
+    scoring.write_table(table, tmp_path / f"s{ending}")
+    back = read_table(tmp_path / f"s{ending}")
+    for column in ("system", "picture", "prompt", "sample", "prompt_id", "seed"):
+        assert back[column].dropna().tolist() == table[column].dropna().tolist(), column
+    assert [c or None for c in back["category"].fillna("")] == ["None", "1", None, "null", "x\ry"] * 3
+    assert compare(back, n_boot=20).win_rates[["system", "ties"]].values.tolist() == [["007", 5], ["NA", 5]]
+
+
+@pytest.mark.parametrize("ending", scoring.FORMATS)
+def test_names_of_files_that_are_no_text_are_spelt_out(ending: str, tmp_path: Path) -> None:
+    place = noise(tmp_path / "a", {"ok.png": 0, "zz.png": 1})
+    odd = os.fsencode(place) + b"/\xff.png"
+    try:
+        os.rename(place / "zz.png", odd)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with Image.open(io.BytesIO((place / "ok.png").read_bytes())) as picture:
+        picture.load()
+    out = tmp_path / f"s{ending}"
+    scoring.write_table(score_table({"a": place, "in the hand": [picture, picture]}, None, ["jpeg"]), out)
+    assert read_table(out)["picture"].astype(str).tolist() == [str(place / "ok.png"), str(place / r"\udcff.png"), "0", "1"]
+    assert run("rank", place, "--judges", "jpeg") == 0
+
+
+def test_half_a_character_in_a_prompt_is_refused_by_name(tmp_path: Path, capsys) -> None:
+    place = noise(tmp_path / "a", {"0.png": 0, "1.png": 1})
+    (place / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n{"file_name": "1.png", "text": "half \\ud83d"}\n')
+    assert run("score", place, "--judges", JUDGES, "--out", tmp_path / "s.csv") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1.png" in told or "line 2" in told
+    with pytest.raises(UserError, match=r"the prompt of picture 1 has half a character in it.*'half \\ud83d'; write the whole"):
+        score_table({"a": torch.zeros(2, 3, 8, 8)}, ["x", "half \ud83d"], ["jpeg"])
+    with pytest.raises(JudgeError, match=r"prompt 2 of 2 has half a character"):
+        reward_models.load("tiny-pickscore").score(place, ["x", "half \ud83d"], cache=tmp_path / "c.sqlite")
 
 
 # --------------------------------------------------------------------------------------------------------------------- rank
