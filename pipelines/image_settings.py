@@ -146,6 +146,24 @@ class EvaluationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreviewSettings:
+    """Pictures while training goes on, in ``previews/``."""
+
+    preview_every: int = option(0, "every how many steps pictures of a few held-out prompts are drawn; 0 never", ge=0)
+    preview_prompts: str | None = option(None, "prompts of the previews: a file or a set by name; none for the comparison's")
+    preview_count: int = option(4, "how many of them", ge=1)
+    preview_steps: int = option(20, "steps of DPM-Solver++ 2M, or of a flow's Euler steps", ge=1)
+    preview_guidance: float | None = option(None, "guidance of the previews, 1 being none; none for what the model wants", ge=0)
+    preview_batch: int = option(1, "previews sampled and decoded at a time", ge=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        idle = [f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
+        if idle and not self.preview_every:
+            raise ValueError(f"{', '.join(idle)} would do nothing: --preview-every says when previews are drawn")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """A whole run. ``objective`` holds the settings of the objective named on the command line."""
 
@@ -160,6 +178,7 @@ class TrainSettings:
     optimiser: Any  # diffalign.optimisation.OptimiserSettings
     loop: Any  # diffalign.train.LoopSettings
     compute: ComputeSettings
+    preview: PreviewSettings
     evaluation: EvaluationSettings
     pairs: str | None = None
     train_prompts: str | None = None
@@ -216,6 +235,7 @@ def sections(objective: type) -> dict[str, type]:
         "optimiser": OptimiserSettings,
         "loop": LoopSettings,
         "compute": ComputeSettings,
+        "preview": PreviewSettings,
         "evaluation": EvaluationSettings,
     }
 

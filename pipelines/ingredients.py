@@ -40,7 +40,7 @@ from diffalign.sources.stored import Stored
 from diffalign.train import Together
 from diffalign.types import PairBatch, placed
 from diffalign.weights import TrainedWeights
-from pipelines import devices, families, feedback, heap, own_judges, reference_beforehand
+from pipelines import devices, families, feedback, heap, own_judges, previews, reference_beforehand
 from pipelines.families import _quantised
 from pipelines.families._compiled import compile_blocks
 from pipelines.families._encoding import digest
@@ -75,6 +75,7 @@ class Prepared:
     own_judge: OwnJudge | None
     """of a user, in ``judges`` in place of those that settings could name"""
     train_rows: Sequence[int]
+    previews: PromptCache | None = None
     validation: list[PairBatch] = field(default_factory=list)
     feedback: Stored | None = None
     kept: KeptErrors | None = None  # the reference's, at draws that every pair has for good
@@ -255,9 +256,11 @@ def prepare(
         family.encoder.work_on(accelerator.device)
         renew = _may_go(settings, renew)
         cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance, renew)
+        with accelerator.main_process_first():
+            shown = previews.encoded(settings, family.encoder, batch_size=settings.data.encode_batch, renew=renew, busy=say)
     if accelerator.is_main_process:
         _tell_of_long_prompts(family, cache, prompts, say)
-    family.release_encoders(keep_decoder=samples_itself(settings) and stored is None)
+    family.release_encoders(keep_decoder=shown is not None or (samples_itself(settings) and stored is None))
     train_rows, validation_rows = _split(settings, cache, prompts, family, stored, say)
     start = _attach(settings, family, accelerator, say, saved)
     kept, validation = None, []
@@ -281,6 +284,7 @@ def prepare(
         prompts=prompts,
         judges=judges,
         own_judge=judge,
+        previews=shown,
         train_rows=train_rows,
         validation=validation,
         feedback=stored,

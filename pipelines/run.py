@@ -51,8 +51,12 @@ def through_the_loop(
     *,
     say: Say,
     progress: bool,
+    before: Callable[[Trainer], None] = lambda trainer: None,
 ) -> tuple[Trainer, Finished]:
-    """Build the trainer, make the output folder its own, and run to the end or an interruption, with tracker and progress bar."""
+    """Build the trainer, make the output folder its own, and run to the end or an interruption, with tracker and progress bar.
+
+    ``before`` is called when everything stands, and nothing has been learnt yet in this session.
+    """
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
         trainer = build(partial(bar.update, steps=settings.loop.steps))
         if folder.resume:
@@ -66,6 +70,7 @@ def through_the_loop(
             accelerator.init_trackers(settings.compute.tracker)
         bar.start(trainer.step, settings.loop.steps)
         try:
+            before(trainer)
             finished = trainer.run()
         except BaseException:
             for tracker in accelerator.trackers:  # or its thread would outlive a failed run in a notebook

@@ -28,7 +28,7 @@ from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
 from diffalign.weights import TrainedWeights
-from pipelines import config, devices, families, ingredients, memory_presets, own_judges, run
+from pipelines import config, devices, families, ingredients, memory_presets, own_judges, previews, run
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
@@ -182,6 +182,7 @@ def train(
             known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)
             run.refuse_another_run(settings.output, known)
         check_judges(settings, judge)
+        previews.prompts_of(settings)
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
         for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
@@ -221,8 +222,11 @@ def _train_and_export(
     if accelerator.is_main_process:
         folder.mark()
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge, folder.overwrite)
-    build = partial(build_trainer, name, settings, prepared, accelerator)
-    trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
+    build, shown = partial(build_trainer, name, settings, prepared, accelerator), None
+    if prepared.previews is not None:
+        shown = previews.Previews(settings, prepared.family, prepared.previews, accelerator)
+    how = {"say": say, "progress": progress, **({"before": shown.begin} if shown else {})}
+    trainer, finished = run.through_the_loop(shown.beside(build) if shown else build, settings, accelerator, folder, **how)
     if not finished.interrupted:
         with trainer.ema.applied() if trainer.ema else nullcontext():
             prepared.weights.collect()

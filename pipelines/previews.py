@@ -1,0 +1,128 @@
+"""Pictures of a few held-out prompts while a run goes on, from the same noise every time: what changes in them was learnt.
+
+The policy itself is sampled, in training's precision and by our own solver, with prompts that are encoded before training; the
+comparison after training goes through the pipeline. A run learns the same with and without: nothing here draws from its streams.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
+from diffalign.errors import UserError
+from diffalign.optimisation import Ema
+from diffalign.sources.rollout import Sampling, rollout
+from diffalign.sources.rounds import stacked
+from diffalign.train import Trainer
+from diffalign.weights import without_dropout
+from pipelines import devices, grids, outputs
+from pipelines.image_settings import TrainSettings
+from pipelines.prompts import held_out_prompts
+from pipelines.sampling import picture_seeds
+
+FOLDER = "previews"
+_LAID_OUT: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+"""Trackers that are given the pictures, and what each has to be told about [N, H, W, 3]."""
+
+
+def prompts_of(settings: TrainSettings) -> list[str]:
+    """What previews are drawn of; nothing where none are asked for.
+
+    Raises:
+        UserError: there are no prompts, or they cannot be read.
+    """
+    asked = settings.preview
+    if not asked.preview_every:
+        return []
+    where = asked.preview_prompts or settings.evaluation.prompts
+    if not where:
+        raise UserError("There is nothing to draw previews of: name --preview-prompts, or the comparison's --prompts.")
+    return [prompt.text for prompt in held_out_prompts(where, asked.preview_count)]
+
+
+def encoded(settings: TrainSettings, encoder: Any, **how: Any) -> PromptCache | None:
+    """The previews' prompts, encoded, beside the data's cache."""
+    if not (texts := prompts_of(settings)):
+        return None
+    name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return build_prompt_cache(texts, encoder, settings.cache_folder / f"{FOLDER}-{name}", **how)
+
+
+class Previews:
+    """Draws ``previews/00000040.png`` every so many steps, and before the first."""
+
+    def __init__(self, settings: TrainSettings, family: Any, prompts: PromptCache, accelerator: Accelerator) -> None:
+        self._settings, self._family, self._prompts, self._accelerator = settings.preview, family, prompts, accelerator
+        self._folder, self._resolution = settings.output / FOLDER, settings.data.resolution or family.resolution
+        self._seeds = picture_seeds(len(prompts.prompts), 1, settings.seed)
+        self._everyone = devices.is_sharding(accelerator)  # a call of sharded weights is for all processes
+        self._average: Ema | None = None
+
+    def beside(self, build: Callable[[Callable], Trainer]) -> Callable[[Callable], Trainer]:
+        """``build`` of a trainer whose report of a step is followed by a picture where one is due."""
+
+        def with_pictures(report: Callable) -> Trainer:
+            def after_step(step: int, numbers: Any) -> None:
+                report(step, numbers)
+                if step % self._settings.preview_every == 0:
+                    self.draw(step)
+
+            return build(after_step)
+
+        return with_pictures
+
+    def begin(self, trainer: Trainer) -> None:
+        """Remember the average that the result will be, and draw what there is before the first step."""
+        self._average = trainer.ema
+        if trainer.step == 0:
+            self.draw(0)
+
+    def draw(self, step: int) -> None:
+        """The pictures of now, on the disk and for the trackers."""
+        if not (self._everyone or self._accelerator.is_main_process):
+            return
+        with self._average.applied() if self._average else nullcontext():
+            pictures = self._sampled()
+        if self._accelerator.is_main_process:
+            captions = list(self._prompts.prompts)
+            sheet = grids.grid(pictures, min(len(pictures), 4), captions, header=f"step {step}")
+            outputs.write_png(self._folder / f"{step:08d}.png", sheet)
+            self._track(np.stack([np.asarray(picture) for picture in pictures]), step)
+
+    def _sampled(self) -> list[Image.Image]:
+        family, device, asked = self._family, self._accelerator.device, self._settings
+        guidance = family.usual_guidance if asked.preview_guidance is None else asked.preview_guidance
+        policy = family.denoiser if self._everyone else family.denoiser.with_network(family.network)
+        with without_dropout(family.network), self._accelerator.autocast():
+            made = rollout(
+                policy,
+                policy.schedule,
+                stacked(self._prompts, range(len(self._seeds))),
+                Sampling(asked.preview_steps, "dpm-solver++", guidance=guidance),
+                shape=family.latent_shape(self._resolution),
+                seeds=self._seeds,
+                unconditional={name: value[None] for name, value in self._prompts.conditioning(None).items()},
+                batch_size=asked.preview_batch,
+                device=device,
+            )
+        return [_picture(one) for part in made.final.split(asked.preview_batch) for one in family.encoder.decode(part)]
+
+    def _track(self, pictures: np.ndarray, step: int) -> None:
+        for tracker in self._accelerator.trackers:
+            if tracker.name in _LAID_OUT:
+                tracker.log_images({FOLDER: pictures}, step=step, **_LAID_OUT[tracker.name])
+
+
+def _picture(one: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1], rounded as the pipelines of Diffusers do."""
+    return Image.fromarray((one * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
