@@ -87,8 +87,11 @@ def export(asked: Export) -> Exported:
     whole = asked.merge or asked.layout == "single-file"
     _check(asked, origin, whole)
     dtype = torch_dtype(asked.dtype or "float32")
-    if whole or not origin.adapter:
-        return _whole(asked, origin, dtype)
+    made = _whole(asked, origin, dtype) if whole or not origin.adapter else _lora(asked, origin, dtype)
+    return replace(made, text=f"{made.text} {origin.own_words}.") if origin.own_words else made
+
+
+def _lora(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
     parts = _loras.hollow_parts(replace(origin, adapter=None, base_loras=()))
     lora, below = _own(asked, origin, parts), _below(origin, parts)
     together = lora if asked.alone or not below else low_rank.with_one_alpha(low_rank.joined(below, lora))
@@ -299,8 +302,8 @@ def _scheduler(origin: Origin) -> Mapping[str, Any]:
     import diffusers
 
     if origin.configured_at is None:
-        return {}
-    return diffusers.DDIMScheduler.load_config(origin.configured_at, subfolder="scheduler")
+        return origin.marks.of_scheduler
+    return {**diffusers.DDIMScheduler.load_config(origin.configured_at, subfolder="scheduler"), **origin.marks.of_scheduler}
 
 
 def _resolution(origin: Origin, network: nn.Module) -> int:

@@ -203,6 +203,8 @@ def load_model(settings: TrainSettings, say: Say, *, network: bool = True) -> An
     merged = "".join(f", with {lora.path} merged into it" for lora in family.origin.base_loras)
     if family.origin.rest:
         say(f"{settings.model} is a transformer alone: encoders, autoencoder and schedule are those of {family.origin.rest}")
+    if family.origin.own_words:
+        say(family.origin.own_words)
     say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}{merged}")
     guidance = getattr(settings.objective, "guidance", None)
     if guidance not in (None, family.usual_guidance):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
+from pipelines.families._marks import ENDS_IN_NOISE, V_PREDICTION
 from pipelines.lora_layouts import is_sdxl
 from pipelines.original_names import unet_name
 
@@ -49,7 +50,8 @@ def _marks(pipe: Any, network: Any) -> dict[str, Tensor]:
     """By which ComfyUI and its like know that an SDXL predicts v, and that its schedule ends in pure noise."""
     if not is_sdxl(network) or (settings := pipe.scheduler.config).get("prediction_type") != "v_prediction":
         return {}
-    return {"v_pred": torch.tensor([])} | ({"ztsnr": torch.tensor([])} if settings.get("rescale_betas_zero_snr") else {})
+    marks = [V_PREDICTION] + ([ENDS_IN_NOISE] if settings.get("rescale_betas_zero_snr") else [])
+    return {name: torch.tensor([]) for name in marks}
 
 
 def _texts(pipe: Any, xl: bool, sd2: bool) -> Iterator[tuple[str, Tensor]]:

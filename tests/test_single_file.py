@@ -16,21 +16,26 @@ from diffusers.loaders.single_file_utils import (
     infer_diffusers_model_type,
 )
 from layout_networks import SD_DOWN, SD_UP, flux, real, sd1, sdxl, text_config
-from miniature import original_names, save_untrained
+from miniature import original_names, save_untrained, write_pairs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.errors import UserError
-from pipelines import single_file
+from pipelines import families, single_file
+from pipelines.cli import main
 from pipelines.exporting import Export, export
 from pipelines.families._quiet import quietly
 from pipelines.tiny import model as tiny
+from pipelines.training import align
 
 
-def miniature(name: str):
-    """A pipeline whose blocks are those of the real one; SD 2.x with the width that tells it from 1.x."""
+def miniature(name: str, layers: int = 2):
+    """A pipeline whose blocks are those of the real one; SD 2.x with the width that tells it from 1.x.
+
+    SDXL is known by the tenth of the second text encoder's ``layers``.
+    """
     torch.manual_seed(0)
     tokenizer = tiny.build_tokenizer()
     tokens = {"vocab_size": len(tokenizer), "max_position_embeddings": tiny.MAX_TOKENS, "eos_token_id": tokenizer.eos_token_id}
@@ -45,7 +50,7 @@ def miniature(name: str):
     parts = {"vae": vae.eval(), "tokenizer": tokenizer, "scheduler": DDIMScheduler.from_config(tiny.build_scheduler().config)}
     if name == "sdxl":
         first = CLIPTextModel(text_config(32, 2, **tokens))
-        second = CLIPTextModelWithProjection(text_config(48, 2, hidden_act="gelu", projection_dim=32, **tokens))
+        second = CLIPTextModelWithProjection(text_config(48, layers, hidden_act="gelu", projection_dim=32, **tokens))
         unet = sdxl()
         wide = type(unet)(**{**unet.config, "cross_attention_dim": 80})
         return StableDiffusionXLPipeline(
@@ -170,3 +175,87 @@ def test_other_families_are_refused() -> None:
     uneven = sd1(layers_per_block=(1, 2, 2, 2), down_block_types=SD_DOWN, up_block_types=SD_UP)
     with pytest.raises(UserError, match=r"equally many resnets in each level; this UNet has \(1, 2, 2, 2\)"):
         single_file.tensors(SimpleNamespace(unet=uneven))
+
+
+# --------------------------------------------------------------------------------------- what a file says of itself
+
+
+@pytest.fixture(scope="module")
+def epsilon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration as most people have it: that of a model that predicts noise, sampled from below its last level."""
+    folder = tmp_path_factory.mktemp("epsilon") / "model"
+    pipe = miniature("sdxl", layers=10)
+    pipe.scheduler.register_to_config(timestep_spacing="leading")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def one_file(path: Path, *, marks: tuple[str, ...] = (), **header: str) -> Path:
+    tensors = single_file.tensors(miniature("sdxl", layers=10)) | {name: torch.tensor([]) for name in marks}
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, path, {f"modelspec.{k}": v for k, v in header.items()}
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("told", "prediction", "ends_in_noise"),
+    [
+        ({"marks": ("v_pred", "ztsnr")}, "v_prediction", True),
+        ({"marks": ("v_pred",), "prediction_type": "epsilon"}, "v_prediction", False),  # tools copy headers along
+        ({"prediction_type": "v"}, "v_prediction", False),
+        ({"prediction_type": "epsilon", "marks": ("ztsnr",)}, "epsilon", False),
+    ],
+    ids=lambda told: str(told) if isinstance(told, dict) else "",
+)
+def test_a_files_own_words_go_before_its_configuration(
+    told: dict, prediction: str, ends_in_noise: bool, epsilon: Path, tmp_path: Path
+) -> None:
+    """In training, in sampling and without weights, as estimates look at it."""
+    file = one_file(tmp_path / "model.safetensors", **told)
+    family = families.load_family(file, config=epsilon)
+    assert family.denoiser.schedule.prediction_type == prediction
+    assert (family.denoiser.schedule.alpha_bar[-1] == 0) == ends_in_noise
+    assert families.sketch(file, config=epsilon).denoiser.schedule.prediction_type == prediction
+    found = families.load_pipeline(file, config=epsilon, device="cpu").scheduler.config
+    assert (found.prediction_type, found.rescale_betas_zero_snr) == (prediction, ends_in_noise)
+    assert found.timestep_spacing == ("trailing" if ends_in_noise else "leading")
+    other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[prediction]
+    with pytest.raises(UserError, match=f"'{other}' was asked for, but {file} says '{prediction}'"):
+        families.load_family(file, config=epsilon, prediction_type=other)
+
+
+def test_a_file_that_says_nothing_is_what_its_configuration_says(epsilon: Path, tmp_path: Path) -> None:
+    file = one_file(tmp_path / "model.safetensors", prediction_type="")
+    assert families.load_family(file, config=epsilon).origin.own_words == ""
+    with pytest.raises(UserError, match=r"scheduler_config.json says 'epsilon'.* name a folder whose scheduler fits"):
+        families.load_family(file, config=epsilon, prediction_type="v_prediction")
+
+
+def test_runs_exports_and_pictures_of_a_file_that_predicts_v_say_so(
+    epsilon: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = one_file(tmp_path / "model.safetensors", marks=("v_pred", "ztsnr"))
+    how = {"model": str(file), "single_file_config": str(epsilon), "pairs": str(write_pairs(tmp_path / "pairs", 2))}
+    pace = {"steps": 1, "rank": 1, "resolution": 32, "validation_pairs": 0, "tracker": "none", "progress": False}
+    align("diffusion-dpo", output=tmp_path / "run", **how, **pace)
+    said = f"{file} says itself that it is of v_prediction prediction, on a schedule that ends in pure noise"
+    assert said in capsys.readouterr().out
+    out = tmp_path / "lora.safetensors"
+    assert said in export(Export(str(tmp_path / "run"), out, "kohya")).text
+    with safe_open(out, "pt") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == "v"
+    export(Export(str(tmp_path / "run"), tmp_path / "whole.safetensors", "single-file"))
+    with safe_open(tmp_path / "whole.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == "v" and {"v_pred", "ztsnr"} <= set(opened.keys())
+    small = ["--height", "64", "--width", "64", "--steps", "2", "--single-file-config", str(epsilon)]
+    assert main(["generate", "--model", str(file), "--prompt", "a dog", "--out", str(tmp_path / "pictures"), *small]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_of_its_configurations_family_is_refused(epsilon: Path, tmp_path: Path) -> None:
+    """Diffusers takes what it does not recognise for SD 1.x: here SDXL whose second text encoder has few layers."""
+    tensors = single_file.tensors(miniature("sdxl", layers=2))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"is of the family stable_diffusion, but .*model is of sdxl. Files are known by"):
+        families.detect(tmp_path / "model.safetensors", config=epsilon)

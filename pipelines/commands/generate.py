@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample and write; 0 when all is written."""
     from functools import partial
 
-    from pipelines.families import load_pipeline
+    from pipelines.families import find, load_pipeline
     from pipelines.generation import generate
     from pipelines.progress import Bar
     from pipelines.prompts import read_prompts
@@ -46,5 +46,7 @@ def run(args: argparse.Namespace) -> int:
             progress=bar.advance,
             **sampling_arguments(args),
         )
+    if words := find(args.model, config=args.single_file_config).own_words:
+        print(words)
     print(f"{len(record['pictures'])} pictures in {args.out}, {record['seconds']:.0f} s; look at {args.out}/grid.png")
     return 0

@@ -44,8 +44,9 @@ def schedule_of(config: Mapping[str, Any], *, allowed: Sequence[str], expected: 
         raise UserError(f"{where}: prediction_type is {found!r}, but networks of this family predict {known}.")
     if expected is not None and expected != found:
         raise UserError(
-            f"prediction_type {expected!r} was asked for, but {where} says {found!r}. Leave the option out to go by the file, "
-            "or correct the file if it is the one that is wrong."
+            f"prediction_type {expected!r} was asked for, but {where} says {found!r}. Leave the option out to go by the file. "
+            "If it is the file that is wrong, correct it; if it belongs to another model, as may be of a single file's "
+            "configuration, name a folder whose scheduler fits."
         )
     if "beta_start" not in config:
         kind = config.get("_class_name", "scheduler")

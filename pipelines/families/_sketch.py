@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from diffalign.errors import UserError
+from pipelines.families._marks import obeyed
 from pipelines.families._names import INDEX_FILE
 from pipelines.families._quiet import quietly
 from pipelines.families._sources import Origin, registry
@@ -79,6 +80,7 @@ def sketch(origin: Origin, dtype: torch.dtype) -> Family:
             kinds = {name: kind for name, kind in _index(folder).items() if name not in left_out}
             dtypes = {declared.NETWORK: dtype}
             parts = {name: _part(folder, name, kind, dtypes.get(name, torch.float32)) for name, kind in kinds.items()}
+            parts["scheduler"] = obeyed(parts["scheduler"], origin.marks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"The configuration of {origin.model} cannot be read: {' '.join(str(error).split())[:300]}.") from error
     module = importlib.import_module(f"pipelines.families.{origin.family}")

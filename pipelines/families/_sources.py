@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from diffalign.errors import UserError
+from pipelines.families._marks import Marks, marks_of, obeyed
 from pipelines.families._names import INDEX_FILE, LORA_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
 from pipelines.tiny.shipped import CHECKPOINTS
@@ -105,6 +106,7 @@ class Origin:
     lacks: tuple[str, ...] = ()  # parts of the pipeline that the checkpoint does not have
     without: tuple[str, ...] = ()  # what it has and is left out, in the words of the family's ``OPTIONAL``
     base_loras: tuple[BaseLora, ...] = ()  # merged into the weights, in this order, below the one on top
+    marks: Marks = Marks()  # what a single file says of itself, which counts for more than its configuration
 
     def leaving_out(self, words: Sequence[str]) -> Origin:
         """The same without the parts that the family knows by these ``words``, nor those that are left out already.
@@ -132,7 +134,18 @@ class Origin:
     @property
     def scheduler_file(self) -> str:
         """The file that says what the network predicts."""
+        if self.marks.prediction_type:
+            return self.place
         return str(Path(self.configured_at or self.place) / "scheduler" / "scheduler_config.json")
+
+    @property
+    def own_words(self) -> str:
+        """A line on what a single file says of itself, against which its configuration has no say; empty if it says nothing."""
+        if not self.marks.prediction_type:
+            return ""
+        end = ", on a schedule that ends in pure noise" if self.marks.ends_in_noise else ""
+        said = f"{self.place} says itself that it is of {self.marks.prediction_type} prediction{end}"
+        return f"{said}: so it is used, whatever its configuration says"
 
 
 def registry() -> dict[str, Declared]:
@@ -361,12 +374,24 @@ def _in_file(path: Path, config: str | os.PathLike[str] | None) -> Origin:
     for name, declared in registry().items():
         if kind in declared.SINGLE_FILE:
             folder = None if config is None else str(Path(config).absolute())
-            whole = Origin(str(path.absolute()), str(path), "file", name, declared.PIPELINES[0], folder)
+            marks = marks_of(shapes, _header(path)) if declared.NETWORK == "unet" else Marks()  # others predict one thing
+            whole = Origin(str(path.absolute()), str(path), "file", name, declared.PIPELINES[0], folder, marks=marks)
             is_alone = declared.NETWORK_CLASS and not any(key.startswith(_NOT_THE_NETWORK) for key in shapes)
+            if config is not None:
+                _refuse_another_family(whole)
             return _completed(whole, kind) if is_alone else whole
     purpose = f"is a model for {_NOT_FOR_TEXT[kind]}" if kind in _NOT_FOR_TEXT else f"looks like a model of the type {kind}"
     known = ", ".join(t for declared in registry().values() for t in declared.SINGLE_FILE)
     raise UserError(f"{path} {purpose}, which diffalign does not know. Known types of single files are: {known}.")
+
+
+def _refuse_another_family(file: Origin) -> None:
+    found = family_of(_index(Path(file.config) / INDEX_FILE)["_class_name"], file.config)
+    if found != file.family:
+        raise UserError(
+            f"{file.place} is of the family {file.family}, but {file.config} is of {found}. Files are known by their tensors: "
+            "name a Diffusers folder of the same architecture, or take the model as a folder."
+        )
 
 
 def _completed(network: Origin, kind: str) -> Origin:
@@ -377,8 +402,6 @@ def _completed(network: Origin, kind: str) -> Origin:
         rest = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
         return replace(network, kind="network", rest=rest)
     found = _of_index(Path(network.config) / INDEX_FILE, network.config, network.config, "folder")
-    if found.family != network.family:
-        raise UserError(f"{network.place} is of the family {network.family}, but {network.config} is of {found.family}.")
     return replace(network, kind="network", rest=network.config, lacks=found.lacks)
 
 
@@ -418,6 +441,14 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     content = content.get("state_dict", content)
     return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors; only .safetensors files can."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _gguf_shapes(path: Path) -> dict[str, torch.Tensor]:
@@ -541,6 +572,7 @@ def _load(origin: Origin, options: dict[str, Any], dtypes: dict[str, torch.dtype
     for name, dtype in dtypes.items():
         if name not in options and getattr(pipe, name, None) is not None:
             getattr(pipe, name).to(dtype)
+    pipe.scheduler = obeyed(pipe.scheduler, origin.marks)
     return pipe
 
 
