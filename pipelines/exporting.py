@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.file_modes import as_opened
 from pipelines import lora_layouts, low_rank, model_spec, single_file
-from pipelines.families import _loras
+from pipelines.families import _lora, _loras
 from pipelines.families._files import installed_into, sort_header
 from pipelines.families._names import INDEX_FILE, LORA_FILE, METADATA, NOTE_FILE
 from pipelines.families._quiet import quietly
@@ -87,11 +87,11 @@ def export(asked: Export) -> Exported:
     whole = asked.merge or asked.layout == "single-file"
     _check(asked, origin, whole)
     dtype = torch_dtype(asked.dtype or "float32")
-    made = _whole(asked, origin, dtype) if whole or not origin.adapter else _lora(asked, origin, dtype)
+    made = _whole(asked, origin, dtype) if whole or not origin.adapter else _lora_of(asked, origin, dtype)
     return replace(made, text=f"{made.text} {origin.own_words}.") if origin.own_words else made
 
 
-def _lora(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
+def _lora_of(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
     parts = _loras.hollow_parts(replace(origin, adapter=None, base_loras=()))
     lora, below = _own(asked, origin, parts), _below(origin, parts)
     together = lora if asked.alone or not below else low_rank.with_one_alpha(low_rank.joined(below, lora))
@@ -194,10 +194,8 @@ def _diffusers(
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     for component, layers in lora.items():
-        for name, layer in layers.items():
-            tensors[f"{component}.{name}.lora_A.weight"] = layer.down
-            tensors[f"{component}.{name}.lora_B.weight"] = layer.up
-        header |= {f"{component}.{key}": value for key, value in _peft_config(layers, parts[component]).items()}
+        tensors |= {f"{component}.{name}": value for name, value in _peft_weights(layers).items()}
+        header |= {f"{component}.{key}": value for key, value in _plain(_peft_config(layers, parts[component])).items()}
     note: dict[str, Any] = {"kind": "lora", "family": origin.family, "base_model": origin.model}
     if origin.base_loras and not joined:
         note["base_loras"] = [base.note() for base in origin.base_loras]
@@ -210,11 +208,29 @@ def _diffusers(
         save_file(_stored(tensors, dtype), folder / LORA_FILE, metadata=metadata)
         sort_header(folder / LORA_FILE)
         (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        if alone := _part_without_loader(origin):
+            layers = lora[alone]
+            _lora.write_as_peft(folder, _stored(_peft_weights(layers), dtype), _peft_config(layers, parts[alone]))
     how = f'pipe.load_lora_weights("{asked.output}", weight_name="{LORA_FILE}")'
+    if alone:
+        how = (
+            f'pipe.{alone} = peft.PeftModel.from_pretrained(pipe.{alone}, "{asked.output}"), for its pipeline has no LoRA loader'
+        )
     return Exported(asked.output, f"{asked.output}: {_counted(lora)}. In Diffusers: {how}")
 
 
-def _peft_config(layers: Layers, network: nn.Module) -> dict[str, Any]:
+def _part_without_loader(origin: Origin) -> str:
+    """The network, where its pipeline has no loader for LoRA, so that PEFT's own has to do; otherwise nothing."""
+    return "" if _lora.loads_with_diffusers(_pipeline_class(origin)) else registry()[origin.family].NETWORK
+
+
+def _peft_weights(layers: Layers) -> dict[str, Tensor]:
+    """By PEFT's names inside the network."""
+    downs = {f"{name}.lora_A.weight": layer.down for name, layer in layers.items()}
+    return downs | {f"{name}.lora_B.weight": layer.up for name, layer in layers.items()}
+
+
+def _peft_config(layers: Layers, network: nn.Module) -> Any:
     """PEFT's configuration of these layers: one rank and alpha, and patterns for layers that have others."""
     with quietly():
         from peft import LoraConfig
@@ -223,8 +239,12 @@ def _peft_config(layers: Layers, network: nn.Module) -> dict[str, Any]:
     ranks = {f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != rank}
     alphas = {f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != alpha}
     targets = _targets(set(layers), network)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """As it stands in a file's header, where there are no sets."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
 
 def most_common_of(layers: Layers) -> tuple[int, float]:

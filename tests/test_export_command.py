@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from miniature import sample, save_untrained
+from family_runs import loaded_plainly, on_disk
+from miniature import make_adapter_matter, sample, save_untrained
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -81,6 +83,29 @@ def test_diffusers_reads_the_lora(base: Path, result: Path, wanted: dict, tmp_pa
     (adapter,) = pipe.unet.peft_config.values()
     assert adapter.r == 3
     assert {m.scaling["default_0"] for m in pipe.unet.modules() if hasattr(m, "scaling")} == {3.0 * scale}
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["", "on top of another"])
+def test_peft_reads_the_lora_where_the_pipeline_has_no_loader(below: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """PixArt's: as saved by training, and joined with another of other rank and alpha."""
+    saved = on_disk("pixart", tmp_path)
+
+    def trained(path: Path, **how: Any) -> Path:
+        family = families.load_family(saved.folder, base_lora=how.pop("base_lora", None))
+        family.attach_lora(**how)
+        make_adapter_matter(family)
+        family.save_adapter(path)
+        return path
+
+    first = trained(tmp_path / "first", rank=2, alpha=3, targets=("to_q", "proj_out")) if below else None
+    result = trained(tmp_path / "result", rank=3, alpha=9, targets=("to_q", "to_k"), base_lora=first)
+    capsys.readouterr()
+    assert run(result, "--out", tmp_path / "lora") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f'pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, "{tmp_path}/lora")' in said
+    wanted = saved.latents(families.load_pipeline(result, device="cpu"))
+    torch.testing.assert_close(saved.latents(loaded_plainly(saved, tmp_path / "lora", "lora")), wanted, atol=1e-3, rtol=1e-4)
+    assert (wanted - saved.latents(saved.pipeline())).abs().max() > 0.01
 
 
 def test_comfyuis_layout_is_merged_by_our_own_reader(base: Path, result: Path, wanted: dict, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def write(folder: Path, pipeline_class: type, part: str, network: nn.Module) -> 
     ``PeftModel.from_pretrained(pipe.transformer, folder)`` reads it.
     """
     weights, config = for_diffusers(network)
-    if hasattr(pipeline_class, "save_lora_weights"):
+    if loads_with_diffusers(pipeline_class):
         parts = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
         pipeline_class.save_lora_weights(folder, **parts)
         sort_header(folder / LORA_FILE)
@@ -172,8 +172,20 @@ def write(folder: Path, pipeline_class: type, part: str, network: nn.Module) -> 
     kept = {"format": "pt", METADATA: json.dumps(named, indent=2, sort_keys=True)}
     save_file({f"{part}.{name}": weight for name, weight in weights.items()}, folder / LORA_FILE, kept)
     sort_header(folder / LORA_FILE)
-    save_file({f"base_model.model.{name}": w for name, w in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
-    own = copy.deepcopy(network.peft_config[ADAPTER])
+    write_as_peft(folder, weights, network.peft_config[ADAPTER])
+
+
+def loads_with_diffusers(pipeline_class: type) -> bool:
+    """Whether pipelines of this class have a loader for LoRA."""
+    return hasattr(pipeline_class, "load_lora_weights")
+
+
+def write_as_peft(folder: Path, weights: Mapping[str, Tensor], config: Any) -> None:
+    """The adapter as PEFT keeps one; ``weights`` are by names inside the network, ``config`` is a ``LoraConfig``."""
+    from safetensors.torch import save_file
+
+    save_file({f"base_model.model.{name}": weight for name, weight in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
+    own = copy.deepcopy(config)
     own.target_modules = sorted(own.target_modules)
     own.save_pretrained(folder)
 
@@ -184,7 +196,7 @@ def put_on(pipe: Any, part: str, folder: str | Path) -> None:
     Raises:
         UserError: there is none, or it does not fit.
     """
-    if hasattr(pipe, "load_lora_weights"):
+    if loads_with_diffusers(type(pipe)):
         pipe.load_lora_weights(folder, weight_name=LORA_FILE)
         return
     saved, network = read(folder), getattr(pipe, part)
