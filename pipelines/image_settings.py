@@ -334,4 +334,21 @@ def _not_beforehand(objective: Any, loop: Any) -> list[str]:
     return out
 
 
+def remarks(settings: TrainSettings) -> list[str]:
+    """What is allowed and seldom meant: of the objective, and of numbers that belong together and were set apart."""
+    from diffalign.objectives._family import remarks as of_objective
+
+    lora, warmup, steps, out = settings.lora, settings.optimiser.warmup_steps, settings.loop.steps, []
+    if settings.adapter == "lora" and lora.alpha != lora.rank:
+        out.append(
+            f"alpha {lora.alpha:g} at rank {lora.rank}: the LoRA acts with alpha / rank = {lora.alpha / lora.rank:.3g} of its "
+            f"strength at alpha = rank, which recipes have (--alpha {lora.rank})."
+        )
+    if warmup >= steps:
+        out.append(
+            f"warmup_steps {warmup} of {steps} steps: the learning rate never gets to {settings.optimiser.learning_rate:g}."
+        )
+    return [*of_objective(settings.objective), *out]
+
+
 SCHEMA = Schema(TrainSettings, TOP_LEVEL, sections, _missing, _contradictions, _of_feedback)

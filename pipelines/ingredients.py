@@ -57,6 +57,8 @@ from pipelines.tiny.shipped import pairs_called
 
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 """Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
+LATE = 0.2
+"""Share of a run's rounds after which a baseline that is asked for comes too late to be one."""
 PROMPTS_AT_ONCE = 4096
 """That are tokenized to see which are too long."""
 
@@ -264,6 +266,8 @@ def prepare(
         _tell_of_long_prompts(family, cache, prompts, say)
     family.release_encoders(keep_decoder=shown is not None or (samples_itself(settings) and stored is None))
     train_rows, validation_rows = _split(settings, cache, prompts, family, stored, say)
+    if line := _late_baseline(settings, len(prompts or ()), accelerator.num_processes):
+        say(line)
     start = _attach(settings, family, accelerator, say, saved)
     kept, validation = None, []
     if cache is not None:
@@ -361,6 +365,22 @@ def _split(
     if stored is None:
         say(f"{len(prompts)} prompts to sample for")
     return [], []
+
+
+def _late_baseline(settings: TrainSettings, prompts: int, processes: int) -> str:
+    """A line on prompts that come back so seldom that their own rewards are no baseline for long; empty where they do."""
+    objective = settings.objective
+    if not hasattr(objective, "first_own"):
+        return ""
+    pairs = settings.loop.steps * settings.batch.accumulation * processes
+    first, rounds = objective.first_own(prompts), math.ceil(pairs / (objective.round_pairs * objective.round_epochs))
+    if first <= rounds * LATE:
+        return ""
+    return (
+        f"{prompts} prompts come back every {prompts / objective.round_pairs:.3g} rounds, and have the {objective.least} rewards "
+        f"that their own baseline takes from round {first} on, of {rounds}: until then rewards are measured against their round. "
+        "Fewer prompts, a smaller --least or --baseline round."
+    )
 
 
 def _quantise(settings: TrainSettings, family: Any, device: torch.device, base_digest: str, say: Say) -> str:

@@ -24,7 +24,6 @@ from accelerate.utils import set_seed
 
 from diffalign import objectives
 from diffalign.errors import UserError
-from diffalign.objectives._family import remarks
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
 from diffalign.weights import TrainedWeights
@@ -34,7 +33,7 @@ from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
 from pipelines.families import _quantised
 from pipelines.families._sources import BaseLora, find_loras
-from pipelines.image_settings import EvaluationSettings, TrainSettings
+from pipelines.image_settings import EvaluationSettings, TrainSettings, remarks
 from pipelines.ingredients import Prepared
 from pipelines.judge_options import load_judges
 from pipelines.outputs import write_json
@@ -185,7 +184,7 @@ def train(
         previews.prompts_of(settings)
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
-        for remark in [*remarks(settings.objective), *([switched] if switched else [])]:
+        for remark in [*remarks(settings), *([switched] if switched else [])]:
             say(remark)
         folder = OutputFolder(settings.output, to_yaml(f"train {name}", settings), resume, overwrite)
         trained = _train_and_export(name, settings, accelerator, folder, say, progress, judge)

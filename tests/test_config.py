@@ -13,7 +13,7 @@ from diffalign.errors import UserError
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from pipelines import cli, config, recipes
 from pipelines.commands.train import resolve_settings
-from pipelines.image_settings import TrainSettings
+from pipelines.image_settings import TrainSettings, remarks
 
 NEEDED = {"model": "m", "pairs": "p", "output": "o"}
 
@@ -142,6 +142,16 @@ def test_settings_that_do_not_go_together_are_refused(name: str, tree: dict, mes
 def test_rounds_of_the_loop_where_they_mean_something(name: str, tree: dict) -> None:
     loop = config.resolve({**NEEDED, **tree}, objectives.load(name).Objective).loop
     assert {key: getattr(loop, key) for key in tree["loop"]} == tree["loop"]
+
+
+def test_numbers_that_were_set_apart_are_remarked_on() -> None:
+    (said,) = remarks(from_command_line("--recipe", "sd15-lora", "--rank", "32", "--output", "o"))
+    assert said.startswith("alpha 16 at rank 32: the LoRA acts with alpha / rank = 0.5 of its strength")
+    (said,) = remarks(resolved({"optimiser": {"warmup_steps": 9}, "loop": {"steps": 9}}))
+    assert said == "warmup_steps 9 of 9 steps: the learning rate never gets to 2.048e-05."
+    for words in (["--rank", "32", "--alpha", "32"], ["--adapter", "full"]):
+        assert remarks(from_command_line("--recipe", "sd15-lora", *words, "--output", "o")) == []
+    assert len(remarks(resolved({"objective": {"loss": "orpo"}, "lora": {"rank": 2}}))) == 2
 
 
 def test_unknown_settings_in_a_file_name_the_nearest() -> None:

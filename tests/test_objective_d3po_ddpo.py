@@ -11,6 +11,7 @@ import torch
 from judged import LN2, OFF, at_work, brightness, d3po, ddpo, first_batch, gradients, logistic, moved
 from torch import Tensor
 
+from diffalign.data.draws import Order
 from diffalign.learner import Alone
 from diffalign.likelihood import transition
 from diffalign.objectives.d3po import D3PO
@@ -294,6 +295,19 @@ def test_ddpo_is_clipped_only_where_it_would_go_on() -> None:
     outcome = ddpo(clip=clip)(batch, policy, given.unconditional)
     torch.testing.assert_close(outcome.loss.detach(), expected, rtol=1e-10, atol=1e-12)
     assert 0 < outcome.metrics["clipped"].mean() < 1
+
+
+@pytest.mark.parametrize(("prompts", "round_pairs", "least"), [(7, 3, 5), (4, 8, 4), (5, 5, 2), (3, 2, 6)])
+def test_when_the_first_prompt_has_a_baseline_of_its_own(prompts: int, round_pairs: int, least: int) -> None:
+    """As the tracker finds it, visit by visit."""
+    tracker, order = PromptRewards(tracked=32, least=least), Order(prompts, 0)
+    for round_ in range(100):
+        visited = [order.row(round_ * round_pairs + i) for i in range(round_pairs)]
+        verdict(tracker, [[0.0, 1.0]] * round_pairs, visited, round_)
+        if max(map(len, tracker.state_dict()["held"].values())) >= least:
+            break
+    assert DDPO(round_pairs=round_pairs, least=least).first_own(prompts) == round_ + 1
+    assert DDPO(baseline="round").first_own(prompts) == 1
 
 
 def test_ddpo_names_its_choices() -> None:

@@ -55,6 +55,8 @@ def test_a_lora_run_leaves_what_diffusers_loads(
     monkeypatch.setattr(shared, "LONG_WAIT", 0.0)
     out = tmp_path / "run"
     assert run(inputs, out, "--rank", "2", "--alpha", "8") == 0
+    said = capsys.readouterr().out
+    assert "alpha 8 at rank 2: the LoRA acts with alpha / rank = 4" in said
     pipe = StableDiffusionPipeline.from_pretrained(inputs.model, safety_checker=None)
     before = sample(pipe)
     pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
@@ -67,7 +69,7 @@ def test_a_lora_run_leaves_what_diffusers_loads(
     assert "load_lora_weights" in (out / "README.md").read_text()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= summary["waiting"] < 1 and [line["step"] for line in lines if 0 <= line.get("waiting", -1) < 1] == [1, 2]
-    assert "% of the steps' time went by waiting for data: a faster disk" in capsys.readouterr().out
+    assert "% of the steps' time went by waiting for data: a faster disk" in said
 
 
 def test_a_cache_is_prepared_in_parts_and_trained_on(
@@ -187,6 +189,24 @@ def test_in_python_it_is_one_call(inputs: Inputs, tmp_path: Path) -> None:
     summary = align("diffusion-dpo", progress=False, validation_pairs=0, **options)
     assert summary["steps"] == 1
     assert tensors(tmp_path / "run")
+
+
+@pytest.mark.parametrize("least", [2, 16])
+def test_prompts_that_come_back_too_seldom_for_their_baseline_are_told(
+    least: int, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    how = {
+        "model": str(inputs.model),
+        "train_prompts": "tiny",
+        "output": tmp_path,
+        "judge": lambda shown, _: shown.mean((1, 2, 3)),
+    }
+    small = {"rollout_steps": 2, "guidance": 1.0, "round_pairs": 2, "accumulation": 2, "steps": 1}
+    align("ddpo", **how, **small, least=least, tracker="none", progress=False)
+    said = (
+        "500 prompts come back every 250 rounds, and have the 16 rewards that their own baseline takes from round 1751 on, of 1:"
+    )
+    assert (said in capsys.readouterr().out) == (least == 16)
 
 
 def test_a_run_with_evaluation_ends_with_win_rates_and_pictures(inputs: Inputs, tmp_path: Path) -> None:

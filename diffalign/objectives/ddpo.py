@@ -21,6 +21,7 @@ decay 1e-4, LoRA of rank 4, 256 samples per round, 2 optimizer steps each, a tra
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,14 @@ class DDPO:
         learnt = rows * learnt_steps(self.rollout_steps, self.timestep_fraction)
         looking = rows * self.rollout_steps * self.candidates / 2
         return Cost(learning=learnt * self.round_epochs, looking=looking, at_once=rows)
+
+    def first_own(self, prompts: int) -> int:
+        """The round, from 1, in which the first of so many prompts has ``least`` rewards; 1 where rounds are the baseline.
+
+        A visit leaves two, and no prompt is visited again before all others were.
+        """
+        visits = math.ceil(self.least / 2) if self.baseline == "prompt" else 1
+        return (visits - 1) * prompts // self.round_pairs + 1
 
     def learner(self, given: Given) -> Learner:
         plan = RoundPlan(self.round_pairs, self.round_epochs, False, "round", self.candidates, self.timestep_fraction)

@@ -102,13 +102,13 @@ def resolve_settings(args: argparse.Namespace) -> Any:
 
 
 def _dry_run(name: str, settings: Any) -> int:
-    from diffalign.objectives._family import remarks
     from pipelines import estimate, memory_presets, training
+    from pipelines.image_settings import remarks
 
     settings, told = memory_presets.applied(settings)
     print(training.to_yaml(f"train {name}", settings))
     found = estimate.estimate(settings)
-    print("\n".join([*remarks(settings.objective), *([told] if told else []), found.to_text()]))
+    print("\n".join([*remarks(settings), *([told] if told else []), found.to_text()]))
     if not found.unknown:
         print("\n".join(memory_presets.advice(settings)))
     return 0
