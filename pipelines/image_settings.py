@@ -341,8 +341,8 @@ def remarks(settings: TrainSettings) -> list[str]:
     lora, warmup, steps, out = settings.lora, settings.optimiser.warmup_steps, settings.loop.steps, []
     if settings.adapter == "lora" and lora.alpha != lora.rank:
         out.append(
-            f"alpha {lora.alpha:g} at rank {lora.rank}: the LoRA acts with alpha / rank = {lora.alpha / lora.rank:.3g} of its "
-            f"strength at alpha = rank, which recipes have (--alpha {lora.rank})."
+            f"alpha {lora.alpha:g} at rank {lora.rank}: the LoRA acts alpha / rank = {lora.alpha / lora.rank:.3g} times as "
+            f"strongly as with alpha {lora.rank}, at which recipes and their learning rates are."
         )
     if warmup >= steps:
         out.append(

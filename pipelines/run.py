@@ -16,7 +16,7 @@ from diffalign.objectives._family import looks_at_company
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
 from pipelines.progress import TrainingBar
-from pipelines.run_folder import SUMMARY_FILE, OutputFolder
+from pipelines.run_folder import SUMMARY_FILE, OutputFolder, begin_tracking
 
 Say = Callable[[str], None]
 Report = Callable[..., None]
@@ -67,7 +67,7 @@ def through_the_loop(
             folder.claim()
         accelerator.wait_for_everyone()
         if accelerator.log_with:
-            accelerator.init_trackers(settings.compute.tracker)
+            begin_tracking(accelerator, settings)
         bar.start(trainer.step, settings.loop.steps)
         try:
             before(trainer)

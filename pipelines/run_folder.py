@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -82,24 +83,85 @@ def to_yaml(command: str, settings: Any) -> str:
     return f"# diffalign {command}\n" + yaml.safe_dump(config.as_tree(settings), sort_keys=False)
 
 
+# -------------------------------------------------------------------------------------------------------------- trackers
+
+PROJECT = "diffalign"
+RUN_NAMES = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name"}
+"""What each tracker calls the name of a run; the others have none, or take the project's."""
+
+
+def check_tracker(tracker: str) -> None:
+    """Whether metrics can go there. (Accelerate leaves a tracker out whose package is missing, and only logs that it does.)
+
+    Raises:
+        UserError: Accelerate knows no such tracker, or its package is not installed.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType]
+    if tracker not in ("none", *known):
+        raise UserError(f"tracker is {tracker!r}; Accelerate knows {', '.join(known)}, and none is the JSONL file only.")
+    if tracker not in ("none", "all", *map(str, get_available_trackers())):
+        raise UserError(
+            f"tracker is {tracker!r}, whose package is not installed: pip install {tracker}, or take --tracker tensorboard, "
+            "or none for the JSONL file only."
+        )
+
+
+def begin_tracking(accelerator: Accelerator, settings: Any) -> None:
+    """Tell the tracker asked for of the run: its project, its name and its settings. Every process calls it.
+
+    Raises:
+        UserError: the tracker refuses to begin.
+    """
+    tracker, name = settings.compute.tracker, settings.output.resolve().name
+    project = tracker if tracker == "tensorboard" else PROJECT  # to TensorBoard it is a folder in the run's own
+    names = {kind: {word: name} for kind, word in RUN_NAMES.items()}
+    try:
+        accelerator.init_trackers(project, config=hyperparameters(settings), init_kwargs=names)
+    except Exception as error:  # whatever that package raises
+        raise UserError(f"The tracker {tracker} does not begin: {' '.join(str(error).split())[:300]}") from error
+
+
+def hyperparameters(settings: Any) -> dict[str, Any]:
+    """The configuration as trackers take one: names with dots in them, numbers, switches and texts."""
+
+    def flat(tree: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{before}{name}.")
+            else:
+                yield before + name, value if isinstance(value, bool | int | float | str) else _text(value)
+
+    return dict(flat(config.as_tree(settings), ""))
+
+
+def _text(value: Any) -> str:
+    """As an option would say it."""
+    return "none" if value is None else ",".join(map(str, value))
+
+
+# ------------------------------------------------------------------------------------------------------------ accelerate
+
+
 def start_accelerator(settings: Any) -> Accelerator:
     """Accelerate, with the tracker asked for; on a CPU also a heap that gives back what is free.
 
     Raises:
-        UserError: Accelerate is set to an engine that training is not written for, or knows no such tracker.
+        UserError: Accelerate is set to an engine that training is not written for, or there is no such tracker.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
     from pipelines import devices, heap
 
+    check_tracker(settings.compute.tracker)
     devices.refuse_other_engines()
     devices.forget_precision()
     heap.give_back_large_blocks()
-    tracker, known = settings.compute.tracker, [kind.value for kind in LoggerType]
-    if tracker not in ("none", *known):
-        raise UserError(f"tracker is {tracker!r}; Accelerate knows {', '.join(known)}, and none is the JSONL file only.")
+    tracker = settings.compute.tracker
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun

@@ -146,7 +146,7 @@ def test_rounds_of_the_loop_where_they_mean_something(name: str, tree: dict) -> 
 
 def test_numbers_that_were_set_apart_are_remarked_on() -> None:
     (said,) = remarks(from_command_line("--recipe", "sd15-lora", "--rank", "32", "--output", "o"))
-    assert said.startswith("alpha 16 at rank 32: the LoRA acts with alpha / rank = 0.5 of its strength")
+    assert said.startswith("alpha 16 at rank 32: the LoRA acts alpha / rank = 0.5 times as strongly")
     (said,) = remarks(resolved({"optimiser": {"warmup_steps": 9}, "loop": {"steps": 9}}))
     assert said == "warmup_steps 9 of 9 steps: the learning rate never gets to 2.048e-05."
     for words in (["--rank", "32", "--alpha", "32"], ["--adapter", "full"]):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from miniature import edited, sample, save_untrained, write_pairs
 from safetensors.torch import load_file
@@ -56,7 +58,7 @@ def test_a_lora_run_leaves_what_diffusers_loads(
     out = tmp_path / "run"
     assert run(inputs, out, "--rank", "2", "--alpha", "8") == 0
     said = capsys.readouterr().out
-    assert "alpha 8 at rank 2: the LoRA acts with alpha / rank = 4" in said
+    assert "alpha 8 at rank 2: the LoRA acts alpha / rank = 4 times" in said
     pipe = StableDiffusionPipeline.from_pretrained(inputs.model, safety_checker=None)
     before = sample(pipe)
     pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
@@ -70,6 +72,24 @@ def test_a_lora_run_leaves_what_diffusers_loads(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= summary["waiting"] < 1 and [line["step"] for line in lines if 0 <= line.get("waiting", -1) < 1] == [1, 2]
     assert "% of the steps' time went by waiting for data: a faster disk" in said
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_read(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    missing = next(kind.value for kind in LoggerType if kind.value not in ("all", *map(str, get_available_trackers())))
+    assert run(inputs, tmp_path / "run", "--tracker", missing, model=tmp_path / "nowhere") == 2
+    refused(capsys, f"tracker is '{missing}', whose package is not installed: pip install {missing}, or take")
+
+
+def test_a_tracker_is_told_of_the_run(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "--steps", "1", "--rank", "2", "--targets", "to_q,to_k", "--tracker", "tensorboard") == 0
+    (told,) = (out / "tensorboard").glob("*/hparams.yml")
+    found = yaml.safe_load(told.read_text())
+    assert found["output"] == str(out) and found["lora.rank"] == 2 and found["compute.compile"] is False
+    assert found["lora.targets"] == "to_q,to_k" and found["data.resolution"] == "none"
+    assert {type(value) for value in found.values()} == {str, int, float, bool}
 
 
 def test_a_cache_is_prepared_in_parts_and_trained_on(
