@@ -90,15 +90,33 @@ def load_judges(judges: str, options: Sequence[str] = (), device: str | None = N
     import reward_models
     from reward_models.base import JudgeError
 
-    asked = parse_judges(judges)
-    told = parse_judge_options(options, asked)
+    asked, told, takes = judges_called(judges, options)  # unknown ones are told before any is loaded
     try:
-        takes = {name: reward_models.options(name) for name in asked.values()}  # unknown ones are told before any is loaded
-        reward_models.check_together([*asked, *asked.values()])
         placed = {label: _placed(told[label], device, takes[name]) for label, name in asked.items()}
         return {label: reward_models.load(name, **placed[label]) for label, name in asked.items()}
     except JudgeError as error:
         raise UserError(f"--judges: {error}.") from error
+
+
+def judges_called(
+    judges: str, options: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, dict[str, Any]], dict[str, Sequence[str]]]:
+    """Of the judges that are asked for: names by the names they go by, what each is told, and which options each name takes.
+
+    Raises:
+        UserError: as ``load_judges``, but for weights, which are not looked for.
+    """
+    import reward_models
+    from reward_models.base import JudgeError
+
+    asked = parse_judges(judges)
+    told = parse_judge_options(options, asked)
+    try:
+        takes = {name: reward_models.options(name) for name in asked.values()}
+        reward_models.check_together([*asked, *asked.values()])
+    except JudgeError as error:
+        raise UserError(f"--judges: {error}.") from error
+    return asked, told, takes
 
 
 def parse_judges(text: str) -> dict[str, str]:

@@ -54,15 +54,24 @@ def preflight(settings: TrainSettings) -> None:
     Raises:
         UserError: rollouts or LoRAs that cannot be read, a package or device that is asked for and not there.
     """
-    compute = settings.compute
-    ingredients.open_feedback(settings)
+    for check in preflight_checks(settings):
+        check()
+
+
+def preflight_checks(settings: TrainSettings) -> Iterator[Callable[[], Any]]:
+    """One by one, for those who want to hear of all mistakes."""
+    yield partial(ingredients.open_feedback, settings)
     if settings.base_lora:
-        find_loras(settings.base_lora)
-    ingredients.start_adapter(settings)
+        yield partial(find_loras, settings.base_lora)
+    yield partial(ingredients.start_adapter, settings)
     if settings.optimiser.eight_bit:
-        require_bitsandbytes()
-    _quantised.require(compute.quantise)
-    if compute.mixed_precision == "fp16" and not torch.cuda.is_available():
+        yield require_bitsandbytes
+    yield partial(_quantised.require, settings.compute.quantise)
+    yield partial(_refuse_fp16_on_a_cpu, settings.compute.mixed_precision)
+
+
+def _refuse_fp16_on_a_cpu(precision: str) -> None:
+    if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
 
 

@@ -108,6 +108,15 @@ class RoundPlan:
     learnt: float = 1.0  # share of a trajectory's transitions, from the noisy end, that is learnt from
 
 
+def refuse_broken_rounds(pairs: int, at_once: int) -> None:
+    """Raises UserError if a round of ``pairs`` is not a whole number of optimizer steps of ``at_once``."""
+    if pairs % at_once:
+        raise UserError(
+            f"A round of {pairs} pairs is not a whole number of optimizer steps of {at_once} pairs "
+            "(accumulation times processes)."
+        )
+
+
 class Rounds:
     """``TransitionBatch`` from rounds of sampling and judging.
 
@@ -118,11 +127,7 @@ class Rounds:
     def __init__(self, given: Given, sampling: Sampling, plan: RoundPlan, verdict: Verdict) -> None:
         given.require(prompts="prompts to sample for", judge="a judge to reward pictures by (--reward)")
         self._at_once = given.accumulation * given.processes.world  # pairs per optimizer step
-        if plan.pairs % self._at_once:
-            raise UserError(
-                f"A round of {plan.pairs} pairs is not a whole number of optimizer steps of {self._at_once} pairs "
-                "(accumulation times processes)."
-            )
+        refuse_broken_rounds(plan.pairs, self._at_once)
         if not sampling.stochastic:
             raise UserError("Transitions have a density only where they have noise: eta must be greater than 0.")
         self._given, self._sampling, self._plan, self._verdict = given, sampling, plan, verdict

@@ -102,7 +102,8 @@ def resolve_settings(args: argparse.Namespace) -> Any:
 
 
 def _dry_run(name: str, settings: Any) -> int:
-    from pipelines import estimate, memory_presets, training
+    from diffalign.errors import UserError
+    from pipelines import dry_run, estimate, memory_presets, training
     from pipelines.image_settings import remarks
 
     settings, told = memory_presets.applied(settings)
@@ -111,4 +112,9 @@ def _dry_run(name: str, settings: Any) -> int:
     print("\n".join([*remarks(settings), *([told] if told else []), found.to_text()]))
     if not found.unknown:
         print("\n".join(memory_presets.advice(settings)))
+    looked = dry_run.look(settings)
+    for line in looked.unchecked:
+        print(f"Not checked: {line}")
+    if looked.mistakes:
+        raise UserError("The run would be refused:\n" + "\n".join(f"  {mistake}" for mistake in looked.mistakes))
     return 0

@@ -135,18 +135,25 @@ def wrap(pipe: DiffusionPipeline) -> Family:
     return importlib.import_module(f"{__name__}.{name}").build(pipe)
 
 
-def sketch(model: Model, *, dtype: str = "float32", config: Model | None = None, without: Sequence[str] = ()) -> Family:
+def sketch(
+    model: Model,
+    *,
+    dtype: str = "float32",
+    prediction_type: str | None = None,
+    config: Model | None = None,
+    without: Sequence[str] = (),
+) -> Family:
     """A checkpoint without its weights, for counting what it would take (``pipelines.counting``). Only small files are read.
 
     Raises:
-        UserError: there is no such model, it is a LoRA, or its configuration is not here.
+        UserError: there is no such model, it is a LoRA, its configuration is not here, or a wrong prediction type.
     """
     from pipelines.families._sketch import sketch as drawn
 
     origin = find(model, config=config).leaving_out(without)
     if origin.adapter:
         raise UserError(f"{origin.adapter} is a LoRA on {origin.model}: name the model.")
-    return drawn(origin, torch_dtype(dtype))
+    return drawn(origin, torch_dtype(dtype), prediction_type)
 
 
 def read_adapter(folder: Model) -> SavedAdapter:

@@ -21,7 +21,7 @@ from diffalign.errors import UserError
 from pipelines.families._marks import obeyed
 from pipelines.families._names import INDEX_FILE
 from pipelines.families._quiet import quietly
-from pipelines.families._sources import Origin, registry
+from pipelines.families._sources import HubUnreachable, Origin, registry
 
 if TYPE_CHECKING:
     from pipelines.families._family import Family
@@ -65,13 +65,13 @@ def _without_numbers(network: nn.Module) -> None:
             held.update({name: like(tensor) for name, tensor in held.items() if tensor is not None and tensor.is_meta})
 
 
-def sketch(origin: Origin, dtype: torch.dtype) -> Family:
+def sketch(origin: Origin, dtype: torch.dtype, prediction_type: str | None = None) -> Family:
     """A family whose networks are shapes: the one that is trained in ``dtype``, the others in float32.
 
     Its networks are on the meta device; to ask them, go within ``shapes_only``.
 
     Raises:
-        UserError: a configuration is missing or cannot be read.
+        UserError: a configuration is missing or cannot be read, or has another ``prediction_type`` than is expected.
     """
     folder, declared = _small_files(origin), registry()[origin.family]
     left_out = {*declared.LEFT_OUT, *origin.parts_left_out, *origin.lacks}
@@ -84,7 +84,7 @@ def sketch(origin: Origin, dtype: torch.dtype) -> Family:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"The configuration of {origin.model} cannot be read: {' '.join(str(error).split())[:300]}.") from error
     module = importlib.import_module(f"pipelines.families.{origin.family}")
-    return module.build(_pipeline(origin.pipeline_class, parts), origin=origin)
+    return module.build(_pipeline(origin.pipeline_class, parts), prediction_type=prediction_type, origin=origin)
 
 
 def network(origin: Origin, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -113,7 +113,8 @@ def _small_files(origin: Origin) -> Path:
     try:
         return Path(snapshot_download(origin.rest or origin.place, allow_patterns=_SMALL_FILES))
     except Exception as error:  # whatever the hub's library raises: there is no configuration
-        raise UserError(f"The configuration of {origin.model} could not be had: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise HubUnreachable(f"The configuration of {origin.model} could not be had: {reason}") from error
 
 
 def _part(folder: Path, name: str, kind: list[str], dtype: torch.dtype) -> Any:

@@ -59,6 +59,10 @@ _NOT_FOR_TEXT = {
 }
 
 
+class HubUnreachable(UserError):
+    """Something on the hub is not here, and the hub cannot be asked: it may be as it should be."""
+
+
 @dataclass(frozen=True)
 class Declared:
     """What a family's file says about itself."""
@@ -472,7 +476,7 @@ def _on_hub(name: str) -> Origin:
     try:
         index = Path(hf_hub_download(name, INDEX_FILE))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise UserError(
+        raise HubUnreachable(
             f"There is no folder {name} here, and the model {name} is neither in the local hub cache "
             f"nor could the hub be reached. {local}"
         ) from error
