@@ -274,13 +274,16 @@ def _explain(error: Mapping[str, Any], objective: type) -> str:
     return f"{path}: {message[:1].lower()}{message[1:]} (found {error['input']!r})"
 
 
+ALIKE = 0.75
+"""How like another name (``difflib``) what is asked for should be to be taken for a slip; below it is another thing."""
+
+
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        name.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.6
-    )
-    if not close:
-        return ""
-    return f"; did you mean {next(k for k in known if k == close[0] or k.split('.')[-1] == close[0])}?"
+    whole = {k.lstrip("-"): k for k in known}  # the dashes would make all options alike
+    leaves = {k.split(".")[-1]: k for k in reversed(whole)}
+    near = difflib.get_close_matches(name.lstrip("-"), whole, n=1, cutoff=ALIKE)
+    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=ALIKE)]
+    return f"; did you mean {whole[near[0]]}?" if near else ", and none is called alike; --help lists all there are"
 
 
 def as_tree(settings: Any) -> dict[str, Any]:

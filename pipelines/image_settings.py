@@ -90,8 +90,8 @@ class ReferenceSettings:
 class BatchSettings:
     """How many pairs at a time."""
 
-    batch_size: int = option(1, "pairs per process and micro-step", ge=1)
-    accumulation: int = option(1, "micro-steps per optimizer step", ge=1)
+    batch_size: int = option(1, "pairs per process and micro-step; of d3po and ddpo, transitions of them", ge=1)
+    accumulation: int = option(1, "micro-steps per optimizer step; of d3po and ddpo, pairs per process and step", ge=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -300,6 +300,14 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out.append("data.buckets: this objective samples pictures of its own, all of one shape")
     if data.buckets and data.curriculum != "none":
         out.append("data.buckets: pairs are ordered by shape, and a curriculum orders them by scores; leave one of them out")
+    if whole["train_prompts"] and not samples:
+        out.append("train_prompts: are what on-line objectives sample for, and this one learns from data; leave them out")
+    if whole["reward"].reward and not samples and not _uses_scores(objective, data):
+        out.append(
+            "reward.reward: a judge scores the pairs, which neither this objective nor its loss looks at; leave it out, or let "
+            "scores be used: smpo, --loss adpo, --curriculum margin"
+        )
+    out += _idle(objective, data, samples)
     if samples and data.curriculum != "none":
         out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
     if samples:
@@ -319,6 +327,35 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
     if loop.extrapolation and loop.round_every % own:
         out.append(f"loop.round_every: should be a multiple of the objective's own round_steps, {own} (found {loop.round_every})")
+    return out
+
+
+def _uses_scores(objective: Any, data: DataSettings) -> bool:
+    """Whether a judge's scores of the data's pairs are looked at."""
+    from diffalign import losses
+
+    name = getattr(objective, "loss", None)
+    of_loss = name in losses.names() and "rewards" in losses.load(name).needs
+    return of_loss or bool(objective.about.judged) or data.curriculum != "none"
+
+
+_OF_PICTURES = ("crop", "flip", "latents", "prompt_dropout")
+"""Settings of the data about pictures and their visits, idle where an objective samples its own."""
+
+
+def _idle(objective: Any, data: DataSettings, samples: bool) -> list[str]:
+    """Constants of something that is not switched on, and treatments of pictures that nobody gave."""
+    out, changed = [], _changed(data)
+    if getattr(objective, "divergence", "alpha") != "alpha" and "divergence_alpha" in _changed(objective):
+        out.append("objective.divergence_alpha: is about the alpha divergence; set --divergence alpha as well")
+    if "bucket_step" in changed and not data.buckets:
+        out.append("data.bucket_step: is about the sides of buckets, and there are none; set --buckets as well")
+    if data.curriculum == "none":
+        idle = [name for name in changed if name.startswith("curriculum_")]
+        out += [f"data.{name}: is about a curriculum, and there is none; set --curriculum margin as well" for name in idle]
+    if samples:
+        idle = [name for name in changed if name in _OF_PICTURES]
+        out += [f"data.{name}: is about pictures of a data set, and this objective samples its own" for name in idle]
     return out
 
 
@@ -344,6 +381,8 @@ def remarks(settings: TrainSettings) -> list[str]:
             f"alpha {lora.alpha:g} at rank {lora.rank}: the LoRA acts alpha / rank = {lora.alpha / lora.rank:.3g} times as "
             f"strongly as with alpha {lora.rank}, at which recipes and their learning rates are."
         )
+    if settings.adapter == "full" and (idle := _changed(lora)):
+        out.append(f"adapter is full: {', '.join(idle)} of the LoRA do nothing.")
     if warmup >= steps:
         out.append(
             f"warmup_steps {warmup} of {steps} steps: the learning rate never gets to {settings.optimiser.learning_rate:g}."

@@ -157,6 +157,7 @@ def base_loras(found: Sequence[BaseLora]) -> dict[str, list[str]]:
     return {"base_loras": [lora.sha256 for lora in found]} if found else {}
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def train(
     name: str,

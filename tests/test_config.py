@@ -29,6 +29,14 @@ def from_command_line(*words: str) -> TrainSettings:
     return resolve_settings(args)
 
 
+@pytest.mark.parametrize("name", ["d3po", "ddpo"])
+def test_help_says_what_a_batch_counts_where_an_objective_samples(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", name, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of d3po and ddpo, transitions of them" in said and "of d3po and ddpo, pairs per process and step" in said
+
+
 def test_defaults_are_those_of_the_core() -> None:
     settings = resolved({})
     assert settings.objective == DiffusionDPO()
@@ -118,6 +126,14 @@ ROUNDS = {"round_every": 20, "round_reference": "round"}
         ("d3po", {**SAMPLING, "data": {"curriculum": "margin"}}, "data.curriculum: orders the pairs of a data set"),
         ("d3po", {**SAMPLING, "data": {"level_shift": 3.0}}, "data.level_shift: is about the noise levels of a data set"),
         ("ddpo", {**SAMPLING, "error_as": "epsilon"}, "error_as: is about denoising errors"),
+        ("ddpo", {**SAMPLING, "data": {"flip": True}}, "data.flip: is about pictures of a data set, and this objective samples"),
+        ("d3po", {**SAMPLING, "data": {"prompt_dropout": 0.5}}, "data.prompt_dropout: is about pictures of a data set"),
+        ("diffusion-dpo", {"reward": {"reward": ["jpeg"]}}, "reward.reward: a judge scores the pairs, which neither this"),
+        ("sft", {"reward": {"reward": ["jpeg"]}}, "reward.reward: a judge scores the pairs, which neither this"),
+        ("diffusion-dpo", {"train_prompts": "tiny"}, "train_prompts: are what on-line objectives sample for"),
+        ("diffusion-dpo", {"objective": {"divergence_alpha": 0.9}}, "objective.divergence_alpha: is about the alpha divergence"),
+        ("sft", {"data": {"bucket_step": 32}}, "data.bucket_step: is about the sides of buckets, and there are none"),
+        ("sft", {"data": {"curriculum_stages": 3}}, "data.curriculum_stages: is about a curriculum, and there is none"),
         (
             "seppo",
             {"objective": {"round_steps": 30}, "loop": {"round_every": 40, "extrapolation": 0.3}},
@@ -144,11 +160,35 @@ def test_rounds_of_the_loop_where_they_mean_something(name: str, tree: dict) -> 
     assert {key: getattr(loop, key) for key in tree["loop"]} == tree["loop"]
 
 
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    [
+        ("smpo", {}),
+        ("diffusion-dpo", {"objective": {"loss": "adpo"}}),
+        ("sft", {"data": {"curriculum": "margin", "curriculum_stages": 3}}),
+        ("diffusion-dpo", {"objective": {"loss": "adpo", "divergence": "alpha", "divergence_alpha": 0.9}}),
+    ],
+)
+def test_a_judge_of_pairs_where_scores_are_looked_at(name: str, tree: dict) -> None:
+    found = config.resolve({**NEEDED, "reward": {"reward": ["jpeg"]}, **tree}, objectives.load(name).Objective)
+    assert found.reward.reward == ("jpeg",)
+
+
+@pytest.mark.parametrize("name", ["--push-to-hub", "--train-text-encoder", "--use-dora", "--negative-prompt", "--early-stopping"])
+def test_what_there_is_not_is_not_taken_for_a_slip(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: unknown option, and none is called alike; --help lists all there are"):
+        from_command_line("--recipe", "tiny", "--output", "o", name)
+    with pytest.raises(UserError, match=r"--lora-rank: unknown option; did you mean --lora.rank\?"):
+        from_command_line("--recipe", "tiny", "--output", "o", "--lora-rank", "3")
+
+
 def test_numbers_that_were_set_apart_are_remarked_on() -> None:
     (said,) = remarks(from_command_line("--recipe", "sd15-lora", "--rank", "32", "--output", "o"))
     assert said.startswith("alpha 16 at rank 32: the LoRA acts alpha / rank = 0.5 times as strongly")
     (said,) = remarks(resolved({"optimiser": {"warmup_steps": 9}, "loop": {"steps": 9}}))
     assert said == "warmup_steps 9 of 9 steps: the learning rate never gets to 2.048e-05."
+    (said,) = remarks(resolved({"adapter": "full", "lora": {"rank": 8, "dropout": 0.1}}))
+    assert said == "adapter is full: rank, dropout of the LoRA do nothing."
     for words in (["--rank", "32", "--alpha", "32"], ["--adapter", "full"]):
         assert remarks(from_command_line("--recipe", "sd15-lora", *words, "--output", "o")) == []
     assert len(remarks(resolved({"objective": {"loss": "orpo"}, "lora": {"rank": 2}}))) == 2

@@ -82,7 +82,9 @@ def test_random_numbers_and_gradients_stay_the_callers(saved: Saved, pairs: Path
         assert not torch.is_grad_enabled()
     assert state() == before
     torch.rand(7), np.random.rand(3), random.random()
-    run(saved, pairs, "diffusion-dpo", tmp_path / "second", steps=1)
+    with torch.inference_mode():
+        run(saved, pairs, "diffusion-dpo", tmp_path / "second", steps=1)
+        assert torch.is_inference_mode_enabled()
     assert_equal(weights(tmp_path / "first"), weights(tmp_path / "second"))
 
 

@@ -75,6 +75,7 @@ def settings_identity(name: str, settings: PromptTrainSettings, world: int) -> d
     }
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def train(
     name: str,
