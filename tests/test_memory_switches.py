@@ -113,7 +113,7 @@ def test_an_autoencoder_without_tiles_refuses(saved: Saved) -> None:
 
 def test_a_run_encodes_in_tiles_and_refuses_a_cache_without(saved: Saved, pairs: Path, tmp_path: Path, seen: list) -> None:
     def started(output: str, **more: object) -> None:
-        run(saved, pairs, "diffusion-dpo", tmp_path / output, bucket_step=8, **more)
+        run(saved, pairs, "diffusion-dpo", tmp_path / output, **more)
 
     started("plain")
     cache = saved.folder.parent / f"{saved.folder.name}-pairs"
