@@ -18,7 +18,7 @@ from diffalign.data.readers import hub
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.sources.rounds import refuse_broken_rounds
-from pipelines import families, ingredients, training
+from pipelines import families, ingredients, previews, training
 from pipelines.families import _lora
 from pipelines.families._sources import HubUnreachable
 from pipelines.image_settings import TrainSettings
@@ -52,7 +52,7 @@ def look(settings: TrainSettings) -> Looked:
     found.ask(check_tracker, settings.compute.tracker)
     for check in training.preflight_checks(settings):
         found.ask(check)
-    for check in (_judges_of_the_comparison, _judges_of_training, _rounds):
+    for check in (_judges_of_the_comparison, _judges_of_training, _rounds, previews.prompts_of):
         found.ask(check, settings)
     _look_at_data(settings, found)
     _look_at_model(settings, found)

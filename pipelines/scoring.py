@@ -106,7 +106,10 @@ def score_table(
         UserError: no such folder, prompts that do not fit the pictures.
         JudgeError: an unknown judge, missing weights, judges that do not go into one table.
     """
+    from reward_models._scoring import check_judges
+
     panel = reward_models.panel_of(judges)
+    check_judges(panel.values())
     sheet = sheet_of(systems, prompts, categories=categories, column=column, required=needs_prompts(panel))
     return score_sheet(sheet, panel, batch_size=batch_size, cache=cache, progress=progress)
 

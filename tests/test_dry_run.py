@@ -44,6 +44,7 @@ SAMPLING = {"reward": ["jpeg"], "train_prompts": "tiny"}
         ("diffusion-dpo", {"tracker": "foo"}, "tracker is 'foo'; Accelerate knows"),
         ("diffusion-dpo", {"judges": ["nosuch"], "prompts": "tiny"}, "--judges: "),
         ("diffusion-dpo", {"judges": ["jpeg"], "prompts": "/nope"}, "/nope"),
+        ("diffusion-dpo", {"preview_every": 5, "preview_prompts": "/nope"}, "/nope"),
         ("diffusion-dpo", {"start_lora": "/nope"}, "There is no LoRA in /nope"),
         ("diffusion-dpo", {"base_lora": "/nope"}, "There is no LoRA at /nope"),
         ("diffusion-dpo", {"scores": "x"}, "has no scores by 'x'"),

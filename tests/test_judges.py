@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import reward_models
+from pipelines.scoring import score_table
 from pipelines.tiny import scenes
 from reward_models import jpeg, oracle
 from reward_models.base import DetailedJudge, Judge, JudgeError, ParticularJudge
@@ -157,5 +158,7 @@ def test_what_is_no_judge_of_ours_or_gives_no_scores_is_told():
     assert isinstance(Bare(), reward_models.Judge)
     with pytest.raises(reward_models.JudgeError, match="is no reward_models.PointwiseJudge"):
         reward_models.score({"bare": Bare()}, [Image.new("RGB", (8, 8))])
+    with pytest.raises(reward_models.JudgeError, match="is no reward_models.PointwiseJudge"):
+        score_table({"some": []}, None, [Bare()])
     with pytest.raises(reward_models.JudgeError, match="'flat' gave NoneType; give a tensor"):
         Flat(None).score([Image.new("RGB", (8, 8))], cache=False)
