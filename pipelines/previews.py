@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from diffalign.weights import without_dropout
 from pipelines import devices, grids, outputs
 from pipelines.image_settings import TrainSettings
 from pipelines.prompts import held_out_prompts
+from pipelines.run import Say
 from pipelines.sampling import picture_seeds
 
 FOLDER = "previews"
@@ -61,7 +63,8 @@ def encoded(settings: TrainSettings, encoder: Any, **how: Any) -> PromptCache | 
 class Previews:
     """Draws ``previews/00000040.png`` every so many steps, and before the first."""
 
-    def __init__(self, settings: TrainSettings, family: Any, prompts: PromptCache, accelerator: Accelerator) -> None:
+    def __init__(self, settings: TrainSettings, family: Any, prompts: PromptCache, accelerator: Accelerator, say: Say) -> None:
+        self._say, self._given_up = say, False
         self._settings, self._family, self._prompts, self._accelerator = settings.preview, family, prompts, accelerator
         self._folder, self._resolution = settings.output / FOLDER, settings.data.resolution or family.resolution
         self._seeds = picture_seeds(len(prompts.prompts), 1, settings.seed)
@@ -75,7 +78,7 @@ class Previews:
             def after_step(step: int, numbers: Any) -> None:
                 report(step, numbers)
                 if step % self._settings.preview_every == 0:
-                    self.draw(step)
+                    self._draw(step)
 
             return build(after_step)
 
@@ -85,14 +88,20 @@ class Previews:
         """Remember the average that the result will be, and draw what there is before the first step."""
         self._average = trainer.ema
         if trainer.step == 0:
-            self.draw(0)
+            self._draw(0)
 
-    def draw(self, step: int) -> None:
-        """The pictures of now, on the disk and for the trackers."""
-        if not (self._everyone or self._accelerator.is_main_process):
+    def _draw(self, step: int) -> None:
+        """The pictures of now, on the disk and for the trackers; none any more if there is no memory for them."""
+        if self._given_up or not (self._everyone or self._accelerator.is_main_process):
             return
-        with self._average.applied() if self._average else nullcontext():
-            pictures = self._sampled()
+        try:
+            with self._average.applied() if self._average else nullcontext():
+                pictures = self._sampled()
+        except torch.OutOfMemoryError:
+            self._given_up = True
+            clear_device_cache(garbage_collection=True)
+            self._say(f"step {step}: there is no memory for previews beside training; no more are drawn")
+            return
         if self._accelerator.is_main_process:
             captions = list(self._prompts.prompts)
             sheet = grids.grid(pictures, min(len(pictures), 4), captions, header=f"step {step}")

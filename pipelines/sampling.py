@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
 from pipelines import heap
-from pipelines.families._sources import call_options
+from pipelines.families._sources import call_options, registry
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,16 +61,18 @@ def sample(
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
+    negative_prompt: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, in order. ``pipe`` is a Diffusers text-to-image pipeline.
 
-    ``guidance_scale`` None means ``guidance_of(pipe)``; ``height`` and ``width`` (pixels) None mean the pipeline's own.
+    ``guidance_scale`` None means ``guidance_of(pipe)``; ``height`` and ``width`` (pixels) None mean the pipeline's own;
+    ``negative_prompt`` is what guidance leads away from, for all of them.
     ``progress`` is called with the number of pictures just finished. The pipeline comes back as it was, with dropout off
     meanwhile. A picture that the pipeline's safety checker blacked out has ``info["flagged"]`` set.
 
     Raises:
-        UserError: the sampler is unknown or does not fit the pipeline.
+        UserError: the sampler is unknown or does not fit the pipeline, or a negative prompt would do nothing.
         ValueError: there are not as many seeds as prompts.
     """
     import torch
@@ -80,12 +82,15 @@ def sample(
     guidance = guidance_of(pipe) if guidance_scale is None else guidance_scale
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     asked = {**_own_size(pipe), **size, **call_options(type(pipe).__name__)}
+    if negative_prompt is not None:
+        _refuse_idle_negative(pipe, guidance)
     images: list[Image.Image] = []
     with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe), _few_zeros(pipe), heap.kept():
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             out = pipe(
                 prompt=list(prompts[part]),
+                **({} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts[part])}),
                 generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -96,6 +101,14 @@ def sample(
             if progress is not None:
                 progress(len(out.images))
     return images
+
+
+def _refuse_idle_negative(pipe: Any, guidance: float) -> None:
+    declared = next(d for d in registry().values() if type(pipe).__name__ in d.PIPELINES)
+    if declared.TOLD_GUIDANCE:
+        raise UserError("A negative prompt is for guidance by two answers, and this model is told its guidance as a number.")
+    if guidance <= declared.NO_GUIDANCE:
+        raise UserError(f"A negative prompt does nothing without guidance, and the scale is {guidance:g}.")
 
 
 def _own_size(pipe: Any) -> dict[str, int]:

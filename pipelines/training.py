@@ -233,7 +233,7 @@ def _train_and_export(
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge, folder.overwrite)
     build, shown = partial(build_trainer, name, settings, prepared, accelerator), None
     if prepared.previews is not None:
-        shown = previews.Previews(settings, prepared.family, prepared.previews, accelerator)
+        shown = previews.Previews(settings, prepared.family, prepared.previews, accelerator, say)
     how = {"say": say, "progress": progress, **({"before": shown.begin} if shown else {})}
     trainer, finished = run.through_the_loop(shown.beside(build) if shown else build, settings, accelerator, folder, **how)
     if not finished.interrupted:

@@ -35,7 +35,7 @@ def pairs(tmp_path: Path) -> str:
 
 def test_networks_are_gone_before_the_comparison_begins(monkeypatch: pytest.MonkeyPatch, pairs: str, tmp_path: Path) -> None:
     held: list[weakref.ref] = []
-    export, evaluate = training._export, training.evaluate
+    export, evaluate = training.write_result, training.evaluate
 
     def exported(given: Any, family: Any, *more: Any) -> None:
         held.extend(weakref.ref(p) for p in (*family.network.parameters(), *family.denoiser.trainable_parameters()))
@@ -45,7 +45,7 @@ def test_networks_are_gone_before_the_comparison_begins(monkeypatch: pytest.Monk
         assert held and not any(ref() is not None for ref in held)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(training, "_export", exported)
+    monkeypatch.setattr(training, "write_result", exported)
     monkeypatch.setattr(training, "evaluate", compared)
     summary = align(
         "diffusion-dpo", model="tiny", pairs=pairs, output=tmp_path / "run", adapter="full", ema_decay=0.9, **SHORT, **COMPARED

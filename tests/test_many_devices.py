@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import spread
 import torch
@@ -22,6 +23,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from judged import signs_are_of_rounding
 from miniature import save_untrained, write_pairs
+from PIL import Image
 from spread import RUNS, environment
 
 from diffalign.errors import UserError
@@ -214,7 +216,7 @@ def test_every_kind_of_run_by_both_engines(world: int, tmp_path: Path) -> None:
 
 COMMAND = ["-m", "pipelines.cli", "train", "diffusion-dpo", "--adapter", "full", "--steps", "4", "--checkpoint-every", "2"]
 COMMAND += ["--validate-every", "2", "--validation-pairs", "3", "--learning-rate", "1e-4", "--beta", "500", "--ema-decay", "0.9"]
-COMMAND += ["--prompts", "none", "--quiet"]
+COMMAND += ["--prompts", "none", "--quiet", "--preview-every", "2", "--preview-prompts", "tiny", "--preview-steps", "2"]
 
 
 ZERO = ("sft, extrapolated", "dpo", "d3po", "seppo")
@@ -259,6 +261,8 @@ def test_the_command_line_with_the_shipped_configuration(engine: str, tmp_path: 
         assert curve(run).keys() == curve(one).keys()
         check_same(curve(one), curve(run), 2e-5)
         assert all((net[name] - value).abs().max() < 2e-5 for name, value in nets[0].items())
+        shown, same = (np.asarray(Image.open(path / "previews" / "00000004.png"), dtype=int) for path in (run, one))
+        assert np.abs(shown - same).max() <= 1  # an eighth bit, by rounding
     began = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet").state_dict()
     assert max((nets[0][name] - value).abs().max() for name, value in began.items()) > 1e-4
 

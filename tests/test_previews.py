@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from family_runs import Saved, assert_equal, brightness, on_disk, run, weights, write_pairs
 from PIL import Image
 
 from diffalign.errors import UserError
+from pipelines import previews
 from pipelines.training import align
 
 FAMILIES = ["stable_diffusion", "sdxl", "pixart", "sd3", "flux", "sana", "z_image"]
@@ -63,10 +65,12 @@ def test_the_same_is_learnt_with_and_without(folder: Path, pairs: Path, tmp_path
 def shown_to_tensorboard(output: Path) -> list:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (file,) = output.rglob("events.out.tfevents*")
-    events = EventAccumulator(str(file.parent), {"images": 0})
-    events.Reload()
-    return events.Images("previews")
+    found = []
+    for file in output.rglob("events.out.tfevents*"):  # the settings have one of their own
+        events = EventAccumulator(str(file), {"images": 0})
+        events.Reload()
+        found += events.Images("previews") if "previews" in events.Tags()["images"] else []
+    return found
 
 
 def test_an_objective_that_samples_and_a_run_that_goes_on(folder: Path, pairs: Path, tmp_path: Path) -> None:
@@ -82,6 +86,20 @@ def test_an_objective_that_samples_and_a_run_that_goes_on(folder: Path, pairs: P
     again = sheets(tmp_path / "run")
     assert list(again) == ["00000002.png", "00000004.png"]
     assert np.array_equal(again["00000004.png"], found["00000004.png"])
+
+
+def test_a_run_goes_on_where_there_is_no_memory_for_pictures(
+    folder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    own, calls = previews.Previews._sampled, []
+    monkeypatch.setattr(previews.Previews, "_sampled", lambda self: full() if calls else calls.append(1) or own(self))
+    prompts = {"preview_prompts": str(folder / "p.txt")}
+    run(miniature("stable_diffusion", folder), pairs, "diffusion-dpo", tmp_path / "run", steps=3, **prompts, **SHOWN)
+    assert list(sheets(tmp_path / "run")) == ["00000000.png"]
+    assert capsys.readouterr().out.count("no memory for previews") == 1
 
 
 @pytest.mark.parametrize(

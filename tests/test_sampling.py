@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from miniatures import MINIATURES
 from PIL import Image
 
 from diffalign.errors import UserError
@@ -100,6 +101,19 @@ def test_flow_models_are_sampled_as_saved(pipe):
         sampling._scheduler(flow, "ddim"),
     ):
         raise AssertionError("not refused")
+
+
+def test_a_negative_prompt_leads_away_and_is_refused_where_it_would_do_nothing(pipe):
+    how = {"seeds": [1, 2], "steps": 2, "guidance_scale": 4.0}
+    plain, same, away = (
+        as_arrays(sampling.sample(pipe, PROMPTS[:2], **how, **negative))
+        for negative in ({}, {"negative_prompt": ""}, {"negative_prompt": "a red circle"})
+    )
+    assert np.array_equal(plain, same) and not np.array_equal(plain, away)
+    with pytest.raises(UserError, match="does nothing without guidance, and the scale is 1"):
+        sampling.sample(pipe, PROMPTS[:2], **{**how, "guidance_scale": 1.0}, negative_prompt="clutter")
+    with pytest.raises(UserError, match="told its guidance as a number"):
+        sampling.sample(MINIATURES["flux"].build(), PROMPTS[:1], seeds=[1], steps=1, negative_prompt="clutter")
 
 
 def test_prompts_and_seeds_must_be_as_many(pipe):

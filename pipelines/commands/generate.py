@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the pictures go")
     parser.add_argument("--n-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from, for all pictures")
     add_sampling_options(parser)
 
 
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.prompts import read_prompts
     from pipelines.sampling_options import loading_arguments, sampling_arguments
 
+    away = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     prompts = args.prompt if args.prompt else read_prompts(args.prompts, args.column)
     with Bar(unit="picture") as bar:
         record = generate(
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=bar.advance,
             **sampling_arguments(args),
+            **away,
         )
     if words := find(args.model, config=args.single_file_config).own_words:
         print(words)

@@ -1,8 +1,8 @@
 """What a whole model in one file says of itself, beside its weights: what it predicts, and whether its schedule ends in noise.
 
 Such a file has no scheduler's configuration, and the one that it is read with may be another model's. What tells are two empty
-tensors, by which ComfyUI and Forge go and which our own export writes, and a field of the header (Stability's ModelSpec), whose
-words for the predictions are ``epsilon`` and ``v``.
+tensors, by which ComfyUI and Forge go and which our own export writes, and a field of the header (Stability's ModelSpec), if it
+says ``v``: its ``epsilon`` is what trainers write where nobody told them, and says nothing against a configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 V_PREDICTION, ENDS_IN_NOISE = "v_pred", "ztsnr"
 """Names of the tensors; the second means something beside the first alone."""
 _FIELD = "modelspec.prediction_type"
-_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+_PREDICTIONS = {"v": "v_prediction"}
 
 
 @dataclass(frozen=True)
