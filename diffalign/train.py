@@ -224,7 +224,7 @@ class Trainer:
         policy: Policy,
         validation: Sequence[Batch],
         accelerator: Accelerator,
-        output: Path,
+        output: Path | str,
         loop: LoopSettings,
         optimiser: OptimiserSettings,
         identity: Mapping[str, Any],
@@ -234,7 +234,7 @@ class Trainer:
         zero: Mapping[str, Any] | None = None,
     ) -> None:
         """``zero`` is a section of DeepSpeed's configuration (``updates_of``)."""
-        self._learner, self._policy = learner, policy
+        self._learner, self._policy, output = learner, policy, Path(output)
         self._clock = Clock(waiting)
         self._waiting = self._clock.steps
         self._validation, self._report = validation if learner.validate else [], report
@@ -317,6 +317,7 @@ class Trainer:
             NonFiniteLossError: a loss or gradient is not finite. The update is not made; the last checkpoint stays.
         """
         began = self.step
+        self._metrics_file.parent.mkdir(parents=True, exist_ok=True)
         self._clock.begin()
         if self._rounds:
             self._rounds.begin()

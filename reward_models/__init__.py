@@ -110,15 +110,23 @@ def panel_of(judges: Sequence[str | Scorer] | Mapping[str, Scorer]) -> dict[str,
         panel = dict(judges)
     else:
         loaded = [load(judge) if isinstance(judge, str) else judge for judge in judges]
+        _refuse_what_says_nothing(loaded)
         panel = {judge.info.name: judge for judge in loaded}
         if len(panel) < len(loaded):
             names = [judge.info.name for judge in loaded]
             twice = next(name for name in names if names.count(name) > 1)
             raise JudgeError(f"the judge {twice!r} is asked for more than once; give each a name of its own: {{name: judge}}")
+    _refuse_what_says_nothing(panel.values())
     if not panel:
         raise JudgeError("scoring needs at least one judge; none was given")
     check_together([*panel, *(judge.info.name for judge in panel.values())])
     return panel
+
+
+def _refuse_what_says_nothing(judges: Iterable[Any]) -> None:
+    for judge in judges:
+        if not hasattr(judge, "info"):
+            raise JudgeError(f"{judge!r} is no judge: it has no info. One of your own is a reward_models.PointwiseJudge")
 
 
 def check_together(asked: Iterable[str]) -> None:

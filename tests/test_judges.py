@@ -155,6 +155,9 @@ def test_what_is_no_judge_of_ours_or_gives_no_scores_is_told():
         def score(self, images, prompts=None):
             return torch.zeros(len(images))
 
+    for judges in ([lambda images, prompts: [0.0]], {"mine": lambda images, prompts: [0.0]}):
+        with pytest.raises(reward_models.JudgeError, match="is no judge: it has no info"):
+            reward_models.score(judges, [Image.new("RGB", (8, 8))])
     assert isinstance(Bare(), reward_models.Judge)
     with pytest.raises(reward_models.JudgeError, match="is no reward_models.PointwiseJudge"):
         reward_models.score({"bare": Bare()}, [Image.new("RGB", (8, 8))])

@@ -69,7 +69,7 @@ def make_trainer(
         policy=denoiser,
         validation=validation_batches(pairs, [10, 11], settings, 5) if validation else [],
         accelerator=Accelerator(cpu=True),
-        output=output,
+        output=str(output),
         loop=LoopSettings(**{"steps": steps, "checkpoint_every": 2, "validate_every": 2, "ema_decay": ema, **loop}),
         optimiser=OptimiserSettings(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
         identity=identity or {"reference": "small"},
@@ -118,6 +118,13 @@ def test_four_steps_are_bitwise_two_and_a_kill_and_two(lora: bool, tmp_path: Pat
         for d in ("whole", "cut")
     )
     assert all(torch.equal(first["state"][k]["exp_avg"], last["state"][k]["exp_avg"]) for k in first["state"])
+
+
+def test_a_loop_of_ones_own_makes_its_folder(tmp_path: Path) -> None:
+    made = make_trainer(tmp_path / "made", steps=1)
+    (tmp_path / "made").rmdir()
+    made.run()
+    assert lines(tmp_path / "made")[0]["step"] == 1
 
 
 def test_training_did_something_and_a_fresh_run_is_another(tmp_path: Path) -> None:
