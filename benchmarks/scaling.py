@@ -95,8 +95,9 @@ def work(way: str, shape: str, pairs: int, accumulation: int, steps: int) -> dic
     from diffalign.learner import Given
     from diffalign.objectives.diffusion_dpo import DiffusionDPO
     from diffalign.optimisation import OptimiserSettings
+    from diffalign.processes import Together
     from diffalign.references import AdapterOff, Frozen
-    from diffalign.train import LoopSettings, Together, Trainer
+    from diffalign.train import LoopSettings, Trainer
     from diffalign.weights import TrainedWeights
     from pipelines import devices
     from pipelines.families import stable_diffusion

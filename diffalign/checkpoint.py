@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from diffalign.data.cache_files import NAMED, flatten, plain
+from diffalign.differences import differences
 from diffalign.errors import UserError
+from diffalign.written_aside import folder_aside
 
 _PREFIX = "checkpoint-"
-_ASIDE = ".writing-"
 
 
 class Stateful(Protocol):
@@ -34,84 +32,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
 
 
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``target`` and rename it to ``target`` at the end; on any error nothing is left.
-
-    Raises:
-        UserError: the disk is full (the old ``target``, if any, is untouched).
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f"{_ASIDE}{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir()
-        yield aside
-        _flush(*aside.rglob("*"), aside)
-        _swap(aside, target)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise disk_error(error, target) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
 def write_state(state: Mapping[str, Any], path: Path) -> None:
     """Save through a file object: given a path, torch would report a full disk as a RuntimeError without saying so."""
     with path.open("wb") as file:
         torch.save(dict(state), file)
-
-
-def write_file_aside(target: Path, content: bytes) -> None:
-    """Write a file beside ``target``, flush it to the disk, and rename it to ``target``.
-
-    Raises:
-        UserError: the disk is full, or refuses (the old ``target``, if any, is untouched).
-    """
-    aside = target.with_name(f"{_ASIDE}{target.name}")
-    try:
-        try:
-            aside.write_bytes(content)
-            _flush(aside)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise disk_error(error, target) from error
-
-
-def _flush(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _swap(aside: Path, target: Path) -> None:
-    if not target.exists():
-        aside.rename(target)
-        return
-    old = target.parent / f"{_ASIDE}old-{target.name}"
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        aside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def disk_error(error: OSError, target: Path) -> UserError:
-    """What to tell about a file that could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"The disk is full: {target} could not be written. What was there before is untouched; free some space and resume."
-        )
-    return UserError(f"{target} could not be written: {error.strerror or error}. What was there before is untouched.")
 
 
 _ONCE_ALWAYS_SAVED = ("steps",)
@@ -120,16 +44,9 @@ _ONCE_ALWAYS_SAVED = ("steps",)
 
 def refuse_another_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError, naming what differs, if a checkpoint was not ``saved`` by the run that asks ``now``."""
-    then, here = flatten(saved), flatten(plain(now))
-    then = {name: value for name, value in then.items() if name in here or name not in _ONCE_ALWAYS_SAVED}
-    differing = [name for name in sorted(then.keys() | here.keys()) if then.get(name) != here.get(name)]
-    lines = [f"{name}: {then.get(name)!r} then, {here.get(name)!r} now" for name in differing]
-    if lines:
-        more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-        raise UserError(
-            f"{path} belongs to another run. {'; '.join([*lines[:NAMED], *more])}. "
-            "Resume with the same settings, or start a new output folder."
-        )
+    then = {name: value for name, value in saved.items() if name in now or name not in _ONCE_ALWAYS_SAVED}
+    if told := differences(then, now):
+        raise UserError(f"{path} belongs to another run: {told}. Resume with the same settings, or start a new output folder.")
 
 
 class Checkpoints:
@@ -150,7 +67,7 @@ class Checkpoints:
     def save(self, step: int, things: Mapping[str, Stateful], note: Mapping[str, Any]) -> Path:
         """Write the state of every thing, and ``note`` (plain values) beside it; then forget the oldest checkpoints."""
         target = self._folder / f"{_PREFIX}{step:08d}"
-        with written_aside(target) as aside:
+        with folder_aside(target) as aside:
             for name, thing in things.items():
                 write_state(thing.state_dict(), aside / f"{name}.pt")
             (aside / "checkpoint.json").write_text(json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n")

@@ -18,9 +18,19 @@ def as_opened(*paths: Path) -> None:
         return
     mode = _mode_of_a_new_file(files[0].parent)
     for file in files:
-        if file.stat().st_mode & 0o777 != mode:
-            with contextlib.suppress(PermissionError):  # some network drives refuse; a result is worth more than its mode
-                file.chmod(mode)
+        set_mode(file, mode)
+
+
+def mode_of(path: Path) -> int:
+    """Who may do what with it, without what kind of file it is."""
+    return path.stat().st_mode & 0o777
+
+
+def set_mode(file: Path, mode: int) -> None:
+    """Do nothing if it is so, or if the system refuses."""
+    if mode_of(file) != mode:
+        with contextlib.suppress(PermissionError):  # some network drives refuse; a result is worth more than its mode
+            file.chmod(mode)
 
 
 def _mode_of_a_new_file(folder: Path) -> int:
@@ -28,6 +38,6 @@ def _mode_of_a_new_file(folder: Path) -> int:
     probe = folder / f".mode-{uuid.uuid4().hex}"
     try:
         probe.touch()
-        return probe.stat().st_mode & 0o777
+        return mode_of(probe)
     finally:
         probe.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign.checkpoint import Stateful
 from diffalign.data.texts import TextLoader
 from diffalign.errors import UserError
+from diffalign.processes import Alone, Processes
 from diffalign.protocols import Denoiser, LanguageModel, Predictor, TextPolicy
 from diffalign.references import Past
 from diffalign.types import Conditioning, Outcome, PairBatch
@@ -80,48 +81,6 @@ class PairSource(Source, Protocol):
     """A source of ``PairBatch`` (``data.loader.PairLoader``)."""
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[PairBatch]]: ...
-
-
-class Processes(Protocol):
-    """The processes of a run. ``Alone`` is one; ``train.Together`` asks Accelerate."""
-
-    rank: int
-    world: int
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all entries on all processes, a scalar without gradient. All must call it with as many."""
-        ...
-
-    def gather(self, values: Tensor) -> Tensor:
-        """[n, ...] -> [world * n, ...], by rank, without gradient."""
-        ...
-
-    def all(self, thing: Any) -> list[Any]:
-        """Every process's ``thing`` (plain values and tensors), by rank, on every process."""
-        ...
-
-
-def turns(count: int, rank: int, world: int) -> list[tuple[int, bool]]:
-    """Which of ``count`` things a process takes, and whether it is its turn. Every process takes as many, because a call of
-    sharded weights is for all of them: who runs out takes one again that is another's."""
-    return [(place % count, place < count) for place in range(rank, count + rank, world)]
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One process."""
-
-    rank: int = 0
-    world: int = 1
-
-    def mean(self, values: Tensor) -> Tensor:
-        return values.detach().mean()
-
-    def gather(self, values: Tensor) -> Tensor:
-        return values.detach()
-
-    def all(self, thing: Any) -> list[Any]:
-        return [thing]
 
 
 Judge = Callable[[Tensor, Sequence[int]], Tensor]

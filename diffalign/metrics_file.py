@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffalign.checkpoint import write_file_aside
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def forget_after(path: Path, step: int) -> None:
         UserError: as ``read_rows``, or the disk refuses; the file is untouched.
     """
     kept = [row for row in read_rows(path) if row["step"] <= step]
-    write_file_aside(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_file(path, "".join(json.dumps(row) + "\n" for row in kept), lasting=True)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

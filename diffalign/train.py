@@ -11,36 +11,35 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import health, metrics_file, sharding
-from diffalign.checkpoint import Checkpoints, Stateful, disk_error, refuse_another_run
+from diffalign.checkpoint import Checkpoints, Stateful, refuse_another_run
 from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
-from diffalign.learner import Batch, Learner, turns
+from diffalign.interruption import Interruption
+from diffalign.learner import Batch, Learner
 from diffalign.likelihood import widest
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_schedule
+from diffalign.processes import Together, turns
 from diffalign.protocols import Policy
+from diffalign.random_state import RandomState
 from diffalign.settings import check_options, option
 from diffalign.types import Outcome
 from diffalign.updates import updates_of
 from diffalign.waiting import Clock
 from diffalign.weights import TrainedWeights, without_dropout
+from diffalign.written_aside import disk_error
 
 LoopReference = Literal["start", "round"]
 WEIGHTED = "weighted_loss"
@@ -103,112 +102,6 @@ class Shared(Protocol):
     """Something of which every process has a part: all of them must call ``collect`` before one of them saves it."""
 
     def collect(self) -> None: ...
-
-
-class RandomState:
-    """The global generators of every process. Only LoRA dropout draws from them; pairs, t and noise do not.
-
-    Processes that the run did not have before keep what they were seeded with.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._ranks: list[dict[str, Any]] = []
-
-    def collect(self) -> None:
-        self._ranks = Together(self._accelerator).all(_random_state())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self._ranks}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        ranks, mine = state["ranks"], self._accelerator.process_index
-        if mine < len(ranks):
-            _restore_random_state(ranks[mine])
-
-
-@contextmanager
-def random_numbers_as_they_were() -> Iterator[None]:
-    """Within, generators may be seeded; afterwards they go on as if nothing had been drawn: they belong to who calls."""
-    before = _random_state()
-    try:
-        yield
-    finally:
-        _restore_random_state(before)
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "device": _accelerator().get_rng_state() if _accelerator() else None,  # this process's own
-        "numpy": [kind, keys.tolist(), *rest],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def _accelerator() -> Any:
-    """PyTorch's module for the kind of accelerator that is here, such as ``torch.cuda``; None on a CPU."""
-    return torch.get_device_module() if torch.accelerator.is_available() else None
-
-
-def _restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    saved = state.get("device", state.get("cuda"))  # older checkpoints say cuda, and the oldest hold a list, one for every device
-    if isinstance(saved, Tensor) and _accelerator():
-        _accelerator().set_rng_state(saved)
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-
-
-class Together:
-    """The processes of a run, by Accelerate (``diffalign.learner.Processes``)."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self._accelerator.reduce(values.detach().mean(), "mean")
-
-    def gather(self, values: Tensor) -> Tensor:
-        return self._accelerator.gather(values.detach())
-
-    def all(self, thing: Any) -> list[Any]:
-        out = [thing]
-        if self.world > 1:
-            out = [None] * self.world
-            torch.distributed.all_gather_object(out, thing)
-        return out
-
-
-class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C is not caught.
-
-    In a thread other than the main one, which alone may have signals, nothing is caught.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        here = threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGTERM, signal.SIGINT) if here else ():
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class Trainer:
@@ -446,7 +339,7 @@ class Trainer:
         batches = [self._validation[place].to(accelerator.device) for place, _ in taken]
         asked = [checked(self._learner.validate(batch), batch.weight) for batch in batches]
         outcomes = [outcome for (_, mine), outcome in zip(taken, asked, strict=True) if mine]
-        gathered = _gather(_rows(outcomes), accelerator)
+        gathered = _joined(Together(accelerator).all(_rows(outcomes)))
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 
@@ -512,10 +405,7 @@ def _rows(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
     return dict(zip(columns, table.tolist(), strict=True))
 
 
-def _gather(rows: dict[str, list], accelerator: Accelerator) -> dict[str, list]:
-    if accelerator.num_processes == 1:
-        return rows
-    parts: list[dict[str, list] | None] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(parts, rows)
-    names = next(p for p in parts if p)
-    return {n: [v for p in parts for v in p.get(n, [])] for n in names}
+def _joined(parts: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Every process's rows, one after another; a process may have had none."""
+    names = next(part for part in parts if part)
+    return {name: [value for part in parts for value in part.get(name, [])] for name in names}

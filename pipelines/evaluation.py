@@ -18,6 +18,7 @@ from PIL import Image
 import reward_models
 from diffalign import evaluate as statistics
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import grids, outputs, report_page, sampling
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
@@ -318,7 +319,7 @@ def _write_report(folder: Path, jobs: list[_Job], scores: dict[str, dict[str, _S
         for chosen, which in ((best, "the best"), (worst, "the worst"))
     ]
     outputs.write_png(folder / "best_and_worst.png", grids.stack(sheets))
-    outputs.write_file(folder / "index.html", report_page.render(values, pairs, best, worst, _are_small(folder, pairs[0])))
+    write_file(folder / "index.html", report_page.render(values, pairs, best, worst, _are_small(folder, pairs[0])))
 
 
 def _write_scores(path: Path, jobs: list[_Job], scores: dict[str, dict[str, _Scores]]) -> None:

@@ -6,13 +6,11 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from diffalign.errors import UserError
-from diffalign.file_modes import as_opened
+from diffalign.written_aside import file_aside, write_file
 from pipelines.families._names import LORA_FILE, PEFT_FILE
 
 CARD = "README.md"
@@ -58,20 +56,18 @@ def write_model_card(
     """
     folder = Path(output)
     is_lora = (folder / LORA_FILE).is_file() if adapter is None else adapter == "lora"
-    try:
-        parts = [
-            _front_matter(objective, base, licence, is_lora, folder),
-            _introduction(objective, base, is_lora, paper),
-            _below(base_loras, is_lora),
-            _loading(folder, base, is_lora, pipeline_class, base_loras, left_out),
-            _pictures(folder, curves),
-            "" if not scores else _scores(scores),
-            "## Data\n\n" + table(("field", "value"), flat(data)),
-            "## Configuration\n\n" + table(("field", "value"), flat(recipe)),
-        ]
-        return _replace(folder / CARD, "\n".join(part for part in parts if part))
-    except OSError as error:
-        raise UserError(f"The model card {folder / CARD} could not be written: {error.strerror or error}.") from error
+    parts = [
+        _front_matter(objective, base, licence, is_lora, folder),
+        _introduction(objective, base, is_lora, paper),
+        _below(base_loras, is_lora),
+        _loading(folder, base, is_lora, pipeline_class, base_loras, left_out),
+        _pictures(folder, curves),
+        "" if not scores else _scores(scores),
+        "## Data\n\n" + table(("field", "value"), flat(data)),
+        "## Configuration\n\n" + table(("field", "value"), flat(recipe)),
+    ]
+    write_file(folder / CARD, "\n".join(part for part in parts if part))
+    return folder / CARD
 
 
 def _front_matter(objective: str, base: str, licence: str | None, is_lora: bool, folder: Path) -> str:
@@ -163,7 +159,8 @@ def _beside(folder: Path, picture: Path) -> str:
     """The picture's path as seen from ``folder``, after copying it there if it lies elsewhere."""
     if picture.resolve().is_relative_to(folder.resolve()):
         return picture.resolve().relative_to(folder.resolve()).as_posix()
-    shutil.copyfile(picture, folder / picture.name)
+    with file_aside(folder / picture.name) as aside:
+        shutil.copyfile(picture, aside)
     return picture.name
 
 
@@ -210,16 +207,3 @@ def public(value: Any) -> str:
     if isinstance(value, PurePath) or (isinstance(value, str) and os.path.isabs(value)):
         return PurePath(value).name
     return str(value)
-
-
-def _replace(path: Path, text: str) -> Path:
-    handle, aside = tempfile.mkstemp(prefix=".card-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        as_opened(Path(aside))
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    return path

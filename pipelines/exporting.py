@@ -8,7 +8,6 @@ Transformers or PEFT.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.file_modes import as_opened
+from diffalign.written_aside import file_aside
 from pipelines import lora_layouts, low_rank, model_spec, peft_layers, single_file
 from pipelines.families import _lora, _loras
 from pipelines.families._files import installed_into, sort_header
@@ -366,20 +365,8 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
     Raises:
         UserError: it could not be written; what was there is untouched.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+    with file_aside(path) as aside:
         save_file(dict(tensors), aside, metadata=dict(header))
-        sort_header(Path(aside))
-        as_opened(Path(aside))
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} could not be written: {error}.") from error
-    finally:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+        sort_header(aside)

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import grids, outputs, sampling
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, as_prompts
@@ -69,7 +70,7 @@ def generate(
         if progress is not None:
             progress("sampling", first + len(part), len(rows))
     outputs.write_png(folder / "grid.png", _grid(folder, rows, images_per_prompt, f"{model}, seed {seed}"))
-    outputs.write_file(folder / METADATA, metadata(rows))
+    write_file(folder / METADATA, metadata(rows))
     record = {
         "model": model,
         "seed": seed,

@@ -29,15 +29,15 @@ from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.data.table import PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
-from diffalign.learner import Given, Processes
+from diffalign.learner import Given
 from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
+from diffalign.processes import Processes, Together
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Cached, Frozen, Past
 from diffalign.schedule import Schedule
 from diffalign.sources.rounds import ruling_transition
 from diffalign.sources.stored import Stored
-from diffalign.train import Together
 from diffalign.types import PairBatch, placed
 from diffalign.weights import TrainedWeights
 from pipelines import devices, families, feedback, heap, own_judges, previews, reference_beforehand

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,24 +61,6 @@ def clear(folder: Path, owned: Sequence[str]) -> None:
                 emptied.rmdir()
     except OSError as error:
         raise UserError(f"The output folder {folder} cannot be written to: {error.strerror or error}.") from error
-
-
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write beside ``path``, then rename, so that a reader finds the old file or the whole new one.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_bytes(data.encode() if isinstance(data, str) else data)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}.") from error
 
 
 def write_png(path: Path, image: Image.Image) -> None:

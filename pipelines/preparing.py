@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffalign.data.cache import fill_cache
 from diffalign.errors import UserError
-from diffalign.train import Together
+from diffalign.processes import Together
 from pipelines import heap, ingredients, memory_presets
 from pipelines.image_settings import TrainSettings
 from pipelines.progress import Bar

@@ -20,8 +20,8 @@ from diffalign.data.kept_errors import KeptErrors, keep_errors, with_known
 from diffalign.data.loader import LoaderSettings
 from diffalign.data.pairs import Progress
 from diffalign.objectives._denoising import errors_beforehand
+from diffalign.processes import Together
 from diffalign.references import AdapterOff, Frozen
-from diffalign.train import Together
 from diffalign.types import PairBatch
 from diffalign.weights import without_dropout
 from pipelines.families._denoiser import working_dtype

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data.pairs import ImageSource
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
+from diffalign.written_aside import PARTIAL, disk_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +40,8 @@ class Picture:
 class Writer:
     """Writes rows of ``table`` beside the output and renames at the end, so that there is never half of it.
 
+    Not ``file_aside``: between its writes, pictures are read and judged, whose faults are not this file's.
+
     ``added``: the columns that are new or hold something else, and what: "score", "flag", "probability", "text" or "picture";
     without a table they are all there are. ``provenance`` is asked for where the file has a place for it.
     """
@@ -45,7 +49,7 @@ class Writer:
     def __init__(
         self, out: Path, table: PairTable | None, added: Mapping[str, str], provenance: Callable[[], Mapping[str, Any]]
     ) -> None:
-        self._out, self._aside = out, out.with_name(f".{out.name}.{os.getpid()}.partial")
+        self._out, self._aside = out, out.with_name(f".{out.name}.{secrets.token_hex(4)}{PARTIAL}")
         self._form = _Parquet(table, added, provenance()) if is_parquet(out) else _Listing(out, table, added)
 
     def __enter__(self) -> Writer:
@@ -72,7 +76,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._out} could not be written: {error.strerror or error}.") from error
+            raise disk_error(error, self._out) from error
 
 
 class _Parquet:

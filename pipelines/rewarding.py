@@ -19,7 +19,7 @@ from diffalign.data.kept_values import kept_values
 from diffalign.data.pairs import Progress, UnreadableImage
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
-from diffalign.learner import Processes
+from diffalign.processes import Processes
 from pipelines import own_judges
 from pipelines.own_judges import OwnJudge, RewardFunction
 from reward_models._judge import Scorer

@@ -27,7 +27,7 @@ from diffalign.data.open import TIES
 from diffalign.data.pairs import RowProblem, number_from, score_from, text_from
 from diffalign.data.readers import arrow, hub, listing, parquet, saved
 from diffalign.errors import UserError
-from pipelines import outputs
+from diffalign.written_aside import write_file
 from reward_models._pictures import ENDINGS as PICTURES
 
 ENDINGS = (".jsonl", ".ndjson", ".parquet")
@@ -489,10 +489,10 @@ def write_rewrites(rows: Sequence[RewritePair] | Sequence[Expansion], path: str 
         raise UserError(f"There are no rewrites to write to {path}.")
     columns = _columns(rows)
     if path.suffix.lower() == ".parquet":
-        outputs.write_file(path, _parquet(columns))
+        write_file(path, _parquet(columns))
         return
     lines = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
-    outputs.write_file(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
 
 
 def _columns(rows: Sequence[RewritePair] | Sequence[Expansion]) -> dict[str, list[Any]]:

@@ -33,6 +33,7 @@ from diffalign.sources.rollout import Sampling, Trajectory, rollout
 from diffalign.sources.rounds import stacked
 from diffalign.sources.store import ABOUT, MadeBy, Store, schedule_fingerprint
 from diffalign.types import Conditioning
+from diffalign.written_aside import write_file
 from pipelines import choosing_page, families, outputs
 from pipelines.families._encoding import digest
 from pipelines.families._origin import recorded_loras
@@ -159,8 +160,8 @@ def roll_out(
     if lost := [number for number in range(len(made)) if not (folder / _file(made, number)).is_file()]:
         sampler.draw(folder, made, lost, store.read(lost), batch_size)
     rows = [_row(made, number) for number in range(len(made))]
-    outputs.write_file(folder / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    outputs.write_file(folder / PAGE, choosing_page.render(made, [row["file"] for row in rows], _side(folder, rows)))
+    write_file(folder / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(folder / PAGE, choosing_page.render(made, [row["file"] for row in rows], _side(folder, rows)))
     chosen, tied = _judged(folder, made, rows, judges, batch_size) if judges else (None, 0)
     return RolledOut(folder, made, made_now, time.perf_counter() - start, chosen, tied)
 
@@ -294,5 +295,5 @@ def _judged(
             chosen, rejected = (one, two) if label == 1.0 else (two, one)
             choice = {"chosen": made.picture(chosen), "rejected": made.picture(rejected), "judges": list(judges)}
             lines.append(json.dumps(choice) + "\n")
-    outputs.write_file(folder / CHOICES, "".join(lines))
+    write_file(folder / CHOICES, "".join(lines))
     return len(lines), len(pairs) - len(lines)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import config
-from pipelines.outputs import write_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

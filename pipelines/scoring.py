@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import reward_models
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import outputs
 from pipelines.comparison_table import KEYS
 from pipelines.counterparts import numbered
@@ -411,7 +412,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     else:
         table.to_json(buffer, orient="records", lines=True, force_ascii=False, double_precision=15)
     outputs.write_json(path.with_suffix(".provenance.json"), {**table.attrs, "versions": outputs.versions()})
-    outputs.write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

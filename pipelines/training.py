@@ -25,7 +25,9 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
+from diffalign.processes import Together
+from diffalign.random_state import random_numbers_as_they_were
+from diffalign.train import Finished, Trainer
 from diffalign.weights import TrainedWeights
 from pipelines import config, devices, families, ingredients, memory_presets, own_judges, previews, run
 from pipelines.curves import draw_curves

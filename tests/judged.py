@@ -34,9 +34,10 @@ from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import OptimiserSettings
+from diffalign.processes import Together
 from diffalign.references import AdapterOff, Cached, Frozen
 from diffalign.sources.dataset import noised
-from diffalign.train import LoopSettings, Together, Trainer
+from diffalign.train import LoopSettings, Trainer
 from diffalign.types import LogRatio, PairBatch
 from pipelines import devices
 from pipelines.families import _lora

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import given, small_denoiser
 
 import diffalign
+from diffalign.interruption import Interruption
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.references import AdapterOff
-from diffalign.train import Interruption
 from diffalign.types import PairBatch
 from pipelines.families import load_family
 

@@ -9,7 +9,7 @@ import pytest
 from threads import Process, in_threads
 
 from diffalign.data.kept_values import kept_values
-from diffalign.learner import Alone
+from diffalign.processes import Alone
 
 ROWS = 11
 

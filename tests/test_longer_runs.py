@@ -53,7 +53,7 @@ def test_made_longer_it_is_the_long_run_to_the_bit(name: str, more: dict, saved:
 )
 def test_where_the_length_is_learnt_it_cannot_change(more: dict, saved: Saved, pairs: Path, tmp_path: Path) -> None:
     run(saved, pairs, "diffusion-dpo", tmp_path / "run", **more)
-    with pytest.raises(UserError, match="belongs to another run. steps: 2 then, 4 now"):
+    with pytest.raises(UserError, match="belongs to another run: steps was 2 and is now 4"):
         run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=4, resume=True, **more)
 
 

@@ -256,9 +256,9 @@ def test_six_steps_are_bitwise_four_and_a_kill_and_two(lora: bool, every: int, r
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({}, "every: 2 then, None now"),
-        ({"round_every": 3, "extrapolation": 0.3}, "every: 2 then, 3 now"),
-        ({"round_every": 2, "extrapolation": 0.2}, "extrapolation: 0.3 then, 0.2 now"),
+        ({}, "every was 2 and is now none"),
+        ({"round_every": 3, "extrapolation": 0.3}, "every was 2 and is now 3"),
+        ({"round_every": 2, "extrapolation": 0.2}, "extrapolation was 0.3 and is now 0.2"),
     ],
 )
 def test_a_run_with_other_rounds_is_another_run(other: dict, named: str, tmp_path: Path) -> None:

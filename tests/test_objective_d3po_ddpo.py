@@ -12,10 +12,10 @@ from judged import LN2, OFF, at_work, brightness, d3po, ddpo, first_batch, gradi
 from torch import Tensor
 
 from diffalign.data.draws import Order
-from diffalign.learner import Alone
 from diffalign.likelihood import transition
 from diffalign.objectives.d3po import D3PO
 from diffalign.objectives.ddpo import DDPO, PromptRewards
+from diffalign.processes import Alone
 from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rounds import Rewards, TransitionBatch, extremes, on_one_scale

@@ -131,7 +131,7 @@ def test_an_optimizer_of_ones_own_is_known_by_its_name(saved: Saved, pairs: Path
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     run(saved, pairs, "diffusion-dpo", tmp_path / "adamw", steps=2)
     assert any(not torch.equal(weights(tmp_path / "adamw")[n], w) for n, w in weights(tmp_path / "whole").items())
-    with pytest.raises(UserError, match="optimiser.optimizer: 'heavy-ball' then, None now"):
+    with pytest.raises(UserError, match='optimiser.optimizer was "heavy-ball" and is now none'):
         run(saved, pairs, "diffusion-dpo", tmp_path / "whole", steps=3, resume=True)
 
 

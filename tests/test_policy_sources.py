@@ -13,12 +13,12 @@ from worlds import SHAPE, PairsInMemory, given, small_denoiser
 
 from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.errors import UserError
-from diffalign.learner import Alone
 from diffalign.objectives.d3po import D3PO, dominance
 from diffalign.objectives.ddpo import DDPO
 from diffalign.objectives.diffusion_dro import DiffusionDRO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.smpo import SmPO
+from diffalign.processes import Alone
 from diffalign.references import Past
 from diffalign.sources.past import Bank, chosen
 from diffalign.sources.rollout import Sampling, rollout

@@ -16,7 +16,7 @@ from threads import in_threads
 import reward_models
 from diffalign.data.open import open_pairs
 from diffalign.errors import UserError
-from diffalign.learner import Alone
+from diffalign.processes import Alone
 from pipelines import own_judges, rewarding
 from pipelines.rewarding import PictureJudge, direction, pair_scores, rewards_of, score_range
 from pipelines.training import align
@@ -217,6 +217,6 @@ def test_a_run_does_not_go_on_with_another_function(tmp_path: Path) -> None:
     common = {"model": str(save_untrained(tmp_path / "model")), "train_prompts": str(write_captions(tmp_path)), "progress": False}
     how = {**common, **ONLINE, "steps": 2, "output": str(tmp_path / "run")}
     align("d3po", judge=lambda pictures, prompts: pictures.mean(dim=(1, 2, 3)), **how)
-    with pytest.raises(UserError, match="another run.*judge: '<lambda> [0-9a-f]{16}' then, '<lambda> [0-9a-f]{16}' now"):
+    with pytest.raises(UserError, match='another run.*judge was "<lambda> [0-9a-f]{16}" and is now "<lambda> [0-9a-f]{16}"'):
         align("d3po", judge=lambda pictures, prompts: -1000 * pictures.mean(dim=(1, 2, 3)), resume=True, **how)
     align("d3po", judge=lambda pictures, prompts: pictures.mean(dim=(1, 2, 3)), resume=True, **how)

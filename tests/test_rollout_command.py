@@ -198,7 +198,7 @@ def test_a_folder_of_something_else_or_of_another_rollout_is_left_alone(
     refused(capsys, "rollout", "holds files that are no rollout of diffalign; nothing is written there. Choose another --out")
     before = everything(rolled)
     assert rollout(inputs, rolled, "--seed", "1", "--count", "3") == 2
-    refused(capsys, "rollout", "made otherwise", "seed was 0 and is now 1", "prompts was 4 texts and is now 3 texts")
+    refused(capsys, "rollout", "made otherwise", "seed was 0 and is now 1", "prompts was ")
     assert everything(rolled) == before
 
 
@@ -294,7 +294,7 @@ def test_a_resumed_run_notices_other_choices(inputs: Inputs, rolled: Path, tmp_p
     assert train(inputs, out, "--feedback", str(roll)) == 0
     write_choices(roll, {"chosen": "00000-0", "rejected": "00000-1"})
     assert train(inputs, out, "--feedback", str(roll), "--resume") == 2
-    refused(capsys, "train", "belongs to another run. data:")
+    refused(capsys, "train", "belongs to another run: data was")
 
 
 def test_another_file_of_choices_gives_another_result(inputs: Inputs, rolled: Path, first: Path, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_settings_of_the_chain_come_from_the_trajectories_unless_they_contradict
 ) -> None:
     assert train(inputs, tmp_path / "run", "--feedback", str(rolled), "--guidance", "2") == 0
     assert train(inputs, tmp_path / "run2", "--feedback", str(rolled), "--guidance", "7", "--rollout-steps", "9") == 2
-    refused(capsys, "train", "steps 3 there, 9 here; guidance 2.0 there, 7.0 here", "Leave these settings out")
+    refused(capsys, "train", "guidance was 2.0 and is now 7.0; steps was 3 and is now 9", "Leave these settings out")
 
 
 def test_a_recipe_gives_way_to_how_the_trajectories_were_sampled(
@@ -367,7 +367,9 @@ def test_another_model_is_refused(inputs: Inputs, rolled: Path, tmp_path: Path, 
     refused(capsys, "train", f"made by another model: {inputs.model} (digest", f"starts from {tmp_path / 'unet'} (digest")
     last = edited(inputs.model, tmp_path / "last", "scheduler", set_alpha_to_one=True)
     assert train(inputs, tmp_path / "run", "--feedback", str(rolled), model=last) == 2
-    refused(capsys, "train", "noise schedule of this run is not that of the trajectories", "clean_end first there, one here")
+    refused(
+        capsys, "train", "noise schedule of this run is not that of the trajectories", 'clean_end was "first" and is now "one"'
+    )
 
 
 def test_another_precision_is_refused(inputs: Inputs, rolled: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -431,7 +433,7 @@ def test_any_objective_may_go_on_from_a_lora(inputs: Inputs, first: Path, tmp_pa
     assert learn("bad", "--start-lora", str(first), "--alpha", "4") == 2
     refused(capsys, "train", "has rank 2, alpha 16", "this run's has rank 2, alpha 4")
     assert learn("on", "--resume") == 2
-    refused(capsys, "train", "belongs to another run. start_lora:")
+    refused(capsys, "train", "belongs to another run: start_lora was")
     assert learn("bad", "--start-lora", str(first), "--targets", "to_q") == 2
     refused(capsys, "train", "the targets to_k, to_out.0, to_q, to_v; this run's", "--targets to_k,to_out.0,to_q,to_v")
     assert learn("bad", "--start-lora", str(tmp_path)) == 2

@@ -202,7 +202,7 @@ def test_noise_levels_and_what_errors_are_measured_in_can_be_set(
         assert [b["t_from"] for b in found[name]["bins"]] == [900]
     assert found["x_0"]["reference_winner_error"] > 10 * found["eps"]["reference_winner_error"]
     assert run(inputs, tmp_path / "eps", *noisy, "--error-as", "sample", "--resume") != 0
-    assert "error_as: 'prediction' then, 'sample' now" in capsys.readouterr().err
+    assert 'error_as was "prediction" and is now "sample"' in capsys.readouterr().err
 
 
 def test_in_python_it_is_one_call(inputs: Inputs, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_step_is_divided_anew_only_where_it_does_not_matter(
     words = ["--loss", loss, "--batch-size", "4"]
     assert run(inputs, tmp_path / "run", *words) == 0
     assert run(inputs, tmp_path / "run", "--resume", "--loss", loss, "--accumulation", "2") == code
-    assert ("[4, 1, 1] then, [2, 2, 1] now" in " ".join(capsys.readouterr().err.split())) == (code == 2)
+    assert ("was [4, 1, 1] and is now [2, 2, 1]" in " ".join(capsys.readouterr().err.split())) == (code == 2)
 
 
 def test_an_unknown_judge_is_found_before_anything_is_loaded(
@@ -408,7 +408,7 @@ def test_another_run_is_refused_before_anything_is_encoded(inputs: Inputs, tmp_p
     capsys.readouterr()
     new = ["--cache", str(tmp_path / "new"), "--reference-draws", "3", "--reference-cache", str(tmp_path / "errors")]
     assert run(inputs, out, "--resume", *new, "--learning-rate", "1e-5") == 2
-    told = refused(capsys, "belongs to another run", "optimiser.learning_rate: 0.001 then, 1e-05 now")
+    told = refused(capsys, "belongs to another run", "optimiser.learning_rate was 0.001 and is now 1e-05")
     assert "weight_decay" not in told and not (tmp_path / "new").exists() and not (tmp_path / "errors").exists()
 
 
@@ -478,7 +478,7 @@ def test_a_disk_that_takes_no_more_is_told_in_a_sentence(
 
     monkeypatch.setattr(Path, "open", full)
     assert run(inputs, tmp_path / "run") == 2
-    refused(capsys, names[where], "could not be written" if where == "configuration" else "The disk is full")
+    refused(capsys, names[where], "could not be written: the disk is full")
 
 
 def test_ctrl_c_while_options_are_read_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

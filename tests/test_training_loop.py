@@ -22,13 +22,16 @@ from diffalign import checkpoint
 from diffalign.checkpoint import Checkpoints
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.errors import NonFiniteLossError, UserError
+from diffalign.interruption import Interruption
 from diffalign.learner import Learner
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.optimisation import Ema, OptimiserSettings, learning_rate_factor
+from diffalign.random_state import RandomState, get_random_state, set_random_state
 from diffalign.references import AdapterOff, Frozen
-from diffalign.train import Interruption, LoopSettings, RandomState, Trainer, _random_state, _restore_random_state
+from diffalign.train import LoopSettings, Trainer
+from diffalign.written_aside import folder_aside
 from pipelines.families import _lora
 
 PAIRS = PairsInMemory(12)
@@ -184,7 +187,7 @@ def test_a_checkpoint_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: P
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(UserError, match="What was there before is untouched"), checkpoint.written_aside(kept) as aside:
+    with pytest.raises(UserError, match="What was there before is untouched"), folder_aside(kept) as aside:
         (aside / "state").write_text("new")
     assert (kept / "state").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -423,7 +426,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_another_reference_is_refused_on_resume(tmp_path: Path) -> None:
     make_trainer(tmp_path, steps=2, identity={"reference": "abc", "data": "d1"}).run()
-    with pytest.raises(UserError, match="reference: 'abc' then, 'xyz' now"):
+    with pytest.raises(UserError, match='reference was "abc" and is now "xyz"'):
         make_trainer(tmp_path, identity={"reference": "xyz", "data": "d1"}).resume()
 
 
@@ -550,9 +553,9 @@ def test_random_streams_of_another_machine_are_taken_as_far_as_they_go(monkeypat
     module = SimpleNamespace(get_rng_state=lambda: torch.tensor([7], dtype=torch.uint8), set_rng_state=restored.append)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch, "get_device_module", lambda: module)
-    on_a_gpu = _random_state()
-    _restore_random_state(on_a_gpu)
+    on_a_gpu = get_random_state()
+    set_random_state(on_a_gpu)
     on_the_host = {name: value for name, value in on_a_gpu.items() if name != "device"}
-    _restore_random_state(on_the_host | {"cuda": torch.tensor([8], dtype=torch.uint8)})  # as checkpoints were
-    _restore_random_state(on_the_host | {"cuda": [torch.zeros(1, dtype=torch.uint8)] * 8})  # of eight GPUs, before that
+    set_random_state(on_the_host | {"cuda": torch.tensor([8], dtype=torch.uint8)})  # as checkpoints were
+    set_random_state(on_the_host | {"cuda": [torch.zeros(1, dtype=torch.uint8)] * 8})  # of eight GPUs, before that
     assert [state.tolist() for state in restored] == [[7], [8]]

@@ -330,7 +330,7 @@ def test_a_run_does_not_go_on_with_another_rewarding_writer(start: Path, pairs: 
     guided = {"alpha": 0.0, "token_guidance": 0.5, "token_rewards": str(tmp_path / "dpo"), "steps": 2}
     train_writer("sem-dpo", **options(start, pairs, tmp_path / "run", **guided))
     train_writer("sem-dpo", **{**rewarding, "steps": 3}, overwrite=True)  # of the same name
-    with pytest.raises(UserError, match="belongs to another run. data:"):
+    with pytest.raises(UserError, match="belongs to another run: data was"):
         train_writer("sem-dpo", resume=True, **options(start, pairs, tmp_path / "run", **guided))
 
 
@@ -338,7 +338,7 @@ def test_a_run_does_not_go_on_with_other_data(start: Path, pairs: Path, tmp_path
     train_writer("sem-dpo", **options(start, pairs, tmp_path / "run", steps=2))
     other = tmp_path / "other.jsonl"
     other.write_text(pairs.read_text().replace("vivid", "bright"))
-    with pytest.raises(UserError, match="belongs to another run. data:"):
+    with pytest.raises(UserError, match="belongs to another run: data was"):
         train_writer("sem-dpo", resume=True, **options(start, other, tmp_path / "run", steps=2))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffalign.data.ahead import default_workers
 from diffalign.data.cache_build import images_to_fill
-from diffalign.data.cache_files import Busy, CacheFolder, journal_name, plain, shard_name
+from diffalign.data.cache_files import Busy, CacheFolder, journal_name, shard_name
 from diffalign.data.cache_prompts import about as prompts_about
 from diffalign.data.cache_prompts import prompts_to_fill
 from diffalign.data.cache_rows import Index, Rows, refuse_unreadable
@@ -36,8 +36,9 @@ from diffalign.data.cache_values import Shards, Strings, Taken, check_settings
 from diffalign.data.pairs import Progress
 from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Transform
+from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.learner import Alone, Processes
+from diffalign.processes import Alone, Processes
 from diffalign.protocols import Encoder
 
 VERSION = 5

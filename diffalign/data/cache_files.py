@@ -36,17 +36,14 @@ try:
 except ImportError:  # Windows has no such lock; two processes filling one cache there write the same bytes twice
     fcntl = None
 
+from diffalign.differences import differences
 from diffalign.errors import StaleCacheError, UserError
+from diffalign.written_aside import PARTIAL, is_full
 
 Busy = Callable[[str], None]
 """Is told that another process fills a cache, and that this one waits."""
-PARTIAL = ".partial"
 PLACES = (".", "rows", "images", "prompts", "journal", "errors")
 """Folders of a cache, of whatever kind."""
-
-
-NAMED = 6
-"""Differences that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class CacheFolder:
 
     def _refusal(self, name: str, size: int, error: OSError) -> str:
         what = f"{name} ({size:,} bytes) could not be written to the cache in {self.root}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or _cut_short(error):
+        if is_full(error) or _cut_short(error):
             free = shutil.disk_usage(self.root).free
             what += f" ({free:,} bytes free; this file alone needs {size:,}). "
             what += f"Free some space or name another folder ({self.holds.option})"
@@ -215,17 +212,9 @@ class CacheFolder:
         the others; ``UserError`` if it holds another kind of thing."""
         fingerprint = self.read_json("fingerprint.json")
         self._refuse_other_kind(fingerprint)
-        found, wanted = flatten(fingerprint), flatten(plain(expected))
-        differing = [
-            f"{name} was {json.dumps(found.get(name))} and is now {json.dumps(wanted.get(name))}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-        if differing:
-            more = [f"and {len(differing) - NAMED} more"] if len(differing) > NAMED else []
+        if told := differences(fingerprint, expected):
             raise StaleCacheError(
-                f"The {self.holds.what} in {self.root} were made under other circumstances: "
-                f"{'; '.join([*differing[:NAMED], *more])}. "
+                f"The {self.holds.what} in {self.root} were made under other circumstances: {told}. "
                 f"Name another folder ({self.holds.option}), or delete this one to make it anew."
             )
 
@@ -303,16 +292,3 @@ def shard_name(kind: str, shard: int, tensor: str) -> str:
 
 def journal_name(kind: str, shard: int) -> str:
     return f"journal/{kind}-{shard:05d}.json"
-
-
-def plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As it would come back from a JSON file. Raises ``TypeError`` for values that JSON does not know."""
-    return json.loads(json.dumps(value, sort_keys=True))
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by dots."""
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= flatten(inner, f"{prefix}{name}.") if isinstance(inner, Mapping) else {prefix + name: inner}
-    return found

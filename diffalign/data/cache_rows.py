@@ -27,7 +27,7 @@ from diffalign.data.pairs import LOSER, PICTURE, WINNER, ImageSource, Preference
 from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Position, Transform
 from diffalign.errors import UserError
-from diffalign.learner import Processes
+from diffalign.processes import Processes
 
 PART = 4096
 """Rows that are read at a time; a kill costs each process the part that it was about."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffalign.data.cache_files import CacheFolder, journal_name, shard_name
 from diffalign.data.pairs import Progress
-from diffalign.learner import Processes
+from diffalign.processes import Processes
 
 Thing = TypeVar("Thing")
 Arrays = Mapping[str, np.ndarray]

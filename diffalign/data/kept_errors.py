@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.cache_files import ERRORS, Busy, CacheFolder, plain
+from diffalign.data.cache_files import ERRORS, Busy, CacheFolder
 from diffalign.data.cache_values import Shards
 from diffalign.data.draws import Draw, KeptDraws
 from diffalign.data.loader import EncodedPairs, collate, shape_of
 from diffalign.data.pairs import Progress
+from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.learner import Alone, Processes, turns
+from diffalign.processes import Alone, Processes, turns
 from diffalign.types import PairBatch
 
 VERSION = 1

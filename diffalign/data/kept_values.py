@@ -11,7 +11,7 @@ import numpy as np
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.pairs import Progress
 from diffalign.errors import UserError
-from diffalign.learner import Processes
+from diffalign.processes import Processes
 
 AT_ONCE = 1024
 """Rows of a stretch, which is what a kill can cost each process."""

@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.data.cache_files import PROMPTS, Busy, CacheFolder, plain
+from diffalign.data.cache_files import PROMPTS, Busy, CacheFolder
 from diffalign.data.cache_prompts import about, prompts_to_fill
 from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
+from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.learner import Alone
+from diffalign.processes import Alone
 from diffalign.protocols import Encoder
 
 VERSION = 1

@@ -20,11 +20,12 @@ from diffalign import losses
 from diffalign.checkpoint import Stateful
 from diffalign.errors import UserError
 from diffalign.health import denoising_health, policy_health
-from diffalign.learner import Given, Kind, Learner, Processes, Source
+from diffalign.learner import Given, Kind, Learner, Source
 from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.losses.baselines import Baseline
 from diffalign.objectives._about import Cost
 from diffalign.objectives._family import LossAtWork, looks_back, refuse_lone_samples, refuse_small_batches
+from diffalign.processes import Processes
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.schedule import Schedule
 from diffalign.sources.dataset import noised, noised_winners

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from diffalign import losses
 from diffalign.errors import UserError
-from diffalign.learner import Alone, Processes
 from diffalign.losses.baselines import Baseline
 from diffalign.losses.divergences import Divergence
+from diffalign.processes import Alone, Processes
 from diffalign.settings import check_options, option
 from diffalign.types import LogLikelihood, LogRatio
 

@@ -52,11 +52,12 @@ import torch
 from torch import Tensor
 
 from diffalign import losses
-from diffalign.learner import Given, Learner, Processes
+from diffalign.learner import Given, Learner
 from diffalign.likelihood import log_ratio, transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
 from diffalign.objectives._family import LossChoice, refuse_extras, refuse_small_batches, refuse_unfit
+from diffalign.processes import Processes
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.solvers import Guided

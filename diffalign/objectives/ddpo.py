@@ -30,10 +30,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.learner import Given, Learner, Processes
+from diffalign.learner import Given, Learner
 from diffalign.likelihood import transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
+from diffalign.processes import Processes
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.solvers import Guided

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from diffalign import losses
-from diffalign.learner import Given, Learner, Processes
+from diffalign.learner import Given, Learner
 from diffalign.likelihood import errors
 from diffalign.losses.unpaired import Utility, kto_unpaired
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import denoising_learner, plainly_noised
 from diffalign.objectives._family import refuse_lone_samples
+from diffalign.processes import Processes
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.sources.dataset import noised_winners

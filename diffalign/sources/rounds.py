@@ -27,7 +27,8 @@ from torch import Tensor
 from diffalign.data.draws import Order
 from diffalign.errors import UserError
 from diffalign.grids import steps_down
-from diffalign.learner import Given, Processes, Prompts
+from diffalign.learner import Given, Prompts
+from diffalign.processes import Processes
 from diffalign.protocols import Predictor
 from diffalign.references import Past
 from diffalign.schedule import Schedule

@@ -12,10 +12,7 @@ computed: at the low noise levels a step's deviation is a few hundredths, and fl
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffalign.data.cache_files import PARTIAL, flatten, plain
+from diffalign.differences import differences, plain
 from diffalign.errors import UserError
-from diffalign.file_modes import as_opened
 from diffalign.schedule import Schedule
 from diffalign.sources.rollout import Sampling, Trajectory
+from diffalign.written_aside import PARTIAL, file_aside, write_file
 
 VERSION = 1
 """Raise it when the files change their meaning."""
@@ -105,7 +102,7 @@ class Store:
         else:
             per_shard = -(-PER_SHARD // batch_size) * batch_size
             about = {**made.to_plain(), "per_shard": per_shard}
-            _write(folder / ABOUT, lambda aside: aside.write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n"))
+            write_file(folder / ABOUT, json.dumps(about, ensure_ascii=False, indent=1) + "\n", lasting=True)
         for leftover in (folder / SHARDS).glob("*" + PARTIAL):
             leftover.unlink()
         return cls(folder, made, per_shard)
@@ -121,7 +118,8 @@ class Store:
         if len(trajectories) != len(numbers) or numbers.start % self._per_shard:
             raise ValueError(f"shards are written whole: got {len(trajectories)} trajectories for the numbers {numbers}")
         tensors = {name: getattr(trajectories, name).contiguous().clone() for name in _KEPT}  # shared memory would be refused
-        _write(self._path(numbers.start // self._per_shard), lambda aside: save_file(tensors, aside))
+        with file_aside(self._path(numbers.start // self._per_shard), lasting=True) as aside:
+            save_file(tensors, aside)
 
     # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -172,35 +170,8 @@ def _read_about(folder: Path) -> tuple[MadeBy, int]:
 
 
 def _refuse_others(folder: Path, known: MadeBy, asked: MadeBy) -> None:
-    found, wanted = (flatten({k: v for k, v in made.to_plain().items() if k != "called"}) for made in (known, asked))
-    names = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
-    if names:
-        differing = [f"{name} was {_short(found.get(name))} and is now {_short(wanted.get(name))}" for name in names]
+    found, wanted = ({k: v for k, v in made.to_plain().items() if k != "called"} for made in (known, asked))
+    if told := differences(found, wanted):
         raise UserError(
-            f"{folder} holds trajectories that were made otherwise: {'; '.join(differing)}. "
-            "Give another folder, or the same settings to go on."
+            f"{folder} holds trajectories that were made otherwise: {told}. Give another folder, or the same settings to go on."
         )
-
-
-def _short(value: Any) -> str:
-    return f"{len(value)} texts" if isinstance(value, list) else json.dumps(value)
-
-
-def _write(path: Path, content: Any) -> None:
-    """``content(aside)`` writes a file beside ``path``, which is then flushed to the disk and renamed."""
-    aside = path.with_name(path.name + PARTIAL)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content(aside)
-        as_opened(aside)
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        with contextlib.suppress(OSError):  # the failure worth telling is the first one
-            aside.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        what = "the disk is full" if full else str(error)
-        raise UserError(
-            f"{path} could not be written: {what}. What was there before is untouched; the same command goes on from there."
-        ) from error

@@ -11,7 +11,7 @@ mixes trajectories, so these numbers do not depend on what a resumed run has met
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.draws import Order
+from diffalign.differences import differences
 from diffalign.errors import UserError
 from diffalign.learner import Given
 from diffalign.sources.choices import CHOICES, Choices, read_choices
@@ -126,19 +127,14 @@ class StoredPairs:
 def _check(stored: Stored, given: Given, sampling: Sampling) -> None:
     """Raises UserError where the run's chain is not the stored one."""
     made, folder = stored.store.made, stored.store.folder
-    if differing := _differing(asdict(made.sampling), asdict(sampling)):
+    if differing := differences(asdict(made.sampling), asdict(sampling)):
         raise UserError(
             f"The trajectories in {folder} were sampled otherwise than this objective would: {differing}. "
             "Leave these settings out (they are then taken from the trajectories), or roll out again."
         )
     if not sampling.stochastic:
         raise UserError(f"The trajectories in {folder} have no noise and so no density: roll out with eta greater than 0.")
-    if differing := _differing(made.schedule, schedule_fingerprint(given.policy.schedule)):
+    if differing := differences(made.schedule, schedule_fingerprint(given.policy.schedule)):
         raise UserError(f"The noise schedule of this run is not that of the trajectories in {folder}: {differing}.")
     if tuple(given.prompts.prompts) != made.prompts:
         raise ValueError("the prompts that the run gives are not those of the stored trajectories")
-
-
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    names = dict.fromkeys([*here, *there])
-    return "; ".join(f"{n} {there.get(n)} there, {here.get(n)} here" for n in names if there.get(n) != here.get(n))

@@ -138,15 +138,15 @@ def _told_of(table: pd.DataFrame, args: argparse.Namespace) -> str:
     """Means of one system, or the comparison of several."""
     if table["system"].nunique() == 1:
         return means(table)
-    from pipelines import outputs
+    from diffalign.written_aside import write_file
     from pipelines.comparison import compare
     from pipelines.comparison_plot import as_png
 
     comparison = compare(table)
     if args.plot:
-        outputs.write_file(args.plot, as_png(comparison.plot()))
+        write_file(args.plot, as_png(comparison.plot()))
     if args.report:
-        outputs.write_file(args.report, comparison.to_markdown())
+        write_file(args.report, comparison.to_markdown())
     return comparison.to_markdown()
 
 

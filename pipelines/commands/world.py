@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,7 +273,8 @@ def _check_count(n: int, split: str) -> None:
 
 
 def _captions(args: argparse.Namespace) -> int:
-    from pipelines.outputs import check_file, write_file
+    from diffalign.written_aside import write_file
+    from pipelines.outputs import check_file
     from pipelines.tiny import scenes
 
     _check_count(args.n, args.split)
@@ -412,21 +411,9 @@ def _sampling(args: argparse.Namespace) -> dict:
 def _new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes ``path`` when everything went well, and leaves no trace when not."""
     from diffalign.errors import UserError
+    from diffalign.written_aside import folder_aside
 
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {path} is a file or holds something already; name a new or an empty folder.")
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        fresh = aside / "new"
-        fresh.mkdir()  # unlike ``aside``, not for its owner alone
+    with folder_aside(path) as fresh:
         yield fresh
-        if path.is_dir():
-            path.rmdir()
-        fresh.rename(path)
-    except OSError as error:
-        raise UserError(f"--out {path} could not be written: {error.strerror or error}.") from error
-    finally:
-        if aside is not None and aside.exists():
-            shutil.rmtree(aside)

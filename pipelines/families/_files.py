@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from diffalign.errors import UserError
 from diffalign.file_modes import as_opened
+from diffalign.written_aside import disk_error
 
 
 @contextmanager
@@ -35,8 +35,7 @@ def installed_into(folder: Path, *, last: str = "") -> Iterator[Path]:
         as_opened(*fresh.rglob("*"))
         _install(fresh, folder, aside / "old", last)
     except (OSError, SafetensorError) as error:
-        # safetensors reports a full disk as its own error, not as an OSError
-        raise UserError(_disk_message(folder, error)) from error
+        raise disk_error(error, folder) from error
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -81,12 +80,3 @@ def sort_header(path: Path) -> None:
         if len(text) <= length:  # the same words in another order; blanks may follow
             file.seek(8)
             file.write(text.ljust(length))
-
-
-def _disk_message(folder: Path, error: Exception) -> str:
-    beside = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(beside).free / 2**30
-    return (
-        f"{folder} could not be written: {error}. Disk space left there: {free:.2f} GiB. "
-        "What was in the folder before is untouched; free some space or name another folder."
-    )

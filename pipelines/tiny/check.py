@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import grids, outputs, sampling
 from pipelines.tiny import scenes
 from reward_models import oracle
@@ -58,7 +59,7 @@ class WorldReport:
     def write(self, folder: Path) -> None:
         """``report.json``, ``captions.txt`` and ``grid.png`` with the first 64 pictures."""
         outputs.write_json(folder / "report.json", self.figures())
-        outputs.write_file(folder / "captions.txt", "\n".join(self.captions) + "\n")
+        write_file(folder / "captions.txt", "\n".join(self.captions) + "\n")
         outputs.write_png(folder / "grid.png", sheet(self.pictures, self.captions))
 
 

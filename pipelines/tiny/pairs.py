@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from pipelines import outputs, sampling
+from diffalign.written_aside import write_file
+from pipelines import sampling
 from pipelines.tiny import scenes
 from pipelines.tiny.check import BATCH, STEPS, Progress, require_tiny
 from pipelines.tiny.people import TIE, People
@@ -212,4 +213,4 @@ def write_pairs(records: Sequence[PairRecord], path: Path, rows_per_group: int =
     rows = [_row(r, i, counts[r.caption]) for i, r in enumerate(records)]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema()), sink, row_group_size=rows_per_group)
-    outputs.write_file(Path(path), sink.getvalue().to_pybytes())
+    write_file(Path(path), sink.getvalue().to_pybytes())

@@ -27,9 +27,8 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffalign.checkpoint import written_aside
-from diffalign.file_modes import as_opened
 from diffalign.optimisation import Ema
+from diffalign.written_aside import folder_aside
 from pipelines.tiny import model, scenes
 
 Say = Callable[[str], None]
@@ -282,7 +281,7 @@ def keep_state(training: NetworkTraining, file: Path) -> None:
 
 def save_half(output: Path, pipe: Any) -> None:
     """Write a pipeline in half precision that loads as float32 (Transformers goes by the dtype in the configuration)."""
-    with written_aside(output) as folder:
+    with folder_aside(output) as folder:
         copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder)
         for part in [folder / name for name, net in pipe.components.items() if isinstance(net, nn.Module)]:
             config = json.loads((part / "config.json").read_text("utf-8"))
@@ -290,7 +289,6 @@ def save_half(output: Path, pipe: Any) -> None:
             if "dtype" in config:
                 config["dtype"] = "float32"
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        as_opened(*folder.rglob("*"))
 
 
 def train(output: Path, config: WorldTraining, say: Say = print) -> None:

@@ -44,9 +44,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffalign.checkpoint import written_aside
-from diffalign.file_modes import as_opened
 from diffalign.optimisation import OptimiserSettings, build_optimizer, build_schedule
+from diffalign.written_aside import folder_aside
 from pipelines import sampling
 from pipelines.families import load_pipeline
 from pipelines.tiny import model, pairs, scenes
@@ -488,11 +487,10 @@ def save(output: Path, judge: JudgeInTraining, record: dict[str, Any]) -> None:
     """Weights, the tokenizer and ``training.json``. On disk in half precision, but for what the norms have counted."""
     kept = set(dict(judge.clip.named_parameters()))
     state = {k: v.detach().half() if k in kept else v for k, v in judge.clip.state_dict().items()}
-    with written_aside(output) as folder:
+    with folder_aside(output) as folder:
         save_file({k: v.contiguous() for k, v in state.items()}, folder / tiny_pickscore.FILE)
         judge.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        as_opened(*folder.rglob("*"))
 
 
 def _record(config: JudgeTraining, asked: Sequence[Choices], seconds: dict[str, float]) -> dict[str, Any]:

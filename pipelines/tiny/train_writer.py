@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from diffalign.checkpoint import written_aside
-from diffalign.file_modes import as_opened
 from diffalign.optimisation import OptimiserSettings, build_optimizer, build_schedule
+from diffalign.written_aside import folder_aside
 from pipelines.tiny import model, scenes
 
 Say = Callable[[str], None]
@@ -211,7 +210,7 @@ def train(output: Path, config: WriterTraining, say: Say = print) -> None:
 
 def save(output: Path, writer: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, record: dict[str, Any]) -> None:
     """Half-precision weights that load as float32 (Transformers goes by the dtype in the configuration), and the tokenizer."""
-    with written_aside(output) as folder:
+    with folder_aside(output) as folder:
         half, end = copy.deepcopy(writer).half(), tokenizer.eos_token_id
         half.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
         half.save_pretrained(folder)
@@ -219,7 +218,6 @@ def save(output: Path, writer: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, record
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "dtype": "float32"}, indent=2) + "\n")
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        as_opened(*folder.rglob("*"))
 
 
 def _record(config: WriterTraining, writer: nn.Module, tokenizer: GPT2Tokenizer, seconds: float) -> dict[str, Any]:

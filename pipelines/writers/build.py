@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import outputs
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
@@ -350,6 +351,6 @@ class Journal:
     def gather(self, found: Sequence[Candidates]) -> None:
         """All in one file; the parts go."""
         lines = [json.dumps({"purpose": self._purpose}), *(json.dumps(vars(one), ensure_ascii=False) for one in found)]
-        outputs.write_file(self._whole, "".join(f"{line}\n" for line in lines))
+        write_file(self._whole, "".join(f"{line}\n" for line in lines))
         for path in self._whole.parent.glob(f"{self._whole.name}.part-*"):
             path.unlink()

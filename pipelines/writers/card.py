@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffalign.written_aside import write_file
 from pipelines import config
 from pipelines.export import CARD, flat, public, table
-from pipelines.outputs import write_file
 from pipelines.writers.sampling import MAX_REWRITE_TOKENS
 from pipelines.writers.settings import PromptTrainSettings
 from pipelines.writers.writer import Writer

@@ -28,6 +28,7 @@ import numpy as np
 
 from diffalign.errors import UserError
 from diffalign.evaluate import mean_with_interval, paired_difference, win_rate
+from diffalign.written_aside import write_file
 from pipelines import generation, grids, outputs
 from pipelines.comparison_notes import rough
 from pipelines.markdown import count
@@ -168,7 +169,7 @@ def evaluate(
     if keep_pictures:
         for one in found:
             _write_pictures(folder / PICTURES / _folder_of(one.name), fit, one, studio)
-    outputs.write_file(folder / "report.md", report(lines, values, found, embedding))
+    write_file(folder / "report.md", report(lines, values, found, embedding))
     return lines
 
 
@@ -337,7 +338,7 @@ def _write_pictures(folder: Path, fit: Fitting, one: Found, studio: Studio) -> N
     rows = [(Prompt(p, fit.categories.get(p), "", {"rewrite": text}), s) for p, text in rewrites for s in studio.how.seeds(p)]
     for number, image in enumerate(one.pictures):
         outputs.write_png(folder / generation.picture_name(number), image)
-    outputs.write_file(folder / generation.METADATA, generation.metadata(rows))
+    write_file(folder / generation.METADATA, generation.metadata(rows))
 
 
 def _values(

@@ -20,9 +20,10 @@ from torch import Tensor
 from diffalign.data.hold_out import shortfall, split_rows
 from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader
 from diffalign.errors import UserError
-from diffalign.learner import GivenTexts, Processes
+from diffalign.learner import GivenTexts
 from diffalign.likelihood import token_log_probs
 from diffalign.objectives._about import EXPANSIONS
+from diffalign.processes import Processes
 from diffalign.protocols import LanguageModel
 from diffalign.references import AdapterOff, Frozen, Past
 from diffalign.types import Texts

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
+from diffalign.written_aside import write_file
 from pipelines import outputs
 from pipelines.progress import Progress
 from pipelines.prompts import as_prompts, read_prompts
@@ -155,7 +156,7 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
         names = list(dict.fromkeys(name for row in rows for name in row))
         outputs.write_csv(path, names, [[row.get(name) for name in names] for row in rows])
     else:
-        outputs.write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _row(rewrite: Rewrite, rank: int) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.data.texts import validation_batches
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.train import Finished, Together, Trainer, random_numbers_as_they_were
+from diffalign.processes import Together
+from diffalign.random_state import random_numbers_as_they_were
+from diffalign.train import Finished, Trainer
 from pipelines import run
 from pipelines.curves import draw_curves, read_metrics
 from pipelines.outputs import write_json
