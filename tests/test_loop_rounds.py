@@ -263,7 +263,7 @@ def test_six_steps_are_bitwise_four_and_a_kill_and_two(lora: bool, every: int, r
 )
 def test_a_run_with_other_rounds_is_another_run(other: dict, named: str, tmp_path: Path) -> None:
     make_trainer(tmp_path, steps=2, round_every=2, extrapolation=0.3).run()
-    with pytest.raises(UserError, match=f"belongs to another run. rounds.{named}"):
+    with pytest.raises(UserError, match=f"belongs to another run: rounds.{named}"):
         make_trainer(tmp_path, **other).resume()
 
 

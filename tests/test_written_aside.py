@@ -19,9 +19,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    "number, told", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EIO, "")]
-)
+def replaced(target: Path, failure: Exception) -> None:
+    with file_aside(target) as aside:
+        aside.write_text("new")
+        raise failure
+
+
+FULL = "the disk is full"
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, FULL), (errno.EDQUOT, FULL), (errno.EIO, "")])
 def test_a_file_whose_writing_fails_stays_as_it_was(number: int, told: str, tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", "old")
     with pytest.raises(UserError, match=f"a.json could not be written: {told}.*What was there before is untouched"):
