@@ -7,6 +7,7 @@ older ones as they were.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import pickle
@@ -22,6 +23,8 @@ from diffalign.errors import UserError
 from diffalign.written_aside import folder_aside
 
 _PREFIX = "checkpoint-"
+VALIDATION_LOSS = "validation_loss"
+"""In a checkpoint's note: the loss on the held-out pairs at its step, if they were asked then and it is finite."""
 
 
 class Stateful(Protocol):
@@ -49,11 +52,16 @@ def refuse_another_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, A
         raise UserError(f"{path} belongs to another run: {told}. Resume with the same settings, or start a new output folder.")
 
 
-class Checkpoints:
-    """The checkpoints of one run; keeps the newest ``keep``."""
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self._folder, self._keep = folder, keep
+
+class Checkpoints:
+    """The checkpoints of one run; keeps the newest ``keep``, and the best if that is asked for."""
+
+    def __init__(self, folder: Path, keep: int = 2, keep_best: bool = False) -> None:
+        self._folder, self._keep, self._keep_best = folder, keep, keep_best
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -64,16 +72,34 @@ class Checkpoints:
         found = self.all()
         return found[-1] if found else None
 
+    def best(self) -> tuple[Path, float] | None:
+        """The checkpoint with the lowest validation loss, the earliest of equals, and that loss; None if none was validated."""
+        losses: dict[Path, float] = {}
+        for path in self.all():
+            with contextlib.suppress(UserError):  # a damaged one is told when it is asked for
+                if (loss := self.note(path).get(VALIDATION_LOSS)) is not None:
+                    losses[path] = loss
+        found = min(losses, key=losses.__getitem__, default=None)
+        return None if found is None else (found, losses[found])
+
     def save(self, step: int, things: Mapping[str, Stateful], note: Mapping[str, Any]) -> Path:
-        """Write the state of every thing, and ``note`` (plain values) beside it; then forget the oldest checkpoints."""
+        """Write the state of every thing, and ``note`` (plain values) beside it; then forget the oldest checkpoints.
+
+        ``note`` may hold ``VALIDATION_LOSS``, which tells the best.
+        """
         target = self._folder / f"{_PREFIX}{step:08d}"
         with folder_aside(target) as aside:
             for name, thing in things.items():
                 write_state(thing.state_dict(), aside / f"{name}.pt")
             (aside / "checkpoint.json").write_text(json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n")
-        for old in self.all()[: -self._keep]:
-            shutil.rmtree(old)
+        self._forget()
         return target
+
+    def _forget(self) -> None:
+        best = self.best() if self._keep_best else None
+        for old in self.all()[: -self._keep]:
+            if best is None or old != best[0]:
+                shutil.rmtree(old)
 
     def note(self, path: Path) -> dict[str, Any]:
         """What ``save`` wrote beside the states of a checkpoint. Raises UserError: it is damaged."""

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import health, metrics_file, sharding
-from diffalign.checkpoint import Checkpoints, Stateful, refuse_another_run
+from diffalign.checkpoint import VALIDATION_LOSS, Checkpoints, Stateful, refuse_another_run, step_of
 from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.interruption import Interruption
@@ -56,6 +56,9 @@ class LoopSettings:
     checkpoint_every: int = option(100, "optimizer steps between checkpoints; 0 writes one only at the end", ge=0)
     keep_checkpoints: int = option(2, "how many checkpoints to keep", ge=1)
     ema_decay: float = option(0.0, "decay of an average of the weights, which is then what gets exported; 0 for none", ge=0, lt=1)
+    keep_best: bool = option(
+        False, "keep the checkpoint with the lowest validation loss, too: `diffalign export --checkpoint best`"
+    )
     round_every: int = option(0, "optimizer steps of a round of the loop; 0 for one round, the whole run", ge=0)
     round_reference: LoopReference = option("start", "compare with the policy at the beginning of the run, or of the round")
     extrapolation: float = option(0.0, "share of a round's way that the weights go on when it is over; 0 for none", ge=0)
@@ -64,6 +67,8 @@ class LoopSettings:
         check_options(self)
         if not self.round_every and (self.round_reference == "round" or self.extrapolation):
             raise ValueError("round_reference and extrapolation are about rounds of the loop: set round_every to their length")
+        if self.keep_best and not self.checkpoint_every:
+            raise ValueError("keep_best chooses among checkpoints: set checkpoint_every")
 
     @property
     def rounds(self) -> dict[str, Any]:
@@ -82,6 +87,7 @@ class Finished:
     earlier: float = 0.0  # of them, before it was resumed
     waiting: float | None = None  # share of the steps' time that went by until their data were there; None if nobody knows
     advice: str | None = None  # on what the last validation showed (``health.advice``)
+    best: tuple[int, float] | None = None  # step and loss of the best validated checkpoint that is kept (main process only)
 
 
 class Position:
@@ -130,9 +136,14 @@ class Trainer:
         """``zero`` is a section of DeepSpeed's configuration (``updates_of``)."""
         self._learner, self._policy, output = learner, policy, Path(output)
         self._advice: str | None = None
+        self._validated: tuple[int, float] | None = None  # the last validation's step and loss
         self._clock = Clock(waiting)
         self._waiting = self._clock.steps
         self._validation, self._report = validation if learner.validate else [], report
+        if loop.keep_best and not self._validation:
+            raise UserError(
+                "keep_best needs a validation loss, and nothing is held out here, or pairs mean nothing to this objective."
+            )
         self._accelerator, self._loop = accelerator, loop
         self._identity = {**identity, **({"rounds": loop.rounds} if loop.rounds else {})}
         parameters = list(policy.trainable_parameters())
@@ -141,7 +152,7 @@ class Trainer:
         self._position, self._random = Position(), RandomState(accelerator)
         self._saved: int | None = None  # the last step of which this process has seen a checkpoint written
         self._ema = Ema(parameters, loop.ema_decay) if loop.ema_decay else None
-        self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints)
+        self._checkpoints = Checkpoints(output / "checkpoints", loop.keep_checkpoints, loop.keep_best)
         self._metrics_file = output / "metrics.jsonl"
         weights = weights or TrainedWeights(accelerator.unwrap_model(policy.network))
         self._rounds = _rounds_of(loop, learner, weights, self._ema)
@@ -175,9 +186,19 @@ class Trainer:
                 thing.collect()
         if self._accelerator.is_main_process:
             # The clock's times are no state: what is restored is the same to the bit however long it took.
-            self._checkpoints.save(self.step, self._things, {"identity": self._identity, "clock": self._clock.state_dict()})
+            note = {"identity": self._identity, "clock": self._clock.state_dict(), **self._validation_loss()}
+            self._checkpoints.save(self.step, self._things, note)
         self._accelerator.wait_for_everyone()
         self._saved = self.step
+
+    def _validation_loss(self) -> dict[str, float]:
+        """Of this step, for a checkpoint's note; nothing if it was not asked for or is not finite."""
+        step, loss = self._validated or (None, math.nan)
+        return {VALIDATION_LOSS: loss} if step == self.step and math.isfinite(loss) else {}
+
+    def _best(self) -> tuple[int, float] | None:
+        found = self._checkpoints.best() if self._accelerator.is_main_process else None
+        return found and (step_of(found[0]), found[1])
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False if there is none.
@@ -244,15 +265,16 @@ class Trainer:
         if self.step > began and self.step != self._saved:
             self.save()
         clock = self._clock
-        return Finished(self.step, stopped_early, clock.seconds, clock.earlier, clock.waiting, self._advice)
+        return Finished(self.step, stopped_early, clock.seconds, clock.earlier, clock.waiting, self._advice, self._best())
 
     def _after_step(self, numbers: Mapping[str, float]) -> None:
         last = self.step == self._loop.steps
         if self._is_due(self._loop.log_every) or last:
             self._log("train", numbers)
-        if self._is_due(self._loop.validate_every) or last:
+        saving = self._is_due(self._loop.checkpoint_every)
+        if self._is_due(self._loop.validate_every) or last or (saving and self._loop.keep_best):
             self.validate()
-        if self._is_due(self._loop.checkpoint_every):
+        if saving:
             self.save()
         self._report(self.step, numbers)
 
@@ -330,6 +352,7 @@ class Trainer:
         means = {name: float(values.double().mean()) for name, values in columns.items()}
         bins = health.by_timestep(t, columns, len(self._policy.schedule)) if t is not None else []
         self._advice = health.advice(means) if self.step else None
+        self._validated = self.step, means["loss"]
         self._log("validation", means, bins=bins, advice=self._advice)
         return means
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffalign import objectives
-from diffalign.checkpoint import Checkpoints, Stateful
+from diffalign.checkpoint import Checkpoints, Stateful, step_of
 from diffalign.errors import UserError
 from diffalign.optimisation import Ema
 from diffalign.weights import TrainedWeights
@@ -22,7 +22,7 @@ from pipelines import config, ingredients, run
 from pipelines.run_folder import CONFIG_FILE
 from pipelines.training import write_result
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 
 
 def result_of_checkpoint(folder: Path, which: str, output: Path, base: str | None = None) -> int:
@@ -30,7 +30,7 @@ def result_of_checkpoint(folder: Path, which: str, output: Path, base: str | Non
 
     Args:
         folder: a run's, finished or not.
-        which: the step, or ``LATEST``.
+        which: the step, ``LATEST``, or ``BEST``: the one with the lowest validation loss.
         base: the model that was trained, if it is not where it was.
 
     Raises:
@@ -77,12 +77,24 @@ def _writer(settings: Any) -> _Learnt:
 
 
 def _chosen(checkpoints: Checkpoints, folder: Path, which: str) -> Path:
-    there = {str(int(path.name.rpartition("-")[2])): path for path in checkpoints.all()}
+    there = {str(step_of(path)): path for path in checkpoints.all()}
     if not there:
         raise UserError(f"{folder} has no checkpoint: no `diffalign train` has written one there (--checkpoint-every).")
+    if which == BEST:
+        return _best(checkpoints, folder)
     if which != LATEST and which not in there:
-        raise UserError(f"{folder} has no checkpoint of step {which}; there are {', '.join(there)}, and {LATEST}.")
+        raise UserError(f"{folder} has no checkpoint of step {which}; there are {', '.join(there)}, {LATEST} and {BEST}.")
     return there[which] if which in there else next(reversed(there.values()))
+
+
+def _best(checkpoints: Checkpoints, folder: Path) -> Path:
+    found = checkpoints.best()
+    if found is None:
+        raise UserError(
+            f"No checkpoint of {folder} was validated at its step: nobody knows the best. --keep-best sees to it, or a "
+            "--validate-every that --checkpoint-every is a multiple of; of this run take a step by its number."
+        )
+    return found[0]
 
 
 def _settings(folder: Path, name: str) -> Any:

@@ -81,14 +81,24 @@ def through_the_loop(
         say(f"{finished.waiting:.0%} of the steps' time went by waiting for data: {WHAT_HELPS}")
     if finished.advice:
         say(f"the last validation: {finished.advice}")
+    if finished.best and finished.best[0] < finished.step:
+        step, loss = finished.best
+        say(
+            f"of the checkpoints that are kept, that of step {step} has the lowest validation loss, {loss:.4g}: "
+            f"`diffalign export {folder.path} --checkpoint best --out PLACE` writes it"
+        )
     return trainer, finished
 
 
 def of_the_loop(finished: Finished) -> dict[str, Any]:
-    """What a summary says of the share of the steps' time that went by waiting for data, if it is known, and what the last
-    validation advises, if anything."""
-    waiting = {} if finished.waiting is None else {"waiting": round(finished.waiting, 4)}
-    return waiting | ({"advice": finished.advice} if finished.advice else {})
+    """What a summary says of the share of the steps' time that went by waiting for data, if it is known, what the last
+    validation advises, if anything, and which of the kept checkpoints has the lowest validation loss."""
+    told: dict[str, Any] = {} if finished.waiting is None else {"waiting": round(finished.waiting, 4)}
+    if finished.advice:
+        told["advice"] = finished.advice
+    if finished.best:
+        told["best_checkpoint"] = dict(zip(("step", "validation_loss"), finished.best, strict=True))
+    return told
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,28 @@ def test_the_last_checkpoint_is_the_result_and_earlier_ones_are_those_of_shorter
     assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(
+    saved: Saved, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Steps this large overshoot, so that the end is not the best."""
+    how = {"schedule": "constant", "learning_rate": 0.05, "validation_pairs": 2}
+    often = {"checkpoint_every": 1, "keep_checkpoints": 1, "keep_best": True}
+    run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=6, **often, **how)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "validation" and row["step"]}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 6
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_checkpoint"] == {"step": best, "validation_loss": losses[best]}
+    assert f"that of step {best} has the lowest validation loss" in " ".join(capsys.readouterr().out.split())
+    run(saved, pairs, "diffusion-dpo", tmp_path / "short", steps=best, **how)
+    assert_equal(weights(written(tmp_path / "run", tmp_path / "best", "best")), weights(tmp_path / "short"))
+    for note in (tmp_path / "run" / "checkpoints").rglob("checkpoint.json"):
+        note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "validation_loss"}))
+    assert cli.main(["export", str(tmp_path / "run"), "--checkpoint", "best", "--out", str(tmp_path / "none")]) == 2
+    assert "nobody knows the best. --keep-best" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_comes_out_is_sampled_with_exported_and_gone_on_from(saved: Saved, pairs: Path, tmp_path: Path) -> None:
     run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=2)
     folder = stopped(tmp_path / "run")
@@ -57,7 +80,7 @@ def test_what_cannot_be_written_is_told(saved: Saved, pairs: Path, tmp_path: Pat
     run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=2)
     folder = stopped(tmp_path / "run")
     for words, told in (
-        (["export", str(folder), "--checkpoint", "7"], "no checkpoint of step 7; there are 1, 2, and latest"),
+        (["export", str(folder), "--checkpoint", "7"], "no checkpoint of step 7; there are 1, 2, latest and best"),
         (["export", str(saved.folder), "--checkpoint", "latest"], "has no checkpoint"),
         (["export", str(folder)], "is not finished. `diffalign export"),
         (["export", str(folder / "checkpoints" / "checkpoint-00000002")], "--checkpoint 2 --out FOLDER"),

@@ -424,6 +424,43 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     ]
 
 
+class Nothing:
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def test_the_best_checkpoint_stays_where_that_is_asked_for(tmp_path: Path) -> None:
+    losses = {1: 0.7, 2: 0.5, 3: None, 4: 0.6, 5: 0.5, 6: 0.8}
+    for keep_best, left in ((True, [2, 6]), (False, [6])):
+        kept = Checkpoints(tmp_path / str(keep_best), keep=1, keep_best=keep_best)
+        for step, loss in losses.items():
+            kept.save(step, {"nothing": Nothing()}, {} if loss is None else {"validation_loss": loss})
+        assert [checkpoint.step_of(path) for path in kept.all()] == left
+        assert checkpoint.step_of(kept.best()[0]) == left[0]
+    (kept.latest() / "checkpoint.json").write_text("{")
+    assert kept.best() is None
+
+
+def test_every_checkpoint_is_validated_where_the_best_is_kept(tmp_path: Path) -> None:
+    often = {"steps": 6, "checkpoint_every": 2, "validate_every": 4}
+    for keep_best, validated in ((True, [0, 2, 4, 6]), (False, [0, 4, 6])):
+        folder = tmp_path / str(keep_best)
+        finished = make_trainer(folder, keep_best=keep_best, keep_checkpoints=1, validation=True, **often).run()
+        losses = {row["step"]: row["loss"] for row in lines(folder, "validation")}
+        assert list(losses) == validated
+        possible = [2, 4, 6] if keep_best else [6]
+        assert finished.best == min(((step, losses[step]) for step in possible), key=lambda found: found[1])
+
+
+def test_the_best_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep_best chooses among checkpoints: set checkpoint_every"):
+        LoopSettings(keep_best=True, checkpoint_every=0)
+    with pytest.raises(UserError, match="keep_best needs a validation loss"):
+        make_trainer(tmp_path, keep_best=True)
+
+
 def test_another_reference_is_refused_on_resume(tmp_path: Path) -> None:
     make_trainer(tmp_path, steps=2, identity={"reference": "abc", "data": "d1"}).run()
     with pytest.raises(UserError, match='reference was "abc" and is now "xyz"'):

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="STEP",
-        help="what a run had learnt by a checkpoint, finished or not: the step, or latest (default: the finished result)",
+        help="what a run had learnt by a checkpoint, finished or not: the step, latest, or best, by "
+        "its validation loss (default: the finished result)",
     )
     parser.add_argument(
         "--to",
