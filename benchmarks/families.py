@@ -1,7 +1,7 @@
-"""Which family of models trains under which objective, found out by doing it: the README's table.
+"""Which family of models trains under which objective, found out by doing it: the table of docs/families.md.
 
     python benchmarks/families.py                       print the table
-    python benchmarks/families.py --write README.md     and put it between its marks there
+    python benchmarks/families.py --write docs/families.md     and put it between its marks there
 
 Runs ``tests/test_families_all.py`` and writes down which of its runs passed. A run trains a miniature of the genuine classes for
 two steps through ``diffalign train``, goes on after a checkpoint to the bit, and has the result loaded by plain Diffusers. A cell

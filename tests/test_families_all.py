@@ -1,8 +1,8 @@
 """What every family must do, on miniatures of each: encode, sample and noise as Diffusers does, train under every objective,
 resume, save, and be loaded by plain Diffusers.
 
-A new family is tested here as soon as ``miniatures`` builds one of it. ``benchmarks/families.py`` makes the README's table of
-families and objectives from the runs below.
+A new family is tested here as soon as ``miniatures`` builds one of it. ``benchmarks/families.py`` makes the table
+of docs/families.md from the runs below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the README names is there: links, commands, options, imports. (What its commands do: test_slow_promises.)"""
+"""What the README and the pages of docs/ name is there: links, commands, options, imports. (What their commands do:
+test_slow_promises.)"""
 
 from __future__ import annotations
 
@@ -15,19 +16,23 @@ import pytest
 from pipelines import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
 OTHERS = {"--nproc_per_node", "--num_processes", "--config_file", "--dist", "-m", "-n", "-k", "-s", "-e"}
 """Options of torchrun, Accelerate's launcher, pytest and pip."""
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
 def spans() -> list[str]:
     """Code within sentences."""
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(TEXT))]
 
 
 def commands() -> list[list[str]]:
@@ -77,17 +82,25 @@ def test_every_option_that_is_named_exists() -> None:
     assert named - known <= OTHERS
 
 
-def test_links_lead_somewhere() -> None:
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
-    headings = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
-    links = re.findall(r"\]\(([^)]+)\)", prose)
-    assert len(links) > 15
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in headings, link
-        elif not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.+)$", prose(PAGES[page]), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", prose(PAGES[page])):
+        place, _, anchor = link.partition("#")
+        if not link.startswith("http"):
+            target = (page.parent / place).resolve() if place else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    named = set(re.findall(r"\]\(docs/([a-z-]+\.md)", PAGES[ROOT / "README.md"]))
+    assert named == {page.name for page in PAGES} - {"README.md"}
 
 
 def test_files_that_are_named_exist() -> None:

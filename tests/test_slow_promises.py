@@ -175,13 +175,13 @@ def test_a_step_of_sem_dpo_on_the_real_configurations(name: str, words: list[str
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_the_export_commands_of_the_readme(tmp_path: Path) -> None:
+def test_the_export_commands_of_the_docs(tmp_path: Path) -> None:
     """Word for word, but that trainings are short and learn fast; what is merged draws what the LoRAs on their base do."""
     first = ["train", "diffusion-dpo", "--recipe", "tiny", "--output", "runs/first", "--steps", "2", "--prompts", "none"]
     fast = ["--learning-rate", "0.05", "--warmup-steps", "0", "--quiet"]
     call([*DIFFALIGN, *first, *fast], tmp_path)
-    section = (ROOT / "README.md").read_text().split("### Export", 1)[1].split("### Families", 1)[0]
-    blocks = [block.split("```", 1)[0] for block in section.split("```bash")[1:]]
+    page = (ROOT / "docs" / "export.md").read_text()
+    blocks = [block.split("```", 1)[0] for block in page.split("```bash")[1:]]
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.strip().splitlines()]
     assert [line[1] for line in lines] == ["export"] * 3 + ["train", "generate"] + ["export"] * 3
     for line in lines:
@@ -197,10 +197,10 @@ def test_the_export_commands_of_the_readme(tmp_path: Path) -> None:
     assert np.abs(stacked - alone).max() > 1
 
 
-def test_the_prompt_commands_of_the_readme(tmp_path: Path) -> None:
+def test_the_prompt_commands_of_the_docs(tmp_path: Path) -> None:
     """Word for word in an empty folder, in under ten minutes; the aligned writer drifts less than the one that it began as."""
-    section = (ROOT / "README.md").read_text().split("## Optimise prompts", 1)[1]
-    lines = section.split("```bash", 1)[1].split("```", 1)[0].strip().splitlines()
+    page = (ROOT / "docs" / "prompts.md").read_text()
+    lines = page.split("```bash", 1)[1].split("```", 1)[0].strip().splitlines()
     assert [line.split()[:3] for line in lines] == [
         ["diffalign", "prompts", name] for name in ("sft", "build", "train", "rewrite", "evaluate")
     ]

@@ -20,8 +20,8 @@ half times as far apart as two are: where judges are cheap, that is where passes
 scale, in deviations of the round.
 
 ``timestep_fraction`` leaves out the last transitions. A density's gradient grows as its noise shrinks: on a grid of ten levels
-the last two carry 94 % of the gradient's energy in the tiny world, and a short run is ruled by their noise (figures: the README's
-bench). The released code has an option of that name, too; there it is a random subset.
+the last two carry 94 % of the gradient's energy in the tiny world, and a short run is ruled by their noise (figures:
+docs/measured.md). The released code has an option of that name, too; there it is a random subset.
 
 A flow model is sampled by the same stochastic step, which keeps its marginals. It begins where there is no signal (a = 0), and
 there a step with eta = 1 keeps nothing of x_T beyond what the network made of it: ``same_start`` binds a pair more closely with a

@@ -19,7 +19,7 @@ W / Z, in which the mean distance of winners is never larger, falls as alpha ris
 optimizer step's pairs (of all processes), ``data`` by Z over all pairs to train on.
 
 Not found in public, and chosen here (no training code is released): alpha, and the embedding (the paper's is a CLIP text tower);
-normalisation; beta and the learning rate; how many rewrites are drawn for a prompt. The README has what these do.
+normalisation; beta and the learning rate; how many rewrites are drawn for a prompt. docs/prompts.md has what these do.
 
 Settings of relatives: ``length`` mean for length-normalised DPO, SimPO, ORPO and IPO in the manner of TRL; ``loss`` simpo with
 gamma 0 and ``sft_weight`` for CPO (arXiv 2401.08417; in units of beta: its weight 1 is 1 / beta); ``tail_weight`` for LD-DPO;
