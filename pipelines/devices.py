@@ -105,7 +105,8 @@ def refuse_sharding(accelerator: Accelerator, what: str) -> None:
 
 
 def wrapped(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """``network`` in the precision asked for, with gradients averaged over processes, unless ``shard`` or ZeRO sees to that."""
+    """``network`` on the device, called in the precision asked for; gradients, if it has any, are averaged over processes, unless
+    ``shard`` or ZeRO sees to that."""
     if zero(accelerator) is not None:
         return _under_autocast(network, accelerator)
     made = accelerator.prepare_model(network, evaluation_mode=is_sharding(accelerator))

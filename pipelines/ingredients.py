@@ -463,8 +463,10 @@ def _attach(
         devices.refuse_sharding(accelerator, f"The moments of {settings.optimiser.optimizer}")
     make_trainable(settings, family, accelerator, saved)
     _choose_kernels(settings, family, accelerator, say)
-    precision = getattr(torch, PRECISIONS[compute.mixed_precision])
-    frozen = None if beforehand or settings.adapter == "lora" else family.frozen_copy(precision)  # computes the same way
+    frozen = None
+    if not beforehand and settings.adapter != "lora":
+        precision = getattr(torch, PRECISIONS[compute.mixed_precision])
+        frozen = family.frozen_copy(precision, everything=devices.is_sharding(accelerator))
     if beforehand or not devices.is_sharding(accelerator):  # or else each process gets no more than its share
         family.network.to(accelerator.device)
     family.network.train()
@@ -476,10 +478,9 @@ def _attach(
         return None
     if frozen is None:
         return AdapterOff(family.denoiser)
-    frozen.network.to(accelerator.device)
     if compute.compile:
         compile_blocks(frozen.network)
-    return Frozen(frozen)
+    return Frozen(frozen.with_network(devices.wrapped(frozen.network, accelerator)))
 
 
 def _choose_kernels(settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say) -> None:

@@ -5,7 +5,6 @@ A family's file makes a denoiser and an encoder; everything else (adapters, swit
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from pipelines.families._denoiser import NetworkDenoiser, working_dtype
 from pipelines.families._encoder import FrozenEncoder
 from pipelines.families._encoding import TruncatedPrompt
 from pipelines.families._files import installed_into
+from pipelines.families._frozen import frozen_copy
 from pipelines.families._names import INDEX_FILE, NOTE_FILE
 from pipelines.families._origin import Origin
 from pipelines.families._quiet import quietly
@@ -139,14 +139,16 @@ class Family:
         if _quantised.is_quantised(self.network):
             raise UserError(f"{self.base_model} has quantised weights, which cannot be trained: train a LoRA on them instead.")
 
-    def frozen_copy(self, dtype: torch.dtype | None = None) -> Predictor:
-        """A second, frozen network with the present weights: the reference of a full fine-tuning run."""
+    def frozen_copy(self, half: torch.dtype | None = None, everything: bool = False) -> Predictor:
+        """A second, frozen network with the present weights: the reference of a full fine-tuning run.
+
+        With ``half``, the type of autocast, it takes half of the memory, and under autocast it answers as the network does
+        (``_frozen.frozen_copy``, also for ``everything``).
+        """
         if self.has_adapter:
             raise ValueError("with an adapter, denoiser.adapter_off() is the reference; no copy is needed")
         self._refuse_quantised()
-        frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
-        with quietly():  # Diffusers warns of modules to be kept in float32, also where there are none
-            return self.denoiser.with_network(frozen if dtype is None else frozen.to(dtype))
+        return self.denoiser.with_network(frozen_copy(self.network, half, everything))
 
     def adapter_state(self) -> dict[str, Tensor]:
         """What is trained, by name: the adapter, or the whole network. Not copies: clone to keep."""

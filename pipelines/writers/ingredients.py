@@ -342,7 +342,7 @@ def _attach(settings: PromptTrainSettings, writer: Writer, accelerator: Accelera
     trained = writer.with_network(devices.wrapped(writer.model, accelerator))
     if settings.adapter == "lora":
         return trained, AdapterOff(trained)
-    return trained, Frozen(frozen.to(accelerator.device)) if frozen else Frozen(trained)
+    return trained, Frozen(frozen.with_network(devices.wrapped(frozen.model, accelerator)) if frozen else trained)
 
 
 def make_trainable(settings: PromptTrainSettings, writer: Writer) -> None:

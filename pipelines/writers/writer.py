@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from pipelines.families._encoding import digest, tokenizer_digest
 from pipelines.families._files import installed_into
+from pipelines.families._frozen import frozen_copy
 from pipelines.families._lora import is_attached, switched_off
 from pipelines.families._names import NOTE_FILE
 from pipelines.families._quiet import quietly
@@ -182,12 +183,14 @@ class Writer:
             raise ValueError("the model carries an adapter; load the writer again to train all of it")
         self.model.float().requires_grad_(True).train()
 
-    def frozen_copy(self, dtype: torch.dtype | None = None) -> Writer:
-        """A second, frozen writer with the present weights: the reference of a full fine-tuning run."""
+    def frozen_copy(self, half: torch.dtype | None = None) -> Writer:
+        """A second, frozen writer with the present weights: the reference of a full fine-tuning run.
+
+        With ``half``, the type of autocast, it takes half of the memory, and under autocast it answers as the model does.
+        """
         if self.has_adapter:
             raise ValueError("with an adapter, adapter_off() is the reference; no copy is needed")
-        frozen = copy.deepcopy(self.model).eval()
-        return Writer(frozen if dtype is None else frozen.to(dtype), self.tokenizer, self.template, self.origin)
+        return Writer(frozen_copy(self.model, half), self.tokenizer, self.template, self.origin)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time. For training mode only.
