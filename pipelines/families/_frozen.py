@@ -9,7 +9,6 @@ first step, by a margin of about 1 at the betas of Diffusion-DPO.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -28,23 +27,18 @@ def frozen_copy(network: nn.Module, half: torch.dtype | None = None, everything:
         everything: round all weights but the first layer's, as shares of sharded weights are gathered (``devices.shard``).
     """
     known: dict[int, nn.Parameter] = {}  # what deepcopy is told to be copied already
-    rounded = set() if half in (None, torch.float32) else set(_rounded(network, everything))
+    rounded = set() if half in (None, torch.float32) else _rounded(network, everything)
     for parameter in network.parameters():
         dtype = half if id(parameter) in rounded else parameter.dtype
         known[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
     return copy.deepcopy(network, known).eval()
 
 
-def _rounded(network: nn.Module, everything: bool) -> Iterator[int]:
+def _rounded(network: nn.Module, everything: bool) -> set[int]:
     """The ids of parameters that are rounded: used by such layers, and by no other module."""
-    first = next(network.parameters())
-    of_layers, of_others = {id(first)}, {id(first)}
+    first, of_layers, of_others = id(next(network.parameters())), set(), set()
     for module in network.modules():
         own = {id(parameter) for parameter in module.parameters(recurse=False)}
-        if id(first) in own:
-            of_others |= own
-        elif everything or isinstance(module, _ROUNDED_BY_AUTOCAST):
-            of_layers |= own
-        else:
-            of_others |= own
-    return iter(of_layers - of_others)
+        rounded = (everything or isinstance(module, _ROUNDED_BY_AUTOCAST)) and first not in own
+        (of_layers if rounded else of_others).update(own)
+    return of_layers - of_others
