@@ -27,8 +27,17 @@ VALIDATION_LOSS = "validation_loss"
 """In a checkpoint's note: the loss on the held-out pairs at its step, if they were asked then and it is finite."""
 
 
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError)
+"""What torch raises at a file that it cannot read."""
+
+
 class Stateful(Protocol):
-    """Whatever can be saved and restored; the state holds tensors and plain values only."""
+    """Whatever can be saved and restored; the state holds tensors and plain values only.
+
+    One that has a true ``copies_on_load`` copies the tensors that it is given, one after the other, and keeps none of them. They
+    are then left in the file until they are asked for: what is as large as the model would else be in the host's memory once
+    for every process of a machine.
+    """
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -127,12 +136,16 @@ class Checkpoints:
     def restore(self, path: Path, things: Mapping[str, Stateful]) -> None:
         """Restore some of what a checkpoint holds. Raises UserError: a file of it is damaged."""
         for name, thing in things.items():
-            thing.load_state_dict(self._state(path / f"{name}.pt"))
+            thing.load_state_dict(self._state(path / f"{name}.pt", mapped=getattr(thing, "copies_on_load", False)))
 
-    def _state(self, file: Path) -> Mapping[str, Any]:
+    def _state(self, file: Path, mapped: bool) -> Mapping[str, Any]:
+        how = {"map_location": "cpu", "weights_only": True}
+        if mapped:
+            with contextlib.suppress(*_UNREADABLE):  # not every file system maps files; of others we hear below what is wrong
+                return torch.load(file, mmap=True, **how)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+            return torch.load(file, **how)
+        except _UNREADABLE as error:
             if "you tried to allocate" in str(error):  # too little memory is a RuntimeError as well, and nothing to delete
                 raise
             raise self._unreadable(file, error) from error

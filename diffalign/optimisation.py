@@ -149,6 +149,8 @@ def build_schedule(
 class Ema:
     """Exponential moving average of the trained parameters, with a warm-up that forgets the start: min(decay, (1+n)/(10+n))."""
 
+    copies_on_load = True
+
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self._parameters = list(parameters)
         self._average = self._copies()

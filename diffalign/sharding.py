@@ -97,21 +97,31 @@ def _mapped(state: Any, of_tensor: Any) -> Any:
 
 
 class WholeOptimizer:
-    """An optimizer of sharded parameters, saved as if they were not."""
+    """An optimizer, saved as if nothing were sharded."""
+
+    copies_on_load = True
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer, self._gathered = optimizer, Gathered()
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._sharded = is_sharded(self._parameters)
 
     def collect(self) -> None:
-        self._gathered.collect(self._optimizer.state_dict())
+        if self._sharded:
+            self._gathered.collect(self._optimizer.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        return self._gathered.taken()
+        return self._gathered.taken() if self._sharded else self._optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        shares = {number: _as_shared(moments, parameters[number]) for number, moments in state["state"].items()}
-        self._optimizer.load_state_dict({**state, "state": shares})
+        self._optimizer.load_state_dict(self._in_shares(state) if self._sharded else state)
+        for moments in self._optimizer.state.values():  # PyTorch keeps what is on the CPU as it was given
+            here = {name: value for name, value in moments.items() if isinstance(value, Tensor) and value.device.type == "cpu"}
+            moments.update({name: value.clone() for name, value in here.items()})
+
+    def _in_shares(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        moments = state["state"].items()
+        return {**state, "state": {number: _as_shared(those, self._parameters[number]) for number, those in moments}}
 
 
 def _as_shared(moments: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:

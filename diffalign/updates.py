@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.checkpoint import Stateful
 from diffalign.optimisation import OptimiserSettings, build_optimizer
-from diffalign.sharding import WholeOptimizer, is_sharded
+from diffalign.sharding import WholeOptimizer
 
 
 class Updates(Protocol):
@@ -52,7 +52,7 @@ class Accelerated:
         self._most = settings.max_grad_norm or math.inf
         self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, settings))
         self.optimizer: torch.optim.Optimizer = self._optimizer.optimizer
-        self.saved: Stateful = WholeOptimizer(self.optimizer) if is_sharded(self._parameters) else self.optimizer
+        self.saved: Stateful = WholeOptimizer(self.optimizer)
 
     def adding(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self._accelerator.no_sync(self._network)

@@ -24,6 +24,8 @@ Weights = Mapping[str, Tensor]
 class TrainedWeights:
     """The parameters of ``network`` (never a wrapper of it) that require a gradient now: the adapter's, or all of them."""
 
+    copies_on_load = True
+
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._named = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -104,9 +106,11 @@ class TrainedWeights:
     def state_dict(self) -> dict[str, Tensor]:
         return self._gathered.taken() if self.sharded else {name: p.detach() for name, p in self._named.items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Weights) -> None:
         self._refuse_others(state)
-        self._write({name: share(state[name], p) for name, p in self._named.items()})  # the optimizer holds these very tensors
+        for name, parameter in self._named.items():  # the optimizer holds these very tensors
+            own(parameter.detach()).copy_(share(state[name], parameter))
 
     def _refuse_others(self, weights: Weights) -> None:
         if weights.keys() != self._named.keys():

@@ -82,6 +82,8 @@ def _configuration(settings: OptimiserSettings, section: Mapping[str, Any]) -> d
 class Moments:
     """AdamW's moments of all parameters, as one process has them; every process must call ``collect`` before they are saved."""
 
+    copies_on_load = True
+
     def __init__(self, sharing: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
         self._sharing, self._optimizer, self._parameters = sharing, optimizer, parameters
         self._state: dict[int, dict[str, Tensor]] | None = None

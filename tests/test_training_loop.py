@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,6 +362,54 @@ def test_metrics_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
         make_trainer(tmp_path).resume()
     assert file.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+def in_the_file(state: Any, folder: Path) -> list[bool]:
+    """Of every tensor of a nest, whether its numbers lie in a file of ``folder`` that is mapped into this process."""
+    if isinstance(state, torch.Tensor):
+        at = state.data_ptr()
+        maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+        spans = [[int(end, 16) for end in fields[0].split("-")] for fields in maps]
+        return [any(low <= at < high for low, high in spans)]
+    inner = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+    return [found for value in inner for found in in_the_file(value, folder)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_resumed_run_reads_from_the_file_what_is_as_large_as_the_model(lora: bool, tmp_path: Path) -> None:
+    make_trainer(tmp_path, steps=2, lora=lora, ema=0.9).run()
+    trainer, seen = make_trainer(tmp_path, lora=lora, ema=0.9), {}
+
+    class Watched:
+        def __init__(self, name: str, thing: Any) -> None:
+            self.name, self.thing = name, thing
+            self.copies_on_load = getattr(thing, "copies_on_load", False)
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            seen[self.name] = in_the_file(state, tmp_path)
+            self.thing.load_state_dict(state)
+
+    trainer._things = {name: Watched(name, thing) for name, thing in trainer._things.items()}
+    assert trainer.resume()
+    assert all(seen[name] and all(seen[name]) for name in ("weights", "optimizer", "ema"))
+    gc.collect()
+    assert str(tmp_path / "checkpoints") not in Path("/proc/self/maps").read_text()  # and nothing of it is kept: all are copies
+    trainer._optimizer_step(next(trainer._learner.source.steps(2, 3)), Interruption())
+
+
+def test_files_that_cannot_be_mapped_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path, steps=2).run()
+    load = torch.load
+
+    def without_maps(*given: Any, mmap: bool = False, **how: Any) -> Any:
+        if mmap:
+            raise RuntimeError("unable to mmap 4096 bytes from file <optimizer.pt>: No such device (19)")
+        return load(*given, **how)
+
+    monkeypatch.setattr(checkpoint.torch, "load", without_maps)
+    trainer = make_trainer(tmp_path)
+    assert trainer.resume() and trainer.step == 2
 
 
 def halved(path: Path) -> None:
