@@ -359,12 +359,16 @@ class Trainer:
     def _validation_columns(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         accelerator = self._accelerator
         taken = turns(len(self._validation), accelerator.process_index, accelerator.num_processes)
-        batches = [self._validation[place].to(accelerator.device) for place, _ in taken]
-        asked = [checked(self._learner.validate(batch), batch.weight) for batch in batches]
-        outcomes = [outcome for (_, mine), outcome in zip(taken, asked, strict=True) if mine]
+        asked = [(self._validated_batch(self._validation[place]), mine) for place, mine in taken]
+        outcomes = [outcome for outcome, mine in asked if mine]
         gathered = _joined(Together(accelerator).all(_rows(outcomes)))
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
+
+    def _validated_batch(self, batch: Batch) -> Outcome:
+        """Of one batch: it leaves the device before the next one comes."""
+        batch = batch.to(self._accelerator.device)
+        return checked(self._learner.validate(batch), batch.weight)
 
     def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
         if self._accelerator.is_main_process:

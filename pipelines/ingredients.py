@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Prepared:
     """of a user, in ``judges`` in place of those that settings could name"""
     train_rows: Sequence[int]
     previews: PromptCache | None = None
-    validation: list[PairBatch] = field(default_factory=list)
+    validation: Sequence[PairBatch] = ()
     feedback: Stored | None = None
     kept: KeptErrors | None = None  # the reference's, at draws that every pair has for good
     start_lora: str | None = None  # digest of the adapter that training goes on from

@@ -70,7 +70,7 @@ class Asked:
         with without_dropout(self._network):  # of the base itself, if its configuration has any
             return errors_beforehand(batch.to(self._accelerator.device), self._start, self._schedule, self._cache.kind)
 
-    def known(self, batches: Sequence[PairBatch]) -> list[PairBatch]:
+    def known(self, batches: Sequence[PairBatch]) -> Sequence[PairBatch]:
         """Batches of validation with its errors."""
         return with_known(batches, self, Together(self._accelerator))
 

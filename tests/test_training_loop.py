@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -535,6 +536,23 @@ def test_validation_is_fixed_binned_and_in_the_file(tmp_path: Path) -> None:
     assert all(b["t_from"] % 100 == 0 and b["t_to"] - b["t_from"] == 100 for b in bins)
     whole = sum(b["margin"] * b["count"] for b in bins) / 10
     assert whole == pytest.approx(rows[1]["margin"], rel=1e-5, abs=1e-8)
+
+
+def test_one_batch_of_validation_lies_in_memory_at_a_time(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = []
+
+    def watched(learner: Learner) -> Learner:
+        def validate(batch: Any) -> Any:
+            alive.add(batch.noise)
+            most.append(len(alive))
+            return learner.validate(batch)
+
+        return replace(learner, validate=validate)
+
+    trainer = make_trainer(tmp_path, validation=True, wrap=watched)
+    trainer.validate(), trainer.validate()
+    assert len(most) == 10 and max(most) <= 2  # the last one's frame may still be there
 
 
 @pytest.mark.parametrize("objective", [None, SFT(), SmPO(smoothing="label")], ids=["diffusion-dpo", "sft", "smpo"])

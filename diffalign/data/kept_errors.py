@@ -25,7 +25,7 @@ from torch import Tensor
 from diffalign.data.cache_files import ERRORS, Busy, CacheFolder
 from diffalign.data.cache_values import Shards
 from diffalign.data.draws import Draw, KeptDraws
-from diffalign.data.loader import EncodedPairs, collate, shape_of
+from diffalign.data.loader import EncodedPairs, MadeWhenAsked, collate, shape_of
 from diffalign.data.pairs import Progress
 from diffalign.differences import plain
 from diffalign.errors import UserError
@@ -175,9 +175,9 @@ def _shard(number: int) -> str:
     return f"errors/{number:05d}.npy"
 
 
-def with_known(batches: Sequence[PairBatch], ask: Ask, processes: Processes | None = None) -> list[PairBatch]:
+def with_known(batches: Sequence[PairBatch], ask: Ask, processes: Processes | None = None) -> Sequence[PairBatch]:
     """Batches of validation, whose draws are fixed anyway, with the reference's errors; without where this process is
     never shown them."""
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
-    taken = {place for place, _ in turns(len(batches), rank, world)}
-    return [replace(b, known=ask(b).float().cpu()) if n in taken else b for n, b in enumerate(batches)]
+    known = {place: ask(batches[place]).float().cpu() for place, _ in turns(len(batches), rank, world)}
+    return MadeWhenAsked(len(batches), lambda place: replace(batches[place], known=known.get(place)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, overload
 
 import numpy as np
 import torch
@@ -223,14 +223,43 @@ def _latent(pairs: EncodedPairs, row: int, side: str, d: Draw, mode: bool) -> Te
     return mean if mode else mean + std * d.posterior[0 if side == "winner" else 1]
 
 
+class MadeWhenAsked(Sequence[PairBatch]):
+    """``count`` batches, each of which ``make`` puts together whenever it is asked for: none is kept."""
+
+    def __init__(self, count: int, make: Callable[[int], PairBatch]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> PairBatch: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[PairBatch]: ...
+
+    def __getitem__(self, place: int | slice) -> PairBatch | Sequence[PairBatch]:
+        number = range(self._count)[place]
+        return self._make(number) if isinstance(number, int) else [self._make(each) for each in number]
+
+
 def validation_batches(
     pairs: EncodedPairs, rows: Sequence[int], settings: LoaderSettings, draws_per_pair: int
-) -> list[PairBatch]:
-    """Fixed pairs with fixed (t, noise): the same batches at every validation."""
-    alike: dict[tuple[int, ...], list[tuple[int, Draw]]] = {}  # a batch holds one shape
+) -> Sequence[PairBatch]:
+    """Fixed pairs with fixed (t, noise): the same batches at every validation. Kept, they would hold a prompt's embeddings once
+    for every draw, in every process."""
+    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # a batch holds one shape
     for row in map(int, rows):
-        drawn = fixed_draws(settings.seed, row, shape := shape_of(pairs, row), settings.levels, draws_per_pair)
-        alike.setdefault(shape, []).extend((row, d) for d in drawn)
+        alike.setdefault(shape_of(pairs, row), []).extend((row, number) for number in range(draws_per_pair))
     size = max(settings.batch_size, 1)
-    chunks = [items[i : i + size] for items in alike.values() for i in range(0, len(items), size)]
-    return [collate(pairs, [r for r, _ in chunk], [d for _, d in chunk], latent_mode=True) for chunk in chunks]
+    chunks = [visits[i : i + size] for visits in alike.values() for i in range(0, len(visits), size)]
+
+    def draws_of(row: int) -> list[Draw]:
+        return fixed_draws(settings.seed, row, shape_of(pairs, row), settings.levels, draws_per_pair)
+
+    def batch(place: int) -> PairBatch:
+        rows = [row for row, _ in chunks[place]]
+        draws = {row: draws_of(row) for row in rows}
+        return collate(pairs, rows, [draws[row][number] for row, number in chunks[place]], latent_mode=True)
+
+    return MadeWhenAsked(len(chunks), batch)
