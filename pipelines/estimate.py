@@ -2,10 +2,10 @@
 
 Nothing is loaded: ``sizing`` counts a network of shapes. The machine's speed is that of a short matrix product.
 
-A run has up to four phases. First encoders fill the cache, one network at a time on the device; then they are let go, and the
-network is trained; objectives that make their own pictures sample and decode them in between; at the end the result is compared
-with its base, again one network at a time. The largest phase is what the device must hold. The host holds all networks at once
-while the cache is filled and while it compares. Judges are not counted.
+A run has up to four phases. First encoders fill the cache, on the device the autoencoder and then the text encoders, which are
+asked together; then they are let go, and the network is trained; objectives that make their own pictures sample and decode them
+in between; at the end the result is compared with its base, one network at a time. The largest phase is what the device must
+hold. The host holds all networks at once while the cache is filled and while it compares. Judges are not counted.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Estimate:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes that the device must hold in each: encoding has one network at a time."""
-        networks = {name: size for name, size in self.encoding.items() if name not in (VAE, PICTURES)}
+        """Bytes that the device must hold in each: encoding has pictures and prompts one after the other."""
+        prompts = sum(size for name, size in self.encoding.items() if name not in (VAE, PICTURES))
         pictures = self.encoding.get(VAE, 0) + self.encoding.get(PICTURES, 0)
         comparing = _LIBRARIES + self.comparing.on_device if self.comparing else 0
-        encoding = _LIBRARIES + max(pictures, *networks.values(), 0)
+        encoding = _LIBRARIES + max(pictures, prompts)
         return {"training": self.training, "encoding": encoding, "sampling": self.sampling, "comparing": comparing}
 
     @property
@@ -97,7 +97,7 @@ class Estimate:
         if self.gathered:
             sizes = ", ".join(f"{self.of_each(count) / GIB:.2f}" for count in (2, 4, 8))
             lines.append(f"Shared out over 2, 4 and 8 GPUs (diffalign devices fsdp2): {sizes} GiB on each.")
-        lines.append("While the cache is filled, one after the other:")
+        lines.append("While the cache is filled, first the autoencoder and pictures, then all text encoders:")
         lines += _listed(self.encoding)
         if self.sampling:
             lines.append(f"While pictures are sampled and decoded (judges are not counted): {self.sampling / GIB:.2f} GiB.")

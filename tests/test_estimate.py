@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from miniatures import MINIATURES, PIXELS
 from diffalign import losses, objectives
 from diffalign.errors import UserError
 from pipelines import config, memory_presets
+from pipelines.counting import weights_bytes
 from pipelines.estimate import Estimate, estimate
 from pipelines.families import _convolutions, load_family
+from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
-from pipelines.sizing import Comparing, Sizing
+from pipelines.sizing import PICTURES, Comparing, Sizing
 from pipelines.tiny.model import checkpoint_path
 
 
@@ -207,6 +210,25 @@ def of_size(training: float, encoding: float = 0.0) -> Estimate:
 def test_a_run_fits_where_its_larger_phase_does() -> None:
     assert memory_presets.fits(of_size(7.3), 8) and not memory_presets.fits(of_size(7.4), 8)
     assert not memory_presets.fits(of_size(1.0, encoding=9.0), 8)  # an encoder that is too large alone
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux"])
+def test_text_encoders_that_work_together_are_announced_together(name: str, tmp_path: Path) -> None:
+    folder = MINIATURES[name].save(tmp_path / "model")
+    family, together = load_family(folder), []
+    at_work = family.encoder._at_work
+
+    def watched(*names: str) -> list[Any]:
+        networks = at_work(*names)
+        together.append(sum(weights_bytes(network) for network in networks))
+        return networks
+
+    family.encoder._at_work = watched
+    family.encoder.fingerprint(), family.encoder.encode_prompts(["a red circle"])
+    guess = estimate(settings(model=str(folder), text_precision="float32"))
+    assert max(together) == sum(size for name, size in guess.encoding.items() if name not in (VAE, PICTURES))
+    plain = Estimate({}, 0, 1.0, 0.0, 1, {VAE: 1, PICTURES: 3, "text_encoder": 4, "text_encoder_2": 2})
+    assert plain.phases["encoding"] - Estimate({}, 0, 1.0, 0.0, 1).phases["encoding"] == 6
 
 
 def test_one_pair_at_a_time_leaves_a_step_as_it_is() -> None:

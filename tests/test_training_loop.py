@@ -539,13 +539,12 @@ def test_validation_is_fixed_binned_and_in_the_file(tmp_path: Path) -> None:
 
 
 def test_one_batch_of_validation_lies_in_memory_at_a_time(tmp_path: Path) -> None:
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    most = []
+    shown, most = [], []
 
     def watched(learner: Learner) -> Learner:
         def validate(batch: Any) -> Any:
-            alive.add(batch.noise)
-            most.append(len(alive))
+            shown.append(weakref.ref(batch.noise))
+            most.append(sum(noise() is not None for noise in shown))
             return learner.validate(batch)
 
         return replace(learner, validate=validate)
