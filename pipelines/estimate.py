@@ -54,6 +54,7 @@ class Estimate:
     comparing: Comparing | None = None
     bank: int = 0  # past checkpoints that a run comes to keep on the host, of each process; and in every checkpoint on disk
     gathered: int = 0  # weights that lie whole on a device at one time where they are shared out; 0 where they cannot be
+    read: int = 0  # of the network as it is read from its files
     unknown: str | None = None
 
     @property
@@ -82,6 +83,12 @@ class Estimate:
         comparing = _LIBRARIES + self.comparing.on_host if self.comparing else 0
         return max(self.training, self.sampling, comparing, _LIBRARIES + weights + sum(self.encoding.values()))
 
+    @property
+    def host_of_each(self) -> int:
+        """Bytes of the host that each process takes for a moment before it gives its networks to a device of its own: the network
+        with the encoders, and when those are gone with the frozen copy of it."""
+        return self.read + max(sum(size for name, size in self.encoding.items() if name != PICTURES), self.bytes["reference"])
+
     def of_each(self, devices: int) -> int:
         """Bytes on each of so many devices while training, if they share the network out (FSDP2): a share of weights and all
         that goes with them, and what is gathered, with its gradients. A frozen reference is whole on each."""
@@ -106,6 +113,8 @@ class Estimate:
             lines.append(f"While the result is compared with its base (judges are not counted): {size:.2f} GiB.")
         if self.host > self.peak:
             lines.append(f"On a host without a GPU all networks lie there at once: {self.host / GIB:.2f} GiB.")
+        each, eight = self.host_of_each / GIB, 8 * self.host_of_each / GIB
+        lines.append(f"On the host beside GPUs, until networks are on them: {each:.2f} GiB a process, {eight:.2f} of 8 together.")
         if self.bank:
             size = self.bank / GIB
             lines.append(
@@ -150,7 +159,7 @@ def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
     still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", PAST, DECODER))
     sampling = _LIBRARIES + still + sized.sampled if samples_itself(settings) and not settings.feedback else 0
     bank = 4 * sized.trainable * objective.bank_after(steps) if hasattr(objective, "bank_after") else 0
-    shown = (sized.encoding, sized.cached, sampling, sized.comparing, bank, sized.gathered)
+    shown = (sized.encoding, sized.cached, sampling, sized.comparing, bank, sized.gathered, sized.read)
     return Estimate(parts, sized.trainable, seconds, comparing, steps, *shown)
 
 

@@ -79,6 +79,7 @@ class Sized:
     told_guidance: bool = False
     copies: int = 0  # bytes of weights in half precision that are kept beside those in float32
     gathered: int = 0  # bytes of weights that lie whole on a device at one time where all others are shared out
+    read: int = 0  # bytes of the network's weights before a base is quantised
 
 
 def asked_once(objective: Any) -> Any:
@@ -117,6 +118,7 @@ class Sizing:
             sampled=self._sampled(settings, objective, size) if samples_itself(settings) else 0,
             comparing=self._comparing(settings) if settings.evaluation.prompts else None,
             told_guidance=plain.is_told_guidance,
+            read=_weights_bytes(settings, plain, quantised=False),
             gathered=_SIZE[_precision(settings)] * devices.gathered(plain.network) if full else 0,
         )
 
@@ -205,11 +207,11 @@ def _precision(settings: TrainSettings) -> str:
     return PRECISIONS[settings.compute.mixed_precision]
 
 
-def _weights_bytes(settings: TrainSettings, family: Any) -> int:
+def _weights_bytes(settings: TrainSettings, family: Any, quantised: bool = True) -> int:
     """Of the network; weights of a .gguf file stay as they are in it."""
     if settings.model.endswith(".gguf"):
         return Path(settings.model).stat().st_size
-    return _quantised.quantised_bytes(family.network, settings.compute.quantise)
+    return _quantised.quantised_bytes(family.network, settings.compute.quantise if quantised else _quantised.NONE)
 
 
 def _sketched(settings: TrainSettings, dtype: str) -> Any:

@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.processes import Together
+from diffalign.processes import Alone, Processes, Together
 from diffalign.random_state import random_numbers_as_they_were
 from diffalign.train import Finished, Trainer
 from diffalign.weights import TrainedWeights
@@ -78,17 +78,31 @@ def _refuse_fp16_on_a_cpu(precision: str) -> None:
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
 
 
-def check_judges(settings: TrainSettings, judge: OwnJudge | None = None) -> None:
+def check_judges(settings: TrainSettings, judge: OwnJudge | None = None, everyone: Processes | None = None) -> None:
     """Load every judge and let it go, before the model is loaded. Accelerate must have begun, or all processes of a machine would
-    take the first GPU for their own.
+    take the first GPU for their own. Those of the comparison are loaded where they will work, in the main process.
 
     Raises:
         UserError: an unknown judge, prompts that cannot be read, or a judge that cannot do what it is asked for.
     """
-    e = settings.evaluation
-    if e.prompts:
-        load_panel(_judges(e), held_out_prompts(e.prompts, e.prompt_count))
+    everyone = everyone or Alone()
+    wrong = _wrong_with_the_comparison(settings.evaluation) if everyone.rank == 0 else None
+    told = everyone.all(None if wrong is None else f"The comparison's judges cannot be loaded: {wrong}")[0]
+    if wrong is not None:
+        raise wrong
+    if told is not None:
+        raise UserError(told)
     ingredients.training_judges(settings, judge)
+
+
+def _wrong_with_the_comparison(settings: EvaluationSettings) -> Exception | None:
+    """What its judges or prompts are refused for. Whatever it is, the other processes wait to hear of it."""
+    try:
+        if settings.prompts:
+            load_panel(_judges(settings), held_out_prompts(settings.prompts, settings.prompt_count))
+    except Exception as error:
+        return error
+    return None
 
 
 def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
@@ -193,7 +207,7 @@ def train(
         if resume:
             known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)
             run.refuse_another_run(settings.output, known)
-        check_judges(settings, judge)
+        check_judges(settings, judge, Together(accelerator))
         previews.prompts_of(settings)
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own

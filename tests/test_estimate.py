@@ -70,6 +70,17 @@ def test_activations_grow_with_the_micro_batch_and_not_with_accumulation() -> No
     assert accumulated.bytes == one.bytes
 
 
+def test_the_host_beside_gpus_is_announced() -> None:
+    """The network and its encoders as they are read, quantised only on the device; or, these being gone, with its copy."""
+    frozen, quantised = (estimate(settings(quantise=kind)) for kind in ("none", "int8"))
+    encoders = sum(size for name, size in frozen.encoding.items() if name != PICTURES)
+    assert frozen.host_of_each == quantised.host_of_each == frozen.bytes["weights"] - 4 * frozen.trainable + encoders
+    full = estimate(settings(adapter="full"))
+    assert full.host_of_each == full.bytes["weights"] + max(encoders, full.bytes["reference"])
+    each = full.host_of_each / 2**30
+    assert f"{each:.2f} GiB a process, {8 * each:.2f} of 8 together" in full.to_text()
+
+
 def test_a_bank_of_past_checkpoints_is_announced() -> None:
     """SePPO forgets none that may be drawn: 7 rounds of 30 steps leave 7."""
     sizes = {}

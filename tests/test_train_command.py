@@ -16,6 +16,7 @@ from accelerate.utils import LoggerType
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from miniature import edited, sample, save_untrained, write_pairs
 from safetensors.torch import load_file
+from threads import Process, in_threads
 
 from diffalign import checkpoint
 from diffalign.data.cache_shards import ShardFiller
@@ -399,6 +400,29 @@ def test_judges_are_loaded_when_a_process_knows_its_gpu(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="enough"):
         training.align("diffusion-dpo", recipe="tiny", output=tmp_path / "out", progress=False)
     assert done == ["accelerator", "judges"]
+
+
+def test_judges_of_the_comparison_are_loaded_where_they_will_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first of several processes; all of them hear of what is refused."""
+    loaded, load = [], training.load_panel
+    monkeypatch.setattr(training, "load_panel", lambda *given: loaded.append(1) or load(*given))
+
+    def checked(judge: str) -> list[str]:
+        objective = training.objectives.load("sft").Objective
+        given = {"model": "tiny", "pairs": "tiny", "output": "never", "prompts": "tiny", "judges": [judge]}
+        settings = training.config.resolve(training.config.placed(given, objective), objective)
+
+        def told(process: Process) -> str:
+            try:
+                return str(training.check_judges(settings, everyone=process))
+            except UserError as error:
+                return str(error)
+
+        return in_threads(2, told)
+
+    assert checked("oracle") == ["None", "None"] and len(loaded) == 1
+    one, other = checked("orakle")
+    assert one in other and "oracle" in one
 
 
 def test_another_run_is_refused_before_anything_is_encoded(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
