@@ -78,8 +78,8 @@ class Past:
         self._kept = self._weights.copy()
 
     def become(self, kept: Weights) -> None:
-        """Become a policy of which ``TrainedWeights.copy`` was taken."""
-        self._kept = self._weights.placed(kept)
+        """Become a policy whose weights are where the parameters are (``TrainedWeights.copy``, ``placed``, ``fetched``)."""
+        self._kept = kept
 
     @property
     def weights(self) -> Weights:

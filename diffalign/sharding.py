@@ -61,6 +61,17 @@ def is_main() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+def from_main(mine: Tensor | None, like: Tensor) -> Tensor:
+    """The main process's tensor, placed and laid out as ``like``, which has its shape; every process must call it, the others
+    with None."""
+    if not torch.distributed.is_initialized():
+        return mine.to(like.device, like.dtype)
+    plain = {"dtype": like.dtype, "device": like.device}
+    sent = torch.empty(like.shape, **plain) if mine is None else mine.to(**plain).contiguous()
+    torch.distributed.broadcast(sent, 0)
+    return torch.empty_like(like).copy_(sent)
+
+
 class Gathered:
     """A state that one process can write: sharded tensors are whole in it, once every process has called ``collect``.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.sharding import Gathered, is_sharded, joined, own, share, whole
+from diffalign.sharding import Gathered, from_main, is_sharded, joined, own, share, whole
 
 Weights = Mapping[str, Tensor]
 """Tensors by the parameters' names."""
@@ -52,8 +52,26 @@ class TrainedWeights:
         self._refuse_others(weights)
         return {name: share(weights[name].to(p.device, p.dtype), p) for name, p in self._named.items()}
 
+    def stored(self, weights: Weights | None = None) -> dict[str, Tensor]:
+        """A copy on the CPU: of ``weights``, which are whole, or of what they are now. Of sharded ones, this process's shares.
+
+        Raises:
+            UserError: they are of other parameters.
+        """
+        if weights is None:
+            return {name: own(p.detach()).to("cpu", copy=True) for name, p in self._named.items()}
+        self._refuse_others(weights)
+        return {name: share(weights[name], p).to("cpu", copy=True) for name, p in self._named.items()}
+
+    def fetched(self, stored: Weights | None) -> dict[str, Tensor]:
+        """What was ``stored``, where the parameters are: of sharded ones each process's own, or else the main process's, in all
+        processes, which must all call it, the others with None."""
+        if self.sharded:
+            return {name: stored[name].to(p.device) for name, p in self._named.items()}
+        return {name: from_main(None if stored is None else stored[name], p.detach()) for name, p in self._named.items()}
+
     def gathered(self, weights: Weights) -> dict[str, Tensor]:
-        """``weights``, as ``copy`` or ``placed`` gave them, in a form that ``Gathered`` makes whole."""
+        """``weights``, as ``copy``, ``placed`` or ``fetched`` gave them, in a form that ``Gathered`` makes whole."""
         return {name: joined(weights[name], p) for name, p in self._named.items()} if weights else {}
 
     @contextmanager

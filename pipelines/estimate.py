@@ -52,7 +52,9 @@ class Estimate:
     cached: dict[str, int] = field(default_factory=dict)  # on disk: of a picture, of a prompt
     sampling: int = 0  # while an objective samples its own pictures, on the device
     comparing: Comparing | None = None
-    bank: int = 0  # past checkpoints that a run comes to keep on the host, of each process; and in every checkpoint on disk
+    bank: int = (
+        0  # past checkpoints that a run comes to keep on the host, once for all processes, and in checkpoints on disk
+    )
     gathered: int = 0  # weights that lie whole on a device at one time where they are shared out; 0 where they cannot be
     read: int = 0  # of the network as it is read from its files
     unknown: str | None = None
@@ -118,7 +120,8 @@ class Estimate:
         if self.bank:
             size = self.bank / GIB
             lines.append(
-                f"Past checkpoints to sample from, on the host, by the end of the run: {size:.2f} GiB; in checkpoints, too."
+                f"Past checkpoints to sample from, on the host, by the end of the run: {size:.2f} GiB, once for all processes; "
+                "in checkpoints, too."
             )
         if self.cached:
             kinds = ", ".join(f"{size / 2**20:.2f} MiB a {name}" for name, size in self.cached.items())

@@ -107,9 +107,15 @@ def run(name: str, folder: Path, accelerator: Accelerator, begun: Path | None = 
     accelerator.unwrap_model(trainer._policy.network).register_forward_pre_hook(asked.of_network, with_kwargs=True)
     trainer.run()
     kind = type(trainer._policy.network).__name__
-    found = {"samples": asked.samples, "judged": asked.judged, "network": kind}
+    found = {"samples": asked.samples, "judged": asked.judged, "network": kind, "bank": held_in_the_bank(trainer)}
     (folder / f"asked-{accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.free_memory()  # it knows one sharded network at a time
+
+
+def held_in_the_bank(trainer: Any) -> int:
+    """Numbers that this process holds of past checkpoints."""
+    bank = trainer._things.get("bank")
+    return sum(value.numel() for stored in (bank._held if bank else ()) for value in (stored or {}).values())
 
 
 def uneven_calls(accelerator: Accelerator) -> None:

@@ -33,7 +33,7 @@ from pipelines.training import align, pairs_per_step
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install 'diffalign[deepspeed]'")
 HERE = Path(spread.__file__).parent
-FEW = {"ddp": ("sft, extrapolated", "d3po", "dro with a lora"), "fsdp": ("sft, extrapolated",)}
+FEW = {"ddp": ("sft, extrapolated", "d3po", "dro with a lora", "seppo"), "fsdp": ("sft, extrapolated", "seppo")}
 ALL = {"ddp": tuple(RUNS), "fsdp": tuple(name for name, run in RUNS.items() if not run.lora)}
 """Runs by engine. An adapter is not sharded."""
 
@@ -125,6 +125,14 @@ def test_a_run_goes_on_with_another_number_of_processes(engine: str, name: str, 
 def test_sampling_and_judging_are_shared_and_never_done_twice(name: str, runs: tuple[Path, str]) -> None:
     """Over both processes, the network sees as many samples as that of one does, and the judge the very same pictures."""
     check_shared(runs[0], "ddp", name)
+
+
+@pytest.mark.parametrize("engine", FEW)
+def test_a_past_checkpoint_is_held_once_by_all_processes_together(engine: str, runs: tuple[Path, str]) -> None:
+    """By the first of copies, and in shares by those that have shares."""
+    (one,), (first, second) = asked(runs[0] / "one" / "seppo"), asked(runs[0] / engine / "seppo")
+    assert one["bank"] == first["bank"] + second["bank"] > 0
+    assert (second["bank"] == 0) == (engine == "ddp") and first["bank"] > 0
 
 
 def test_processes_may_call_a_network_unequally_often(runs: tuple[Path, str]) -> None:

@@ -218,12 +218,14 @@ def test_which_checkpoint_is_a_function_of_seed_and_round() -> None:
 
 
 def test_a_bank_comes_back_whole() -> None:
-    bank, other = Bank(), Bank()
+    network = torch.nn.Linear(1, 2, bias=False)
+    bank, other = Bank(TrainedWeights(network)), Bank(TrainedWeights(network))
     for k in range(3):
-        bank.append({"a": torch.full((2,), float(k))})
+        torch.nn.init.constant_(network.weight, float(k))
+        bank.append()
     other.load_state_dict(bank.state_dict())
-    bank.append({"a": torch.zeros(2)})
-    assert [float(other[k]["a"][0]) for k in range(len(other))] == [0.0, 1.0, 2.0]
+    bank.append()
+    assert [float(other[k]["weight"][0]) for k in range(len(other))] == [0.0, 1.0, 2.0]
 
 
 # ----------------------------------------------------------------------------------------------------------- self-sampled

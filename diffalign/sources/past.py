@@ -19,37 +19,60 @@ from torch import Tensor
 
 from diffalign.learner import Given
 from diffalign.references import Past
+from diffalign.sharding import Gathered, is_main
 from diffalign.sources.rollout import Sampling, rollout
 from diffalign.types import PairBatch, against_sampled
-from diffalign.weights import Weights
+from diffalign.weights import TrainedWeights, Weights
 
 Choice = Literal["uniform", "first", "last"]
 _STREAMS = {"round": 11, "picture": 12}
 
 
 class Bank:
-    """Weights of past moments, on the CPU, oldest first."""
+    """Weights of past moments, on the CPU, oldest first.
 
-    def __init__(self) -> None:
-        self._held: list[Weights] = []
+    Every moment is held once, however many processes there are: by the main process, which sends what is asked for, or by all in
+    shares, where the weights are sharded.
+    """
+
+    copies_on_load = True
+
+    def __init__(self, weights: TrainedWeights) -> None:
+        self._weights, self._gathered = weights, Gathered()
+        self._holds = weights.sharded or is_main()
+        self._held: list[Weights | None] = []  # None where the main process has them
 
     def __len__(self) -> int:
         return len(self._held)
 
     def __getitem__(self, which: int) -> Weights:
-        return self._held[which]
+        """Where the parameters are. All processes must ask for the same."""
+        return self._weights.fetched(self._held[which])
 
-    def append(self, weights: Weights) -> None:
-        self._held.append(weights)
+    def append(self) -> None:
+        """The weights as they are now."""
+        self._held.append(self._weights.stored() if self._holds else None)
 
     def clear(self) -> None:
         self._held = []
 
+    def collect(self) -> None:
+        """Before sharded ones are saved, on all processes; on the device there is one moment at a time."""
+        if self._weights.sharded:
+            whole = [self._whole(stored) for stored in self._held]
+            self._gathered.collect(whole if is_main() else [])
+
+    def _whole(self, stored: Weights | None) -> Weights:
+        one = Gathered()
+        one.collect(self._weights.gathered(self._weights.fetched(stored)))
+        return one.taken()
+
     def state_dict(self) -> dict[str, Any]:
-        return {"held": [dict(weights) for weights in self._held]}
+        """In the main process."""
+        return {"held": self._gathered.taken() if self._weights.sharded else [dict(weights) for weights in self._held]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._held = list(state["held"])
+        self._held = [self._weights.stored(weights) if self._holds else None for weights in state["held"]]
 
 
 def chosen(choice: Choice, bank: int, round_: int, seed: int) -> int:
@@ -71,7 +94,7 @@ class SelfSampled:
 
     def __init__(self, given: Given, sampling: Sampling, round_steps: int, choice: Choice) -> None:
         self._given, self._sampling, self._round_steps, self._choice = given, sampling, round_steps, choice
-        self.bank, self.reference = Bank(), Past(given.policy, given.weights)
+        self.bank, self.reference = Bank(given.weights), Past(given.policy, given.weights)
         self._round: int | None = None
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[PairBatch]]:
@@ -90,7 +113,7 @@ class SelfSampled:
             return
         if self._choice == "last":
             self.bank.clear()
-        self.bank.append(self._given.weights.copy("cpu"))
+        self.bank.append()
 
     def _with_losers(self, batches: Sequence[PairBatch], step: int) -> Sequence[PairBatch]:
         given, sizes = self._given, [len(batch) for batch in batches]
