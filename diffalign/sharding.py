@@ -6,7 +6,8 @@ processes, or with none of this at all. Where nothing is sharded, a tensor is it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,38 @@ def from_main(mine: Tensor | None, like: Tensor) -> Tensor:
     sent = torch.empty(like.shape, **plain) if mine is None else mine.to(**plain).contiguous()
     torch.distributed.broadcast(sent, 0)
     return torch.empty_like(like).copy_(sent)
+
+
+def all_on_main(thing: Any) -> list[Any]:
+    """Every process's ``thing`` (plain values and tensors), by rank, in the main process; an empty list in the others. All must
+    call it. What is sent goes from host to host, one process after the other: no device holds any of it."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if world == 1:
+        return [thing]
+    with _between_hosts() as group:
+        if is_main():
+            return [thing, *(_received(rank, group) for rank in range(1, world))]
+        torch.distributed.send_object_list([thing], dst=0, group=group, device=torch.device("cpu"))
+        return []
+
+
+def _received(rank: int, group: Any) -> Any:
+    found: list[Any] = [None]
+    torch.distributed.recv_object_list(found, src=rank, group=group, device=torch.device("cpu"))
+    return found[0]
+
+
+@contextmanager
+def _between_hosts() -> Iterator[Any]:
+    """A group of all processes that sends from memory to memory: the run's own, or one for this occasion."""
+    if torch.distributed.get_backend() == "gloo":
+        yield None
+        return
+    group = torch.distributed.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        torch.distributed.destroy_process_group(group)
 
 
 class Gathered:

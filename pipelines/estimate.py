@@ -52,9 +52,7 @@ class Estimate:
     cached: dict[str, int] = field(default_factory=dict)  # on disk: of a picture, of a prompt
     sampling: int = 0  # while an objective samples its own pictures, on the device
     comparing: Comparing | None = None
-    bank: int = (
-        0  # past checkpoints that a run comes to keep on the host, once for all processes, and in checkpoints on disk
-    )
+    bank: int = 0  # past checkpoints that a run comes to keep on the host, once for all processes, and in checkpoints on disk
     gathered: int = 0  # weights that lie whole on a device at one time where they are shared out; 0 where they cannot be
     read: int = 0  # of the network as it is read from its files
     unknown: str | None = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from torch import Tensor
 from worlds import small_denoiser
 
 from diffalign.errors import UserError
+from diffalign.sharding import all_on_main
 from pipelines import devices, recipes
 
 CHECKPOINT = "checkpoint-00000002"
@@ -108,6 +110,7 @@ def run(name: str, folder: Path, accelerator: Accelerator, begun: Path | None = 
     trainer.run()
     kind = type(trainer._policy.network).__name__
     found = {"samples": asked.samples, "judged": asked.judged, "network": kind, "bank": held_in_the_bank(trainer)}
+    found["buffers of others"] = len(getattr(trainer._things.get("buffer"), "_ranks", ()))
     (folder / f"asked-{accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.free_memory()  # it knows one sharded network at a time
 
@@ -116,6 +119,17 @@ def held_in_the_bank(trainer: Any) -> int:
     """Numbers that this process holds of past checkpoints."""
     bank = trainer._things.get("bank")
     return sum(value.numel() for stored in (bank._held if bank else ()) for value in (stored or {}).values())
+
+
+def everyones_things(accelerator: Accelerator) -> None:
+    """Only the main process is given what all of them have, by the run's own group or by one for the occasion."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = {"rank": rank, "values": torch.full((rank + 2,), float(rank))}
+    for backend in ("gloo", "another"):
+        with patch.object(torch.distributed, "get_backend", lambda backend=backend: backend):
+            found = all_on_main(mine)
+        assert [one["rank"] for one in found] == (list(range(world)) if accelerator.is_main_process else [])
+        assert all(torch.equal(one["values"], torch.full((k + 2,), float(k))) for k, one in enumerate(found))
 
 
 def uneven_calls(accelerator: Accelerator) -> None:
@@ -162,6 +176,7 @@ def complain(act: Callable[[], None]) -> None:
 def main(output: Path, begun: Path, engines: Sequence[str]) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
+    everyones_things(accelerator)
     uneven_calls(accelerator)
     for engine, names in (words.split("=") for words in engines):
         if engine in CONFIGURED:

@@ -135,6 +135,11 @@ def test_a_past_checkpoint_is_held_once_by_all_processes_together(engine: str, r
     assert (second["bank"] == 0) == (engine == "ddp") and first["bank"] > 0
 
 
+def test_nobody_keeps_the_buffers_of_others(runs: tuple[Path, str]) -> None:
+    """The process that saves is given them, and lets them go; that it has them all is what ``everyones_things`` looks at."""
+    assert [found["buffers of others"] for found in asked(runs[0] / "ddp" / "dro with a lora")] == [0, 0]
+
+
 def test_processes_may_call_a_network_unequally_often(runs: tuple[Path, str]) -> None:
     """A buffer that were sent with each call would bind them; a step that follows has the same gradient on both."""
     (line, *_) = [line for line in runs[1].splitlines() if line.startswith("norms")]

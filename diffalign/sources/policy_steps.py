@@ -21,6 +21,7 @@ from torch import Tensor
 from diffalign.errors import UserError
 from diffalign.learner import Given
 from diffalign.references import Past
+from diffalign.sharding import all_on_main
 from diffalign.sources.replay import ReplayBuffer, Replayed
 from diffalign.sources.rollout import Sampling, rollout
 from diffalign.types import PairBatch, placed
@@ -117,21 +118,25 @@ class PolicySteps:
 
 
 class EveryonesBuffer:
-    """The buffers of all processes, as one thing to save.
+    """The buffers of all processes, as one thing to save, which only the process that saves it is given.
 
     Another number of processes deals out what there was, by the samples' places in the step, if each has a trajectory of its own.
     Larger buffers are each process's own choice of what came by: then it starts with empty ones.
     """
+
+    copies_on_load = True
 
     def __init__(self, buffer: ReplayBuffer, given: Given) -> None:
         self._buffer, self._processes = buffer, given.processes
         self._ranks: list[dict[str, Any]] = []
 
     def collect(self) -> None:
-        self._ranks = self._processes.all(self._buffer.state_dict())
+        self._ranks = all_on_main(self._buffer.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self._ranks or [self._buffer.state_dict()]}
+        """What was collected, once: it is as large as all buffers."""
+        ranks, self._ranks = self._ranks or [self._buffer.state_dict()], []
+        return {"ranks": ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         ranks, rank, world = state["ranks"], self._processes.rank, self._processes.world
@@ -141,7 +146,8 @@ class EveryonesBuffer:
         size = self._buffer.state_dict()["size"]
         held = [one["held"] for one in ranks if one["held"]]
         if held and sum(len(one["t"]) for one in held) == size * world:
-            mine = {name: torch.cat([one[name] for one in held])[rank * size : (rank + 1) * size] for name in held[0]}
+            of_mine = slice(rank * size, (rank + 1) * size)
+            mine = {name: torch.cat([one[name] for one in held])[of_mine].clone() for name in held[0]}
             self._buffer.load_state_dict({"size": size, "held": mine})
 
 
