@@ -1,8 +1,8 @@
 """How often the host waits for the device in a training step: counted on PyTorch's meta device, which nobody can look into.
 
 Tensors there have shapes and no numbers. Whatever would make a GPU's host wait (reading a number, copying to the CPU, a copy to
-the device that is not asynchronous, numbers of Python made into a tensor there, a result whose shape depends on numbers) is
-caught and counted here; the rest of the step is the real one.
+the device that is not asynchronous or not from pinned memory, numbers of Python made into a tensor there, a result whose shape
+depends on numbers) is caught and counted here; the rest of the step is the real one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import diffalign
 from diffalign.interruption import Interruption
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.references import AdapterOff
-from diffalign.types import PairBatch
+from diffalign.types import PairBatch, placed
 from pipelines.families import load_family
 
 PACKAGES = (str(Path(diffalign.__file__).parent), str(Path(diffalign.__file__).parent.parent / "pipelines"))
 META = torch.device("meta")
 BY_NUMBERS = {"nonzero", "masked_select", "unique_dim", "_unique2", "repeat_interleave"}
 """Operations whose result has a shape that depends on numbers."""
+INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}
 
 
 class Looks(TorchDispatchMode):
@@ -51,10 +52,15 @@ class Looks(TorchDispatchMode):
             return self._note("number", 0.5)
         if first is not None and first.is_meta and name in BY_NUMBERS:
             self._note(name, None)
-        if name == "index" and any(index is not None and index.dtype == torch.bool and index.is_meta for index in args[1]):
-            return self._note("rows by a mask", first)  # as if all were kept
-        if name == "copy_" and first.is_meta != args[1].is_meta and not (len(args) > 2 and args[2]):
-            return self._note("to the device, waiting" if first.is_meta else "to the CPU", first)
+        if name in INDEXED and any(index is not None and index.dtype == torch.bool and index.is_meta for index in args[1]):
+            if name == "index":
+                return self._note("rows by a mask", first)  # as if all were kept
+            if args[2].is_meta or args[2].numel() > 1:  # one number of the host's is filled in by the mask itself
+                return self._note("written to rows by a mask", first)
+        if name == "copy_" and first.is_meta != args[1].is_meta:
+            if not (len(args) > 2 and args[2]):
+                return self._note("to the device, waiting" if first.is_meta else "to the CPU", first)
+            self._refuse_pageable(args[1])
         if name == "_to_copy" and (to := kwargs.get("device")) is not None:
             if first.is_meta and to.type == "cpu":
                 return self._note("to the CPU", torch.full(first.shape, 0.5, dtype=kwargs.get("dtype") or first.dtype))
@@ -62,6 +68,8 @@ class Looks(TorchDispatchMode):
                 self.sent += 1
                 if not kwargs.get("non_blocking"):
                     self._note("to the device, waiting", None)
+                else:
+                    self._refuse_pageable(first)
         return function(*args, **kwargs)
 
     def __enter__(self) -> Looks:
@@ -72,6 +80,12 @@ class Looks(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._made.__exit__(*error)
+
+    def _refuse_pageable(self, sent: torch.Tensor) -> None:
+        """A GPU's host waits for a copy from memory that is not pinned, whatever the copy says of itself. ``placed`` pins it,
+        where the device is a GPU."""
+        if not sent.is_meta and not sent.is_pinned() and not any(f.name == "placed" for f in traceback.extract_stack()):
+            self._note("to the device, not pinned", None)
 
     def _note(self, what: str, answer: Any) -> Any:
         stack = traceback.extract_stack()
@@ -137,6 +151,9 @@ def test_what_would_wait_is_seen() -> None:
         lambda: there.copy_(here),
         lambda: here.copy_(there),
         lambda: there[there > 0],
+        lambda: there.index_put_((there > 0,), there),
+        lambda: here.to(META, non_blocking=True),
+        lambda: there.copy_(here, non_blocking=True),
         lambda: there.item(),
         lambda: torch.tensor([1.0], device=META),
         lambda: torch.as_tensor([1.0], device=META),
@@ -146,7 +163,8 @@ def test_what_would_wait_is_seen() -> None:
             wait()
         assert len(looks.found) == 1
     with Looks() as looks:
-        here.to(META, non_blocking=True), there.new_full((2,), 1.0), there[:2] + 1, torch.full((), 2.0, device=META)
+        placed(here, META), there.new_full((2,), 1.0), there[:2] + 1, torch.full((), 2.0, device=META)
+        there[there > 0] = 0.5
     assert not looks.found
 
 
