@@ -11,11 +11,11 @@ import torch
 from judged import CASES, at_work, first_batch, gradients
 from worlds import flow_denoiser, sd_alpha_bar, small_denoiser
 
+from diffalign.differences import differences
 from diffalign.likelihood import pair_errors
 from diffalign.schedule import FlowSchedule, NoiseSchedule, Schedule
 from diffalign.sources.dataset import noised
 from diffalign.sources.store import MadeBy, Store, schedule_fingerprint
-from diffalign.sources.stored import _differing
 from pipelines.families.stable_diffusion import UNetDenoiser
 
 OF_STEPS = {"d3po", "ddpo"}  # learn from densities of transitions
@@ -202,12 +202,12 @@ def test_trajectories_of_a_flow_come_back_from_disk_as_they_were(tmp_path) -> No
     back = store.read([0, 1])
     assert back.t.dtype == torch.float32 and torch.equal(back.t, made.t) and torch.equal(back.x, made.x)
     assert store.made == about
-    assert not _differing(store.made.schedule, schedule_fingerprint(policy.schedule))
+    assert not differences(store.made.schedule, schedule_fingerprint(policy.schedule))
 
 
 def test_what_is_measured_is_no_part_of_a_chain_but_its_grid_is() -> None:
     one = schedule_fingerprint(FlowSchedule())
     assert one == schedule_fingerprint(FlowSchedule(error_as="epsilon"))
     other = schedule_fingerprint(FlowSchedule(sigmas=replace(FlowSchedule().sigmas, shift=3.0)))
-    assert "flow" in _differing(one, other)
-    assert "alpha_bar" in _differing(schedule_fingerprint(small_denoiser().schedule), one)
+    assert "flow" in differences(one, other)
+    assert "alpha_bar" in differences(schedule_fingerprint(small_denoiser().schedule), one)
