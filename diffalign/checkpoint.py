@@ -22,7 +22,7 @@ from diffalign.differences import differences
 from diffalign.errors import UserError
 from diffalign.written_aside import folder_aside
 
-_PREFIX = "checkpoint-"
+_PREFIX, NOTE = "checkpoint-", "checkpoint.json"
 VALIDATION_LOSS = "validation_loss"
 """In a checkpoint's note: the loss on the held-out pairs at its step, if they were asked then and it is finite."""
 
@@ -70,11 +70,11 @@ class Checkpoints:
     """The checkpoints of one run; keeps the newest ``keep``, and the best if that is asked for."""
 
     def __init__(self, folder: Path, keep: int = 2, keep_best: bool = False) -> None:
-        self._folder, self._keep, self._keep_best = folder, keep, keep_best
+        self.folder, self._keep, self._keep_best = folder, keep, keep_best
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p for p in self._folder.glob(f"{_PREFIX}*") if (p / "checkpoint.json").is_file())
+        return sorted(p for p in self.folder.glob(f"{_PREFIX}*") if (p / NOTE).is_file())
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, if there is one."""
@@ -96,11 +96,11 @@ class Checkpoints:
 
         ``note`` may hold ``VALIDATION_LOSS``, which tells the best.
         """
-        target = self._folder / f"{_PREFIX}{step:08d}"
+        target = self.folder / f"{_PREFIX}{step:08d}"
         with folder_aside(target) as aside:
             for name, thing in things.items():
                 write_state(thing.state_dict(), aside / f"{name}.pt")
-            (aside / "checkpoint.json").write_text(json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n")
+            (aside / NOTE).write_text(json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n")
         self._forget()
         return target
 
@@ -112,7 +112,7 @@ class Checkpoints:
 
     def note(self, path: Path) -> dict[str, Any]:
         """What ``save`` wrote beside the states of a checkpoint. Raises UserError: it is damaged."""
-        file = path / "checkpoint.json"
+        file = path / NOTE
         try:
             return json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:

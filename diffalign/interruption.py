@@ -7,11 +7,14 @@ import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
+
 
 class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request to stop after the current step; a second Ctrl-C is not caught.
+    """Turns SIGTERM, Ctrl-C and the like into a request to stop after the current step; a second Ctrl-C is not caught.
 
-    In a thread other than the main one, which alone may have signals, nothing is caught.
+    SIGUSR1 is what SLURM sends some time before the end (``--signal``), SIGBREAK what Windows sends when a console closes. In a
+    thread other than the main one, which alone may have signals, nothing is caught.
     """
 
     def __init__(self) -> None:
@@ -20,7 +23,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         here = threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGTERM, signal.SIGINT) if here else ():
+        for number in SIGNALS if here else ():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import health, metrics_file, sharding
-from diffalign.checkpoint import VALIDATION_LOSS, Checkpoints, Stateful, refuse_another_run, step_of
+from diffalign.checkpoint import NOTE, VALIDATION_LOSS, Checkpoints, Stateful, refuse_another_run, step_of
 from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.interruption import Interruption
@@ -207,7 +208,7 @@ class Trainer:
             UserError: the checkpoint was made with another reference, data set or objective, is damaged, or lies behind the last
                 step of this run; or a line of ``metrics.jsonl`` is broken.
         """
-        path = self._checkpoints.latest()
+        path = self._latest_of_all()
         if path is None:
             return False
         note = self._checkpoints.note(path)
@@ -221,6 +222,19 @@ class Trainer:
         self._clock.load_state_dict(note.get("clock", {}))
         self._forget_metrics_after(self.step)
         return True
+
+    def _latest_of_all(self) -> Path | None:
+        """The newest checkpoint, which must be the same one for every process: they may be on machines with disks of their own."""
+        path = self._checkpoints.latest()
+        mine = path and (path.name, sha256((path / NOTE).read_bytes()).hexdigest())  # with times in it, which no two runs share
+        seen = Together(self._accelerator).all(mine)
+        if any(one != seen[0] for one in seen):
+            names = [one[0] if one else "none" for one in seen]
+            raise UserError(
+                f"Processes do not see the same newest checkpoint in {self._checkpoints.folder} (by rank: {', '.join(names)}). "
+                "The output folder must be on a disk that all machines share; what others hold is of another run or out of date."
+            )
+        return path
 
     def _forget_metrics_after(self, step: int) -> None:
         """Drop lines of steps that will be done again."""
@@ -302,7 +316,8 @@ class Trainer:
         stop = numbers.pop("interrupted") > 0
         numbers["learning_rate"] = float(rate)
         self._refuse_non_finite(numbers, outcomes)
-        if self._updates.take():
+        self._updates.take()
+        if math.isfinite(numbers["gradient_norm"]):  # else fp16 has overflowed; a fused optimizer does not say that it skipped it
             self._schedule.step()
             if self._ema:
                 self._ema.update()

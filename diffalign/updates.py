@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.checkpoint import Stateful
 from diffalign.optimisation import OptimiserSettings, build_optimizer
-from diffalign.sharding import WholeOptimizer
+from diffalign.sharding import WholeOptimizer, is_sharded
 
 
 class Updates(Protocol):
@@ -35,8 +35,8 @@ class Updates(Protocol):
     def clipped(self) -> Tensor:
         """The gradient's norm over all processes, [], before it is clipped; not finite if the gradient is not."""
 
-    def take(self) -> bool:
-        """Update the weights, and forget the gradient; whether there was an update (in fp16, one that overflowed is skipped)."""
+    def take(self) -> None:
+        """Update the weights, and forget the gradient. In fp16, a gradient that is not finite makes no update."""
 
     def weights_changed(self) -> None:
         """Somebody else has written to the parameters."""
@@ -49,13 +49,14 @@ class Accelerated:
         self, accelerator: Accelerator, network: nn.Module, parameters: Iterable[nn.Parameter], settings: OptimiserSettings
     ) -> None:
         self._accelerator, self._network, self._parameters = accelerator, network, list(parameters)
-        self._most = settings.max_grad_norm or math.inf
+        self._most, self._sharded = settings.max_grad_norm or math.inf, is_sharded(self._parameters)
         self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, settings))
         self.optimizer: torch.optim.Optimizer = self._optimizer.optimizer
         self.saved: Stateful = WholeOptimizer(self.optimizer)
 
     def adding(self, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else self._accelerator.no_sync(self._network)
+        # FSDP2 would keep the whole gradient on every device until it is sent: every micro-batch's is reduced to shares at once.
+        return nullcontext() if last or self._sharded else self._accelerator.no_sync(self._network)
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
@@ -63,10 +64,9 @@ class Accelerated:
     def clipped(self) -> Tensor:
         return self._accelerator.clip_grad_norm_(self._parameters, self._most)
 
-    def take(self) -> bool:
+    def take(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return not self._optimizer.step_was_skipped
 
     def weights_changed(self) -> None:
         """They are the optimizer's own."""

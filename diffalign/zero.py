@@ -58,9 +58,8 @@ class Zero:
         norm = torch.as_tensor(self._engine.optimizer.scaled_global_norm())
         return torch.where(norm < 0, math.nan, norm)  # -1 is DeepSpeed's word for a gradient that is not finite
 
-    def take(self) -> bool:
+    def take(self) -> None:
         self._engine.step()
-        return True
 
     def weights_changed(self) -> None:
         self._engine.optimizer.refresh_fp32_params()

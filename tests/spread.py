@@ -26,7 +26,9 @@ from torch import Tensor
 from worlds import small_denoiser
 
 from diffalign.errors import UserError
+from diffalign.optimisation import OptimiserSettings
 from diffalign.sharding import all_on_main
+from diffalign.updates import Accelerated
 from pipelines import devices, recipes
 
 CHECKPOINT = "checkpoint-00000002"
@@ -147,6 +149,35 @@ def uneven_calls(accelerator: Accelerator) -> None:
     accelerator.free_memory()
 
 
+def unlike_checkpoints(accelerator: Accelerator, output: Path, begun: Path) -> None:
+    """Machines with disks of their own: the first process finds a checkpoint, the others none, or one of another run."""
+    name, rank = "dpo with a lora", accelerator.process_index
+    for others in ("none", "another"):
+        folder = output / f"{others}, seen by {rank}"
+        if rank == 0 or others == "another":
+            shutil.copytree(begun / "d3po" / "checkpoints" / CHECKPOINT, folder / "checkpoints" / CHECKPOINT)
+        if rank and others == "another":
+            note = folder / "checkpoints" / CHECKPOINT / "checkpoint.json"
+            note.write_text(note.read_text().replace("clock", "watch"))
+        complain(make_trainer(folder, RUNS[name].on(accelerator.num_processes), lora=True, accelerator=accelerator).resume)
+        accelerator.free_memory()
+
+
+def gradients_held(accelerator: Accelerator) -> None:
+    """What a process has of a sharded gradient between two micro-batches: its share, and not all of it until the last."""
+    denoiser = small_denoiser()
+    network = devices.wrapped(denoiser.network.requires_grad_(True), accelerator)
+    devices.shard(network, accelerator)
+    updates = Accelerated(accelerator, network, network.parameters(), OptimiserSettings())
+    x, t, text = torch.zeros(1, 4, 8, 8), torch.tensor([7]), {"encoder_hidden_states": torch.zeros(1, 7, 32)}
+    with updates.adding(last=False):
+        updates.backward(denoiser.with_network(network)(x, t, text).square().mean())
+    shares = sum(p.grad.to_local().numel() for p in network.parameters() if p.grad is not None)
+    whole = sum(p.numel() for p in network.parameters())
+    print(f"process {accelerator.process_index} holds shares of gradients: {shares / whole:.2f}")
+    accelerator.free_memory()
+
+
 def refusals(accelerator: Accelerator) -> None:
     """What sharding is asked for and is not done."""
     plugin = accelerator.state.fsdp_plugin
@@ -178,12 +209,15 @@ def main(output: Path, begun: Path, engines: Sequence[str]) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
     everyones_things(accelerator)
     uneven_calls(accelerator)
+    unlike_checkpoints(accelerator, output, begun)
     for engine, names in (words.split("=") for words in engines):
         if engine in CONFIGURED:
             os.environ.update(environment(CONFIGURED[engine]))
         devices.begin(accelerator)
-        if engine == "fsdp" and accelerator.is_main_process:
-            refusals(accelerator)
+        if engine == "fsdp":
+            gradients_held(accelerator)
+            if accelerator.is_main_process:
+                refusals(accelerator)
         if engine == "zero" and accelerator.is_main_process:
             other_zero(accelerator)
         dtype = torch.float32 if engine == "zero" else torch.float64  # DeepSpeed keeps weights and moments in float32

@@ -147,6 +147,21 @@ def test_processes_may_call_a_network_unequally_often(runs: tuple[Path, str]) ->
     assert one == other > 0
 
 
+def test_processes_that_see_other_checkpoints_do_not_go_on(runs: tuple[Path, str]) -> None:
+    """All of them refuse: one that raised alone would leave the others waiting."""
+    told = [line for line in runs[1].splitlines() if "do not see the same newest checkpoint" in line]
+    by_rank = [line.split("by rank: ")[1].split(")")[0] for line in told]
+    assert sorted(by_rank) == ["checkpoint-00000002, checkpoint-00000002"] * 2 + ["checkpoint-00000002, none"] * 2
+
+
+def test_between_two_micro_batches_a_process_has_its_share_of_a_sharded_gradient(runs: tuple[Path, str]) -> None:
+    """Left to the last micro-batch, each process would keep the whole gradient, which no number of them makes smaller."""
+    assert sorted(line[-4:] for line in runs[1].splitlines() if "holds shares of gradients" in line) in (
+        ["0.49", "0.51"],
+        ["0.50"] * 2,
+    )
+
+
 @pytest.mark.parametrize(
     "said",
     [

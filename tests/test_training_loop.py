@@ -25,7 +25,7 @@ from diffalign import checkpoint
 from diffalign.checkpoint import Checkpoints
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.errors import NonFiniteLossError, UserError
-from diffalign.interruption import Interruption
+from diffalign.interruption import SIGNALS, Interruption
 from diffalign.learner import Learner
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.objectives.sft import SFT
@@ -267,11 +267,11 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -
     assert [p.name for p in checkpoint.Checkpoints(tmp_path / "checkpoints").all()] == ["checkpoint-00000002"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_ends_cleanly(number: int, tmp_path: Path) -> None:
     def interrupt(step: int, numbers: dict) -> None:
         if step == 3:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     before = signal.getsignal(number)
     finished = make_trainer(tmp_path, steps=50, report=interrupt, checkpoint_every=100).run()
@@ -617,21 +617,23 @@ def test_the_average_of_weights_by_hand() -> None:
 
 
 def test_an_update_that_fp16_leaves_out_moves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the schedule nor the average; and its norm, which is infinite, is null in the metrics: JSON has no infinity."""
-    trainer = make_trainer(tmp_path, steps=3, ema=0.5)
-    taken, norms = trainer._updates.take, iter([torch.tensor(math.inf), torch.tensor(1.0), torch.tensor(1.0)])
-    overflowed = iter([True, False, False])
-    monkeypatch.setattr(trainer._updates, "take", lambda: False if next(overflowed) else taken())
-    monkeypatch.setattr(trainer._updates, "clipped", lambda: next(norms))
-    monkeypatch.setattr(trainer._accelerator, "scaler", SimpleNamespace(scale=lambda loss: loss))
-    rates, averaged = [], []
-    monkeypatch.setattr(trainer.ema, "update", lambda: averaged.append(trainer.step))
-    trainer._report = lambda step, numbers: rates.append(trainer._updates.optimizer.param_groups[0]["lr"])
+    """Neither weights nor schedule nor average, where a scaler begins too high and a fused optimizer does not say what it leaves.
+    The norm, which is not finite, is null in the metrics: JSON has no infinity."""
+    scaler = torch.amp.GradScaler("cpu", 3e38, backoff_factor=1e-30)
+    trainer = make_trainer(tmp_path, steps=3, ema=0.5, scaler=scaler)
+    assert trainer._updates.optimizer.defaults["fused"]
+    rates, averaged, moved, begun = [], [], [], weights(trainer)
+    average = trainer.ema.update
+    monkeypatch.setattr(trainer.ema, "update", lambda: (averaged.append(trainer.step), average()))
+    trainer._report = lambda step, numbers: (
+        rates.append(trainer._updates.optimizer.param_groups[0]["lr"]),
+        moved.append(not equal(weights(trainer), begun)),
+    )
     trainer.run()
     assert rates == [0.0, 5e-4, 1e-3]  # the warm-up of two steps began with the second
-    assert averaged == [1, 2]
+    assert averaged == [1, 2] and moved == [False, False, True]  # the second was made at a rate of zero
     written = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["gradient_norm"] for row in written] == [None, 1.0, 1.0]
+    assert [row["gradient_norm"] is None for row in written] == [True, False, False]
 
 
 def test_random_streams_of_another_machine_are_taken_as_far_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
