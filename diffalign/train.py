@@ -224,9 +224,10 @@ class Trainer:
         return True
 
     def _latest_of_all(self) -> Path | None:
-        """The newest checkpoint, which must be the same one for every process: they may be on machines with disks of their own."""
+        """The newest checkpoint, which must be the same for every process: they may be on machines with disks of their own."""
         path = self._checkpoints.latest()
-        mine = path and (path.name, sha256((path / NOTE).read_bytes()).hexdigest())  # with times in it, which no two runs share
+        # A note has times in it, which no two runs share.
+        mine = path and (path.name, sha256((path / NOTE).read_bytes()).hexdigest())
         seen = Together(self._accelerator).all(mine)
         if any(one != seen[0] for one in seen):
             names = [one[0] if one else "none" for one in seen]

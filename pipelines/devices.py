@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,6 +125,26 @@ def _under_autocast(network: nn.Module, accelerator: Accelerator) -> nn.Module:
         in_half = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)(network.forward)
         network.forward = convert_outputs_to_fp32(in_half)
     return network
+
+
+@contextmanager
+def products_in_tf32(asked: bool) -> Iterator[None]:
+    """Within, PyTorch may round the factors of float32 products to TF32, if that is ``asked``; afterwards all is as it was.
+    (cuDNN's convolutions round theirs anyway.)"""
+    before = torch.get_float32_matmul_precision()
+    if asked:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def slow_products(accelerator: Accelerator, tf32: bool) -> str | None:
+    """A remark where the tensor cores of a GPU would lie idle: float32 is what a run without a recipe computes in."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "no" or tf32:
+        return None
+    return "float32 products do not use this GPU's tensor cores and take several times longer: --mixed-precision bf16, or --tf32."
 
 
 def shard(network: nn.Module, accelerator: Accelerator) -> None:

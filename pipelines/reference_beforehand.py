@@ -83,7 +83,11 @@ class Asked:
         )
         depends_on = {
             "reference": base_digest,
-            "precision": {"mixed": settings.compute.mixed_precision, "weights": str(self._dtype).removeprefix("torch.")},
+            "precision": {
+                "mixed": settings.compute.mixed_precision,
+                "weights": str(self._dtype).removeprefix("torch."),
+                **({"tf32": True} if settings.compute.tf32 else {}),
+            },
             "encoded": self._cache.fingerprint,
             "schedule": {**self._schedule.fingerprint(), "error_as": settings.error_as},
         }

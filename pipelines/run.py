@@ -163,6 +163,7 @@ def identity(name: str, settings: Any) -> dict[str, Any]:
         "objective_settings": tree["objective"],
         **{f"data.{name}": value for name, value in tree["data"].items() if name not in LEAVE_NO_TRACE},
         "mixed_precision": settings.compute.mixed_precision,
+        **({"tf32": True} if getattr(settings.compute, "tf32", False) else {}),
         "adapter": settings.adapter,
         "lora": tree["lora"] if settings.adapter == "lora" else None,
         "optimiser": {k: v for k, v in tree["optimiser"].items() if (k, v) != ("optimizer", "adamw")},  # once the only one

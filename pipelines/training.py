@@ -71,11 +71,17 @@ def preflight_checks(settings: TrainSettings) -> Iterator[Callable[[], Any]]:
         yield require_bitsandbytes
     yield partial(_quantised.require, settings.compute.quantise)
     yield partial(_refuse_fp16_on_a_cpu, settings.compute.mixed_precision)
+    yield partial(_refuse_tf32_elsewhere, settings.compute.tf32)
 
 
 def _refuse_fp16_on_a_cpu(precision: str) -> None:
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
+
+
+def _refuse_tf32_elsewhere(asked: bool) -> None:
+    if asked and not torch.cuda.is_available():
+        raise UserError("compute.tf32 is about NVIDIA GPUs, and there is none here: leave it out.")
 
 
 def check_judges(settings: TrainSettings, judge: OwnJudge | None = None, everyone: Processes | None = None) -> None:
@@ -203,7 +209,8 @@ def train(
     settings, switched = memory_presets.applied(settings)
     preflight(settings)
     accelerator = start_accelerator(settings)
-    with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
+    # not before Accelerate has given this process a GPU of its own
+    with random_numbers_as_they_were(), devices.products_in_tf32(settings.compute.tf32):
         if resume:
             known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)
             run.refuse_another_run(settings.output, known)
@@ -211,7 +218,8 @@ def train(
         previews.prompts_of(settings)
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
-        for remark in [*remarks(settings), *([switched] if switched else [])]:
+        slow = devices.slow_products(accelerator, settings.compute.tf32)
+        for remark in [*remarks(settings), *([switched] if switched else []), *([slow] if slow else [])]:
             say(remark)
         folder = OutputFolder(settings.output, to_yaml(f"train {name}", settings), resume, overwrite)
         trained = _train_and_export(name, settings, accelerator, folder, say, progress, judge)

@@ -87,8 +87,9 @@ def test_what_could_be_meant_by_a_model_is_a_model(model: Path, tmp_path: Path) 
 
 
 def test_what_a_machine_without_a_gpu_cannot_do(model: Path, pairs: Path) -> None:
-    found = dry_run.look(settings(model, pairs, mixed_precision="fp16", attention="xformers")).mistakes
-    assert "fp16, which needs a GPU" in found[0] and "attention xformers needs" in found[1]
+    found = dry_run.look(settings(model, pairs, mixed_precision="fp16", attention="xformers", tf32=True)).mistakes
+    assert "fp16, which needs a GPU" in found[0] and "compute.tf32 is about NVIDIA GPUs" in found[1]
+    assert "attention xformers needs" in found[2]
 
 
 def test_a_lora_to_go_on_from_should_be_like_this_run_s(model: Path, pairs: Path, tmp_path: Path) -> None:

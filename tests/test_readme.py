@@ -18,8 +18,8 @@ from pipelines import cli
 ROOT = Path(__file__).parent.parent
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
-OTHERS = {"--nproc_per_node", "--num_processes", "--config_file", "--dist", "-m", "-n", "-k", "-s", "-e"}
-"""Options of torchrun, Accelerate's launcher, pytest and pip."""
+OTHERS = {"--nproc_per_node", "--num_processes", "--config_file", "--dist", "-m", "-n", "-k", "-s", "-e", "--signal"}
+"""Options of torchrun, Accelerate's launcher, pytest, pip and SLURM."""
 
 
 def blocks(language: str) -> list[str]:
