@@ -228,8 +228,8 @@ def _table(
     problems, longer, systems = [], 0, 0
     for index in range(len(rows)):
         try:
-            row = _parsed(rows, index, names, others, parse)
-            earlier = [_earlier_turns(cell) for cell in rows.row(index, tuple(dict.fromkeys(names.values()))).values()]
+            row, cells = _parsed(rows, index, names, others, parse)
+            earlier = [_earlier_turns(cells[name]) for name in dict.fromkeys(names.values())]
             longer += any(earlier)
             systems += any(turn["role"] == "system" for turns in earlier for turn in turns)
         except RowProblem as problem:
@@ -268,13 +268,14 @@ def _parsed(
     names: Mapping[str, str],
     others: Sequence[str],
     parse: Callable[[Mapping[str, Any], Mapping[str, str]], Row],
-) -> Row:
+) -> tuple[Row, Mapping[str, Any]]:
+    """A row, and the cells that it was made of: each is read once, for readers are quick only with the same columns."""
     cells = rows.row(index, (*dict.fromkeys(names.values()), *others))
     try:
         row = parse({role: cells.get(name) for role, name in names.items()}, names)
     except ValueError as error:
         raise RowProblem(rows.origin(index), None, str(error)) from error
-    return replace(row, origin=rows.origin(index), provenance={name: cells.get(name) for name in others})
+    return replace(row, origin=rows.origin(index), provenance={name: cells.get(name) for name in others}), cells
 
 
 def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, str]:

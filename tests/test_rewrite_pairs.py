@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffalign.data.readers.parquet import ParquetRows
 from diffalign.errors import UserError
 from pipelines.rewrite_pairs import Expansion, RewritePair, read_expansions, read_rewrites, write_rewrites
 
@@ -299,6 +300,15 @@ WRITTEN = [
     ),
     RewritePair("a cat", "a cat, vivid", "a dog", provenance={"scores": {"a": math.inf}, "why": 3}),
 ]
+
+
+def test_every_row_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And always with the same columns: readers of Parquet begin anew with others."""
+    write_rewrites([replace(WRITTEN[0], chosen=f"a cat, {n}") for n in range(50)], tmp_path / "pairs.parquet")
+    asked, row = [], ParquetRows.row
+    monkeypatch.setattr(ParquetRows, "row", lambda rows, n, columns: asked.append((n, tuple(columns))) or row(rows, n, columns))
+    assert len(read_rewrites(tmp_path / "pairs.parquet")) == 50
+    assert [n for n, _ in asked] == [*range(50)] and len({columns for _, columns in asked}) == 1
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
