@@ -139,13 +139,21 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
     return [_line(name, size) for name, size in sizes.items() if size]
 
 
-def estimate(settings: TrainSettings, sized: Sized | None = None) -> Estimate:
-    """The estimate for a run; ``unknown`` is set where the model's configuration cannot be read without loading it."""
-    steps = settings.loop.steps
+def estimate(settings: TrainSettings, sizing: Sizing | None = None) -> Estimate:
+    """The estimate for a run; ``unknown`` is set where the model's configuration cannot be read without loading it.
+
+    ``sizing`` is given where the model is counted for something else, too.
+    """
     try:
-        sized = sized or Sizing().of(settings)
+        sized = (sizing or Sizing()).of(settings)
     except UserError as error:
-        return Estimate({}, 0, 0.0, 0.0, steps, unknown=str(error))
+        return Estimate({}, 0, 0.0, 0.0, settings.loop.steps, unknown=str(error))
+    return estimate_of(settings, sized)
+
+
+def estimate_of(settings: TrainSettings, sized: Sized) -> Estimate:
+    """The estimate for a run whose model is counted."""
+    steps = settings.loop.steps
     objective = asked_once(settings.objective) if sized.told_guidance else settings.objective
     cost = objective.cost_of_stored if settings.feedback else objective.cost
     batch, accumulation = settings.batch.batch_size, settings.batch.accumulation

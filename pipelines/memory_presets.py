@@ -13,7 +13,7 @@ from typing import Any
 
 from diffalign.errors import UserError
 from diffalign.objectives._family import looks_at_company
-from pipelines.estimate import GIB, Estimate, estimate
+from pipelines.estimate import GIB, Estimate, estimate_of
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.sizing import Sizing
@@ -116,8 +116,8 @@ class Fit:
 class Ladder:
     """The switches tried on one run; what was counted for one rung is not counted again for the next."""
 
-    def __init__(self, settings: TrainSettings) -> None:
-        self._settings, self._sizing = settings, Sizing()
+    def __init__(self, settings: TrainSettings, sizing: Sizing | None = None) -> None:
+        self._settings, self._sizing = settings, sizing or Sizing()
 
     def rungs(self) -> Iterator[Fit]:
         """The run as it is, then with one switch more each time; those that are on already, or do nothing, are left out.
@@ -144,16 +144,16 @@ class Ladder:
         settings = self._settings
         for switch in switches:
             settings = switch.on(settings)
-        return Fit(settings, tuple(switches), estimate(settings, self._sizing.of(settings)))
+        return Fit(settings, tuple(switches), estimate_of(settings, self._sizing.of(settings)))
 
 
-def fitted(settings: TrainSettings, size: int) -> Fit:
+def fitted(settings: TrainSettings, size: int, sizing: Sizing | None = None) -> Fit:
     """As many switches as it takes to fit a device of ``size`` GB.
 
     Raises:
         UserError: all do not, or there is no estimate.
     """
-    ladder, last = Ladder(settings), None
+    ladder, last = Ladder(settings, sizing), None
     for last in ladder.rungs():
         if fits(last.estimate, size):
             return ladder.pruned(last, size)
@@ -177,22 +177,22 @@ _ADVICE = {
 }
 
 
-def applied(settings: TrainSettings) -> tuple[TrainSettings, str]:
+def applied(settings: TrainSettings, sizing: Sizing | None = None) -> tuple[TrainSettings, str]:
     """The settings as their ``preset`` would have them, and a line that says what it switched on; empty without a preset."""
     if settings.preset is None:
         return settings, ""
-    found = fitted(settings, int(settings.preset.removesuffix("gb")))
+    found = fitted(settings, int(settings.preset.removesuffix("gb")), sizing)
     what = ", ".join(found.switched) or "nothing more to switch on"
     return found.settings, f"preset {settings.preset}: {what}; about {found.estimate.peak / GIB:.1f} GiB on the device"
 
 
-def advice(settings: TrainSettings) -> list[str]:
+def advice(settings: TrainSettings, sizing: Sizing | None = None) -> list[str]:
     """A line for each usual size of a GPU: what to switch on, and what the run would take then.
 
     Raises:
         UserError: there is no estimate.
     """
-    ladder, found = Ladder(settings), []
+    ladder, found = Ladder(settings, sizing), []
     for rung in ladder.rungs():
         found.append(rung)
         if fits(rung.estimate, SIZES[0]):

@@ -13,6 +13,7 @@ from diffalign import objectives
 from diffalign.errors import UserError
 from pipelines import cli, config, dry_run, families
 from pipelines.image_settings import TrainSettings
+from pipelines.sizing import Sizing
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +110,20 @@ def test_what_is_right_is_not_refused_and_what_is_elsewhere_is_not_looked_at(mod
     assert "the model nobody/nothing is neither in the local hub cache" in found.unchecked[1]
 
 
-def test_the_command_shows_everything_and_then_refuses(model: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    """One who has no data yet sees the estimate all the same."""
+def test_the_command_shows_everything_and_then_refuses(
+    model: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One who has no data yet sees the estimate all the same; and the advice counts nothing that the estimate has counted."""
+    made, begin = [], Sizing.__init__
+    monkeypatch.setattr(Sizing, "__init__", lambda sizing: made.append(sizing) or begin(sizing))
     where = ["--model", str(model), "--pairs", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "run")]
     assert cli.main(["train", "diffusion-dpo", *where, "--tracker", "foo", "--dry-run"]) == 2
     said = capsys.readouterr()
     assert "min in all" in said.out and "tracker: foo" in said.out and not (tmp_path / "run").exists()
     told = " ".join(said.err.split())
     assert told.startswith("diffalign train: The run would be refused: tracker is 'foo'") and "none.jsonl" in told
-    where[3] = "nobody/pairs"
+    assert "24 GB" in said.out and len(made) == 1
+    where[1], where[3] = "nobody/nothing", "nobody/pairs"  # a model that is not here need not be counted
     for output, words, message in (
         (__file__, [], "is a file; the output should be a folder"),
         (tmp_path / "run", ["--resume"], "There is no run to resume"),
@@ -126,6 +132,6 @@ def test_the_command_shows_everything_and_then_refuses(model: Path, capsys: pyte
         where[5] = str(output)
         assert cli.main(["train", "diffusion-dpo", *where, "--dry-run", *words]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
-    where[5] = str(tmp_path / "run")
+    where[1], where[5] = str(model), str(tmp_path / "run")
     assert cli.main(["train", "diffusion-dpo", *where, "--dry-run"]) == 0
     assert "Not checked: there are no data nobody/pairs here" in capsys.readouterr().out

@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_told_by_its_phase(monkeypatch: pytest.MonkeyPatch)
         (replace(of_size(1.0), sampling=int(9e9)), "sampling and decoding"),
         (replace(of_size(1.0), comparing=comparing), "comparison at the end"),
     ):
-        monkeypatch.setattr(memory_presets, "estimate", lambda given, sized, found=found: found)
+        monkeypatch.setattr(memory_presets, "estimate_of", lambda given, sized, found=found: found)
         with pytest.raises(UserError, match=words):
             memory_presets.fitted(settings(), 8)
 
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_told_by_its_phase(monkeypatch: pytest.MonkeyPatch)
 def test_what_people_chose_among_is_not_made_otherwise_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their trajectories have the precision, prompts and weights that they had."""
     monkeypatch.setattr(memory_presets.Sizing, "of", lambda self, given: None)
-    monkeypatch.setattr(memory_presets, "estimate", lambda given, sized: of_size(9.0))
+    monkeypatch.setattr(memory_presets, "estimate_of", lambda given, sized: of_size(9.0))
     own = settings("d3po", pairs=None, train_prompts="tiny", reward=["tiny-pickscore"], adapter="full", batch_size=4)
     *_, last = memory_presets.Ladder(replace(own, feedback=Path("rounds"))).rungs()
     assert [name.split(" ")[0] for name in last.switched] == ["pictures", "one", "gradient", "a"]
@@ -291,7 +291,7 @@ def test_a_preset_switches_on_as_much_as_it_takes(monkeypatch: pytest.MonkeyPatc
         total -= {"none": 0.0, "int8": 1.0, "nf4": 1.5}[given.compute.quantise]
         return of_size(total + given.batch.batch_size)
 
-    monkeypatch.setattr(memory_presets, "estimate", told)
+    monkeypatch.setattr(memory_presets, "estimate_of", told)
     monkeypatch.setattr(memory_presets.Sizing, "of", lambda self, given: None)
     enough = memory_presets.fitted(wide, 80)
     assert enough.settings == wide and enough.switched == ()

@@ -127,13 +127,15 @@ def _dry_run(name: str, settings: Any, check_output: Callable[[], None]) -> int:
     from diffalign.errors import UserError
     from pipelines import dry_run, estimate, memory_presets, training
     from pipelines.image_settings import remarks
+    from pipelines.sizing import Sizing
 
-    settings, told = memory_presets.applied(settings)
+    sizing = Sizing()
+    settings, told = memory_presets.applied(settings, sizing)
     print(training.to_yaml(f"train {name}", settings))
-    found = estimate.estimate(settings)
+    found = estimate.estimate(settings, sizing)
     print("\n".join([*remarks(settings), *([told] if told else []), found.to_text()]))
     if not found.unknown:
-        print("\n".join(memory_presets.advice(settings)))
+        print("\n".join(memory_presets.advice(settings, sizing)))
     looked = dry_run.look(settings)
     looked.ask(check_output)
     for line in looked.unchecked:
