@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -18,7 +19,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.multiprocessing import start_processes
 
-POSSIBLE = hasattr(os, "fork")
+METHOD = "fork" if sys.platform == "linux" and not torch.accelerator.is_available() else "spawn"
+"""What has computed gradients beside a GPU cannot be forked."""
 WORLD = 2
 
 
@@ -30,7 +32,7 @@ def in_two_processes(work: Callable[..., Any], *given: Any, folder: Path, limit:
         TimeoutError: they were not done after ``limit`` seconds.
     """
     said = [folder / f"said-{rank}.txt" for rank in range(WORLD)]
-    context = start_processes(_begin, (work, given, said, _free_port()), WORLD, join=False, start_method="fork")
+    context = start_processes(_begin, (work, given, said, _free_port()), WORLD, join=False, start_method=METHOD)
     end = time.monotonic() + limit
     while not context.join(timeout=1.0):
         if time.monotonic() > end:

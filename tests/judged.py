@@ -294,7 +294,7 @@ def make_trainer(
         validation=held_out,
         accelerator=accelerator,
         output=output,
-        loop=LoopSettings(steps=steps, checkpoint_every=2, validate_every=2, **(loop or {})),
+        loop=LoopSettings(**{"steps": steps, "checkpoint_every": 2, "validate_every": 2, **(loop or {})}),
         optimiser=OptimiserSettings(learning_rate=learning_rate),
         identity={},
         report=report,

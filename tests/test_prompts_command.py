@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from forked import POSSIBLE, in_two_processes
+from forked import in_two_processes
 from test_writer_material import CHATML, TURN_END, writer
 
 from pipelines import cli, scoring
@@ -164,7 +164,6 @@ def test_drift_in_another_embedding_is_not_compared(folder: Path, capsys: pytest
     assert "- (trained by distances of clip)" in (folder / "else" / "report.md").read_text()
 
 
-@pytest.mark.skipif(not POSSIBLE, reason="processes are forked")
 def test_two_processes_build_together(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     build = ["build", "--prompts", folder / "prompts.txt", "--writer", "tiny", "--embedding", "tiny", "--min-gap", "0"]
     words = [str(w) for w in (*build, "--candidates", "4", "--chunk", "1", *DRAWN, "--max-rewrite-tokens", "40")]
