@@ -171,6 +171,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} should hold a mapping of settings; it holds {type(tree).__name__}.")
+    if isinstance(tree.get("optimizer"), dict):  # the section as others spell it; without a mapping it is the optimizer's name
+        tree = merge(tree, {"optimiser": tree["optimizer"]})
+        del tree["optimizer"]
     return tree
 
 

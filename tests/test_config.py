@@ -293,6 +293,14 @@ def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
         config.read_yaml(tmp_path / "none.yaml")
 
 
+def test_a_file_may_spell_the_optimizers_section_as_others_do(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optimizer:\n  learning_rate: 1.0e-4\noptimiser:\n  warmup_steps: 3\n")
+    assert config.read_yaml(file) == {"optimiser": {"warmup_steps": 3, "learning_rate": 1e-4}}
+    file.write_text("optimizer: adafactor\n")
+    assert config.read_yaml(file) == {"optimizer": "adafactor"}
+
+
 def test_the_resolved_configuration_reads_back_to_the_same() -> None:
     settings = from_command_line("--recipe", "tiny", "--output", "o", "--columns", "prompt=text")
     again = config.resolve(yaml.safe_load(yaml.safe_dump(config.as_tree(settings))), DiffusionDPO)
