@@ -3,53 +3,58 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from judged import signs_are_of_rounding
+
+SCRIPT = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
 import torch
-from accelerate import Accelerator
-from forked import in_two_processes
-from judged import CASES, Case, brightness_and_contrast, make_trainer, signs_are_of_rounding
+torch.set_num_threads(1)
+from accelerate import Accelerator, debug_launcher
+from judged import CASES, Case, brightness_and_contrast, make_trainer
 
-IN_FLOAT32 = {"diffusion-dpo": 5e-5, "smpo": 1e-4, "seppo": 2e-5, "d3po": 1e-6}
-"""and what may differ; see below"""
-LEAST = {"checkpoint_every": 0}  # but at the end
-OF_PAIRS = ("diffusion-dpo", "sft", "ipo", "mapo", "smpo", "seppo", "kto", "kto of pictures")
-
-
-def cases(world: int) -> dict[str, Case]:
-    """What one of as many processes is given of it all."""
-    pairs = {name: replace(CASES[name], batch=4 // world) for name in OF_PAIRS}
+def learn(folder):
+    accelerator = Accelerator(cpu=True)
+    world = accelerator.num_processes
+    of_pairs = ("diffusion-dpo", "sft", "ipo", "mapo", "smpo", "seppo", "kto", "kto of pictures")
+    pairs = {name: replace(CASES[name], batch=4 // world) for name in of_pairs}
     dro = replace(CASES["diffusion-dro"].objective, buffer=0)
     last = replace(CASES["seppo"].objective, checkpoint="last", round_steps=2)
     rounds = {name: replace(CASES[name].objective, round_pairs=4) for name in ("d3po", "ddpo")}
-    several = {"accumulation": 2 // world, "judge": brightness_and_contrast}
-    of_three = replace(rounds["d3po"], candidates=3, timestep_fraction=0.34, reference="start")
-    return pairs | {
+    cases = pairs | {
         "seppo of the last": replace(pairs["seppo"], objective=last),
         "diffusion-dro": Case(dro, batch=4 // world),
         # A pair has two transitions with noise: a micro-batch of four is two pairs, or all that a process has.
         **{name: Case(objective, batch=4, accumulation=2 // world) for name, objective in rounds.items()},
         "ddpo by the round": Case(replace(rounds["ddpo"], baseline="round"), batch=4, accumulation=2 // world),
         "d3po against the start": Case(replace(rounds["d3po"], reference="start"), batch=4, accumulation=2 // world),
-        "d3po of the best and the worst of three": Case(of_three, batch=2, **several),
-        "ddpo of the best and the worst of three": Case(replace(rounds["ddpo"], candidates=3), batch=4, **several),
+        "d3po of the best and the worst of three": Case(
+            replace(rounds["d3po"], candidates=3, timestep_fraction=0.34, reference="start"),
+            batch=2, accumulation=2 // world, judge=brightness_and_contrast,
+        ),
+        "ddpo of the best and the worst of three": Case(
+            replace(rounds["ddpo"], candidates=3), batch=4, accumulation=2 // world, judge=brightness_and_contrast
+        ),
     }
-
-
-def learn(folder: Path) -> None:
-    """Every case, in as many processes as there are."""
-    accelerator = Accelerator(cpu=True)
-    for name, case in cases(accelerator.num_processes).items():
+    for name, case in cases.items():
         for dtype, lora in ((torch.float64, False), (torch.float32, True)):
-            if lora and name not in IN_FLOAT32:
+            if lora and name not in sys.argv[3].split(","):
                 continue
             where, rate = folder / str(dtype).removeprefix("torch.") / name, 2e-4 if lora else 2e-5
-            make_trainer(where, case, lora=lora, dtype=dtype, accelerator=accelerator, learning_rate=rate, loop=LEAST).run()
-    (folder / f"of {accelerator.num_processes}").touch()
+            make_trainer(where, case, lora=lora, dtype=dtype, accelerator=accelerator, learning_rate=rate).run()
+    (folder / f"of {world}").touch()
 
-
+debug_launcher(learn, (Path(sys.argv[1]) / "two",), num_processes=2)  # first: what has computed gradients cannot be forked
+learn(Path(sys.argv[1]) / "one")
+"""
 NAMES = (
     "diffusion-dpo",
     "sft",
@@ -68,13 +73,18 @@ NAMES = (
     "ddpo by the round",
     "ddpo of the best and the worst of three",
 )
+IN_FLOAT32 = {"diffusion-dpo": 5e-5, "smpo": 1e-4, "seppo": 2e-5, "d3po": 1e-6}
+"""and what may differ; see below"""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    in_two_processes(learn, folder / "two", folder=folder)
-    learn(folder / "one")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    words = [sys.executable, str(script), str(folder), str(Path(__file__).parent), ",".join(IN_FLOAT32)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "one" / "of 1").exists() and (folder / "two" / "of 2").exists()
     return folder
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from forked import in_two_processes
 from test_writer_material import CHATML, TURN_END, writer
 
 from pipelines import cli, scoring
@@ -167,17 +169,17 @@ def test_drift_in_another_embedding_is_not_compared(folder: Path, capsys: pytest
 def test_two_processes_build_together(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     build = ["build", "--prompts", folder / "prompts.txt", "--writer", "tiny", "--embedding", "tiny", "--min-gap", "0"]
     words = [str(w) for w in (*build, "--candidates", "4", "--chunk", "1", *DRAWN, "--max-rewrite-tokens", "40")]
-    fine(capsys, *words, "--out", tmp_path / "one.jsonl")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (tmp_path / "two.candidates.jsonl").write_text('{"purpose": "another"}\n')  # of another build: the first process drops it
-    both = ["prompts", *words, "--overwrite", "--out", str(tmp_path / "two.jsonl")]
-    assert in_two_processes(run_to_its_end, both, folder=tmp_path).count("pairs from 5 prompts") == 1
+    both = [*torchrun, "-m", "pipelines.cli", "prompts", *words, "--overwrite", "--out", str(tmp_path / "two.jsonl")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(both, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("pairs from 5 prompts") == 1
+    fine(capsys, *words, "--out", tmp_path / "one.jsonl")
     one, two = (read_rewrites(tmp_path / f"{name}.jsonl").rows for name in ("one", "two"))
     assert [(r.prompt, r.chosen, r.rejected) for r in one] == [(r.prompt, r.chosen, r.rejected) for r in two]
     assert not list(tmp_path.glob("*.part-*"))
-
-
-def run_to_its_end(words: list[str]) -> None:
-    assert cli.main(["--debug", *words]) == 0
 
 
 def test_a_dry_run_says_what_would_be_refused(folder: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
