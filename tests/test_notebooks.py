@@ -29,7 +29,8 @@ class Expected:
 
 EXPECTED = {
     "align_a_checkpoint": Expected(
-        'data, output, settings = "pairs.parquet", "run", {"steps": 3, "validation_pairs": 8, "prompt_count": 4}',
+        'data, output, settings = "pairs.parquet", "run", {"steps": 3, "validation_pairs": 8, "prompt_count": 4, '
+        '"batch_size": 2, "accumulation": 1, "sampling_steps": 4, "tracker": "none"}',
         pictures=3,
         words=("win rate of the aligned model",),
         files=("run/pytorch_lora_weights.safetensors",),
@@ -41,7 +42,7 @@ EXPECTED = {
         files=("pictures/low/00004.png", "pictures/high/metadata.jsonl"),
     ),
     "optimize_prompts": Expected(
-        'captions, candidates, sft_steps, steps, held_out, output = 6, 4, 30, 3, 2, "runs"',
+        'captions, candidates, sft_steps, steps, held_out, drawing_steps, output = 6, 2, 8, 3, 2, 3, "runs"',
         pictures=2,
         words=("pairs from 6 prompts", "as weighted", "0.0"),
         files=("runs/sem/model.safetensors", "runs/report/report.md", "runs/pairs.candidates.jsonl"),
