@@ -3,13 +3,15 @@
     python tests/other_device.py FOLDER JOBS
 
 builds into FOLDER (30 s, once) and does one thing after the other there. JOBS is a JSON list; a job is the words of a command of
-``diffalign``, or {"family": ..., "objective": ..., "folder": ...} for a short run of a miniature. The first failure ends it.
+``diffalign``, {"family": ..., "objective": ..., "folder": ...} for a short run of a miniature, or {"remove": ...} for a folder.
+The first failure ends it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -50,6 +52,9 @@ def do(job: list[str] | dict[str, str]) -> None:
 
         if status := cli.main([job[0], "--debug", *job[1:]]):
             sys.exit(status)
+        return
+    if "remove" in job:
+        shutil.rmtree(job["remove"])
         return
     from family_runs import on_disk, run
 
