@@ -49,7 +49,8 @@ def learn(folder):
             if lora and name not in sys.argv[3].split(","):
                 continue
             where, rate = folder / str(dtype).removeprefix("torch.") / name, 2e-4 if lora else 2e-5
-            make_trainer(where, case, lora=lora, dtype=dtype, accelerator=accelerator, learning_rate=rate).run()
+            how = {"accelerator": accelerator, "learning_rate": rate, "loop": {"checkpoint_every": 0}}  # but at the end
+            make_trainer(where, case, lora=lora, dtype=dtype, **how).run()
     (folder / f"of {world}").touch()
 
 debug_launcher(learn, (Path(sys.argv[1]) / "two",), num_processes=2)  # first: what has computed gradients cannot be forked
