@@ -12,6 +12,8 @@ import pytest
 from miniature import save_untrained, write_pairs
 from test_data_cache import contents
 
+from pipelines import cli
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -29,12 +31,12 @@ def curve(folder: Path) -> list[dict]:
 def test_the_command_line_under_torchrun_is_one_run(tmp_path: Path) -> None:
     """Data, cache, kept errors, loop, export and comparison: the README's command for several processes, and its exit."""
     model, pairs = save_untrained(tmp_path / "model"), write_pairs(tmp_path / "data", 12)
-    words = ["-m", "pipelines.cli", "train", "diffusion-dpo", "--model", str(model), "--pairs", str(pairs), "--steps", "2"]
+    words = ["train", "diffusion-dpo", "--model", str(model), "--pairs", str(pairs), "--steps", "2"]
     words += ["--accumulation", "2", "--validation-pairs", "2", "--learning-rate", "1e-3", "--beta", "500", "--quiet"]
     words += ["--reference-draws", "2"]
     compared = ["--prompts", "tiny", "--judges", "oracle", "--prompt-count", "2", "--sampling-steps", "1"]
-    call([sys.executable, *words, "--batch-size", "2", "--output", str(tmp_path / "one")])
-    said = call([*TORCHRUN, *words, "--batch-size", "1", "--output", str(tmp_path / "two"), *compared])
+    assert cli.main([*words, "--batch-size", "2", "--output", str(tmp_path / "one")]) == 0
+    said = call([*TORCHRUN, "-m", "pipelines.cli", *words, "--batch-size", "1", "--output", str(tmp_path / "two"), *compared])
     assert said.count("pairs to train on") == 1  # one voice
     assert contents(tmp_path / "two" / "cache") == contents(tmp_path / "one" / "cache")  # each encoded a part of it
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
