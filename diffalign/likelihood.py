@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from diffalign.protocols import LanguageModel, Predictor
 from diffalign.references import Cached
 from diffalign.schedule import Over, Schedule
-from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair, on_both_sides
+from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair, on_both_sides, widest
 
 
 def denoising_error(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -107,11 +107,6 @@ def log_probs(logits: Tensor, tokens: Tensor, counted: Tensor) -> Tensor:
 def completions(log_p: Tensor, weights: Tensor) -> Tensor:
     """Log-likelihoods [N] of completions from their tokens' log-probabilities [N, S], each counted ``weights`` [N, S] times."""
     return (log_p * weights.to(log_p.dtype)).sum(dim=1)
-
-
-def widest(values: Tensor) -> torch.dtype:
-    """float64, or float32 on MPS, which has no other."""
-    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def log_ratio(policy: LogLikelihood, reference: LogLikelihood) -> LogRatio:

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from diffalign.grids import FlowGrid, Sigmas, Spacing, perturbed_grid, timestep_grid
 from diffalign.levels import LevelDistribution, Levels
+from diffalign.types import widest
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "velocity"]
 ErrorAs = Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"]
@@ -197,7 +198,7 @@ class Schedule(ABC):
         """
         if self.error_as in ("prediction", self.prediction_type):
             return None
-        like = torch.zeros(len(t), dtype=torch.float32 if t.device.type == "mps" else torch.float64, device=t.device)
+        like = torch.zeros(len(t), dtype=widest(t), device=t.device)
         a, s = self.coefficients(t, like)
         asked, own = (_PARAMETRISATIONS[name].reach(a, s) for name in (self.error_as, self.prediction_type))
         return (asked / own).square()
@@ -247,7 +248,7 @@ class Schedule(ABC):
         ``over="mean"`` is the convention of the released D3PO and DDPO code, ``"sum"`` that of the papers: the log-density
         proper, larger by the number of dimensions. A step without noise has no density: nan (see ``has_noise``).
         """
-        wide = _widest(x_t)
+        wide = widest(x_t)
         mean, deviation = self.ddim_mean_and_deviation(x_t.to(wide), prediction.to(wide), t, t_previous, eta)
         return gaussian_log_density(x_previous.to(wide), mean, deviation, over)
 
@@ -327,7 +328,7 @@ class NoiseSchedule(Schedule):
 
     def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """``eta sqrt( (1 - alpha_bar_t') / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_t') )``, and what it leaves."""
-        wide = _widest(like)  # at small t, 1 - alpha_bar_t / alpha_bar_t' is a small difference of numbers near 1
+        wide = widest(like)  # at small t, 1 - alpha_bar_t / alpha_bar_t' is a small difference of numbers near 1
         now, previous = self._at(t, like, wide), self._at(t_previous, like, wide)
         variance = (1.0 - previous) / (1.0 - now) * (1.0 - now / previous)
         deviation = eta * variance.clamp(min=0.0).sqrt().to(torch.promote_types(self.alpha_bar.dtype, like.dtype))
@@ -423,7 +424,7 @@ class FlowSchedule(Schedule):
         _refuse_another_batch(t, like)
         if t.device.type == "cpu" and not bool((t <= self.train_steps).all()):
             raise ValueError(f"t lies between 0 and {self.train_steps}; got {t.tolist()}")
-        return _beside((t.to(like.device, _widest(like)) / self.train_steps).clamp(min=0.0), like)
+        return _beside((t.to(like.device, widest(like)) / self.train_steps).clamp(min=0.0), like)
 
     def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """``eta s' sqrt(1 - r^2)`` and ``s' sqrt(1 - eta^2 (1 - r^2))`` with r = a s' / (a' s), of which 1 - r^2 is written as a
@@ -487,11 +488,6 @@ def _refuse_another_batch(t: Tensor, like: Tensor) -> None:
 def _beside(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, ...]."""
     return values.view(-1, *([1] * (like.ndim - 1)))
-
-
-def _widest(like: Tensor) -> torch.dtype:
-    """float64, or float32 on MPS, which has no other."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor, over: Over = "mean") -> Tensor:

@@ -29,14 +29,13 @@ from diffalign.data.ahead import Stopwatch
 from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.interruption import Interruption
 from diffalign.learner import Batch, Learner
-from diffalign.likelihood import widest
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_schedule
 from diffalign.processes import Together, turns
 from diffalign.protocols import Policy
 from diffalign.random_state import RandomState
 from diffalign.settings import check_options, option
-from diffalign.types import Outcome
+from diffalign.types import Outcome, widest
 from diffalign.updates import updates_of
 from diffalign.waiting import Clock
 from diffalign.weights import TrainedWeights, without_dropout

@@ -18,17 +18,36 @@ Conditioning = Mapping[str, Tensor]
 """What a network is conditioned on, by argument name; every tensor is [B, ...]. SD: ``encoder_hidden_states`` [B, L, D]."""
 
 
+WITHOUT_FLOAT64 = {"mps"}
+"""Types of device that have no float64, and refuse tensors of it."""
+
+WAITED_FOR = {"mps"}
+"""Types of device that have to be waited for when something is sent: MPS may read what it is sent after the memory was freed, and
+takes whatever lies there by then for the numbers (github.com/pytorch/pytorch/issues/189690)."""
+
+
+def widest(where: Tensor | torch.device | str) -> torch.dtype:
+    """float64, or float32 on MPS, which has no other; of a device, or of the one where a tensor is."""
+    device = where.device if isinstance(where, Tensor) else torch.device(where)
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def placed(thing: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
     """A tensor on a device, or all tensors of a mapping, a tuple or a dataclass; floats in ``dtype`` if that is given.
 
     Towards a GPU nobody waits: a copy from pageable memory would first have the device finish all that it has to do, and then the
     host stand by, so memory is pinned before. From a device to the CPU a copy is complete when this returns. ``LENGTHS`` stay.
+    Towards MPS everybody waits (``WAITED_FOR``), and float64 becomes float32.
     """
     if isinstance(thing, Tensor):
-        outwards = thing.device.type == "cpu" and torch.device(device).type != "cpu"
-        if outwards and torch.device(device).type == "cuda":
+        kind = torch.device(device).type
+        if thing.dtype == torch.float64:
+            thing = thing.to(widest(device))
+        outwards = thing.device.type == "cpu" and kind != "cpu"
+        if outwards and kind == "cuda":
             thing = thing.pin_memory()  # nothing if it is (``data.loader`` does it in the background)
-        there = thing.to(device=device, non_blocking=outwards)  # and cast there: on the way it would be here, and not pinned
+        # Cast there: on the way it would be here, and not pinned.
+        there = thing.to(device=device, non_blocking=outwards and kind not in WAITED_FOR)
         return there.to(dtype) if dtype and thing.is_floating_point() else there
     if isinstance(thing, Mapping):
         return {name: value if name == LENGTHS else placed(value, device, dtype) for name, value in thing.items()}

@@ -112,6 +112,13 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 // ------------------------------------------------------------------------------------------------------------------ tensors
 
+// Whether it refuses what MPS cannot do or does wrongly: float64, and copies that nobody waits for.
+bool like_mps = false;
+
+void check_dtype(at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(!like_mps || (dtype != at::kDouble && dtype != at::kComplexDouble), "The device has no float64");
+}
+
 // The same memory as a tensor of the CPU; a tensor of the CPU as it is.
 Tensor host(const Tensor& tensor) {
   if (!tensor.defined() || tensor.device().type() != OTHER) {
@@ -128,6 +135,7 @@ Tensor empty(
     c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
     std::optional<bool>, std::optional<at::MemoryFormat> format) {
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
+  check_dtype(c10::dtype_or_default(dtype));
   return at::detail::empty_generic(size, &memory, keys, c10::dtype_or_default(dtype), format);
 }
 
@@ -135,10 +143,12 @@ Tensor empty_strided(
     c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
     std::optional<at::Device>, std::optional<bool>) {
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
+  check_dtype(c10::dtype_or_default(dtype));
   return at::detail::empty_strided_generic(size, stride, &memory, keys, c10::dtype_or_default(dtype));
 }
 
-Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
+Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
+  TORCH_CHECK(!like_mps || !non_blocking || from.device() == to.device(), "Nobody waits for a copy from memory that may be freed");
   host(to).copy_(host(from));
   return to;
 }
@@ -269,4 +279,5 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("register_hooks", [] { at::RegisterPrivateUse1HooksInterface(new Hooks()); });
+  m.def("be_like_mps", [] { like_mps = true; });
 }

@@ -1,10 +1,10 @@
 """A process in which PyTorch has an accelerator, on a machine without one: ``other_device.cpp``, built and registered as "other".
 
-    python tests/other_device.py FOLDER JOBS
+    python tests/other_device.py FOLDER JOBS [mps]
 
 builds into FOLDER (30 s, once) and does one thing after the other there. JOBS is a JSON list; a job is the words of a command of
 ``diffalign``, {"family": ..., "objective": ..., "folder": ...} for a short run of a miniature, or {"remove": ...} for a folder.
-The first failure ends it.
+The first failure ends it. With ``mps`` the device refuses what MPS cannot do, and diffalign is told so.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from diffalign.types import WAITED_FOR, WITHOUT_FLOAT64
+
 NAME = "other"
 
 
-def start(folder: Path) -> None:
+def start(folder: Path, like_mps: bool = False) -> None:
     """From here on there is a device ``other``, which Accelerate and all of ours take for the one to use."""
     source = Path(__file__).with_suffix(".cpp")
     built = cpp_extension.load("other_device", [str(source)], extra_cflags=["-O0", "-w"], build_directory=str(folder))
@@ -31,6 +33,10 @@ def start(folder: Path) -> None:
     torch.utils.generate_methods_for_privateuse1_backend()
     built.register_hooks()
     os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
+    if like_mps:
+        built.be_like_mps()
+        WITHOUT_FLOAT64.add(NAME)
+        WAITED_FOR.add(NAME)
 
 
 def _module() -> types.ModuleType:
@@ -64,7 +70,7 @@ def do(job: list[str] | dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    start(Path(sys.argv[1]))
+    start(Path(sys.argv[1]), sys.argv[3:] == ["mps"])
     for job in json.loads(sys.argv[2]):
         print("job:", job, flush=True)
         do(job)

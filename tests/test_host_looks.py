@@ -2,7 +2,8 @@
 
 Tensors there have shapes and no numbers. Whatever would make a GPU's host wait (reading a number, copying to the CPU, a copy to
 the device that is not asynchronous or not from pinned memory, numbers of Python made into a tensor there, a result whose shape
-depends on numbers) is caught and counted here; the rest of the step is the real one.
+depends on numbers) is caught and counted here; the rest of the step is the real one. So is float64 where the device is taken for
+one that lacks it, as MPS does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from judged import CASES, make_trainer
 from miniatures import MINIATURES, PIXELS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from worlds import given, small_denoiser
 
 import diffalign
@@ -37,8 +39,14 @@ BY_NUMBERS = {"nonzero", "masked_select", "unique_dim", "_unique2", "repeat_inte
 INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}
 
 
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is ours: Diffusers asks for MPS by its name."""
+    monkeypatch.setattr(diffalign.types, "WITHOUT_FLOAT64", {"meta"})
+
+
 class Looks(TorchDispatchMode):
-    """Notes what the host waits for, with the line of ours that asked, and answers zeros."""
+    """Notes what the host waits for, and float64 on the device, with the line of ours that asked, and answers zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +78,11 @@ class Looks(TorchDispatchMode):
                     self._note("to the device, waiting", None)
                 else:
                     self._refuse_pageable(first)
-        return function(*args, **kwargs)
+        made = function(*args, **kwargs)
+        mine = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor) and x.is_meta]
+        if META.type in diffalign.types.WITHOUT_FLOAT64 and any(x.dtype == torch.float64 for x in mine):
+            self._note("float64 there", None)
+        return made
 
     def __enter__(self) -> Looks:
         self._made = MadeThere(self)
@@ -116,6 +128,7 @@ ONE = ["to the CPU: train.py, _means"]
 """What every step ends with: all its numbers, and whether to stop, in one transfer."""
 
 
+@pytest.mark.usefixtures("without_float64")
 @pytest.mark.parametrize(("name", "lora"), [*((name, True) for name in CASES), ("diffusion-dpo", False)])
 def test_the_host_looks_once_in_an_optimizer_step(name: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
@@ -142,8 +155,9 @@ def _without_numbers(dtype: torch.dtype) -> Any:
     return denoiser
 
 
+@pytest.mark.usefixtures("without_float64")
 def test_what_would_wait_is_seen() -> None:
-    """The counter's own check: each of these waits on a GPU, and each is noted once."""
+    """The counter's own check: each of these waits on a GPU, or is refused by MPS, and each is noted once."""
     there, here = torch.zeros(1, device=META), torch.zeros(1)
     for wait in (
         lambda: there.cpu(),
@@ -158,6 +172,7 @@ def test_what_would_wait_is_seen() -> None:
         lambda: torch.tensor([1.0], device=META),
         lambda: torch.as_tensor([1.0], device=META),
         lambda: there.new_tensor([1.0]),
+        lambda: there.double(),
     ):
         with Looks() as looks:
             wait()

@@ -57,9 +57,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def there(built: Path, jobs: list[Any], folder: Path) -> str:
-    """What the jobs print, done on the other device in ``folder``."""
-    words = [sys.executable, str(HERE / "other_device.py"), str(built), json.dumps(jobs)]
+def there(built: Path, jobs: list[Any], folder: Path, *more: str) -> str:
+    """What the jobs print, done on the other device in ``folder``; ``"mps"``: on one that lacks what MPS lacks."""
+    words = [sys.executable, str(HERE / "other_device.py"), str(built), json.dumps(jobs), *more]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -101,7 +101,7 @@ def test_training_there_is_training_here(built: Path, pairs: Path, tmp_path: Pat
     command = ["train", "diffusion-dpo", "--recipe", "tiny", "--pairs", str(pairs), "--output", "there", "--quiet", *words]
     newest = tmp_path / "there" / "checkpoints" / "checkpoint-00000002"
     jobs = [[*command, "--prompts", "none"], {"remove": str(newest)}, [*command, "--resume"]]
-    assert "resumed at step 1" in there(built, jobs, tmp_path)
+    assert "resumed at step 1" in there(built, jobs, tmp_path, "mps")
     align("diffusion-dpo", recipe="tiny", pairs=str(pairs), output=tmp_path / "here", progress=False, **settings)
     numbers = ["loss", "winner_error", "gradient_norm"]
     one, other = (metrics(tmp_path / name)[["kind", "step", *numbers]] for name in ("here", "there"))
@@ -124,7 +124,7 @@ def test_every_objective_and_switch(built: Path, pairs: Path, tmp_path: Path) ->
         "rounds": ["--round-every", "1", "--round-reference", "round"],
     }
     jobs += [["train", "diffusion-dpo", *stored, *more, "--output", name] for name, more in switches.items()]
-    there(built, jobs, tmp_path)
+    there(built, jobs, tmp_path, "mps")
     assert all((tmp_path / job[-1] / "config.yaml").is_file() for job in jobs)
 
 
@@ -157,5 +157,6 @@ def test_every_other_command(built: Path, tmp_path: Path) -> None:
             ["prompts", "evaluate", "--prompts", "tiny", "--count", "4", "--writers", "sem=sem", *drawn, "--out", "judged"],
         ],
         tmp_path,
+        "mps",
     )
     assert (tmp_path / "judged" / "evaluation.json").is_file()

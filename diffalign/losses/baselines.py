@@ -13,6 +13,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from diffalign.types import widest
+
 Watched = Literal["mismatched", "sides", "margins"]
 """Log-ratios of samples with another's prompt [M]; of all winners and losers [2B]; winners' minus losers' [B]."""
 
@@ -38,7 +40,7 @@ class Baseline(Protocol):
 
 def _wide(values: Tensor) -> Tensor:
     """Detached, float64 where the device has it."""
-    return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
+    return values.detach().to(widest(values))
 
 
 class Zero:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.types import LogRatio
+from diffalign.types import LogRatio, widest
 
 
 def d3po(ratio: LogRatio, label: Tensor, beta: float, clip: float) -> Tensor:
@@ -37,7 +37,7 @@ def dominance(first: Tensor, second: Tensor) -> Tensor:
     first, second = (r[:, None] if r.ndim == 1 else r for r in (first, second))
     wins = (first >= second).all(dim=1) & (first > second).any(dim=1)
     loses = (second >= first).all(dim=1) & (second > first).any(dim=1)
-    return 0.5 + 0.5 * (wins.double() - loses.double())
+    return 0.5 + 0.5 * (wins.to(widest(wins)) - loses.to(widest(loses)))
 
 
 def ppo(log_density: Tensor, old: Tensor, advantage: Tensor, clip: float, clip_advantage: float = 5.0) -> Tensor:
@@ -62,4 +62,4 @@ def smoothed_label(winner: Tensor, loser: Tensor, low: float, high: float) -> Te
     """SmPO's P [B]: the softmax of two scores [B] after min-max normalisation by the data set's extremes ``low`` and ``high``."""
     if not low < high:
         raise ValueError(f"the data set's extreme scores must differ; got {low} to {high}")
-    return torch.sigmoid((winner.double() - loser.double()) / (high - low))
+    return torch.sigmoid((winner.to(widest(winner)) - loser.to(widest(loser))) / (high - low))

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from diffalign.health import token_health
-from diffalign.likelihood import completions, log_ratio, token_log_probs, widest
+from diffalign.likelihood import completions, log_ratio, token_log_probs
 from diffalign.objectives._family import LossAtWork, looks_back
 from diffalign.protocols import LanguageModel
-from diffalign.types import LogLikelihood, LogRatio, Outcome, TextBatch, Texts
+from diffalign.types import LogLikelihood, LogRatio, Outcome, TextBatch, Texts, widest
 
 Length = Literal["sum", "mean"]
 
@@ -125,5 +125,6 @@ def pair_likelihoods(model: LanguageModel, batch: TextBatch, factors: tuple[Tens
 
 
 def _of_the_pair(batch: TextBatch) -> dict[str, Tensor]:
-    out = {"weight": batch.weight.double()}
-    return out if batch.distance is None else {**out, "distance": batch.distance.double()}
+    wide = widest(batch.weight)
+    out = {"weight": batch.weight.to(wide)}
+    return out if batch.distance is None else {**out, "distance": batch.distance.to(wide)}

@@ -63,7 +63,7 @@ from diffalign.settings import check_options, option
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling
 from diffalign.sources.rounds import Rewards, RoundPlan, RoundReference, Rounds, TransitionBatch, learnt_steps
-from diffalign.types import Conditioning, LogRatio, Outcome
+from diffalign.types import Conditioning, LogRatio, Outcome, widest
 
 ABOUT = About(
     "2311.13231", "rounds of its own trajectories", "round's beginning", "clipped", (PROMPTS,), "needed", takes_loss=True
@@ -152,13 +152,14 @@ def transition_health(ratio: LogRatio, batch: TransitionBatch, clip: float, scal
     sign = 2.0 * batch.label.to(ratio.margin.dtype) - 1.0
     margin = scale * sign * ratio.margin
     low = math.log1p(-clip) if clip < 1.0 else -math.inf
-    outside = sum(((side < low) | (side > math.log1p(clip))).double() for side in (ratio.winner, ratio.loser)) / 2
+    wide = widest(sign)
+    outside = sum(((side < low) | (side > math.log1p(clip))).to(wide) for side in (ratio.winner, ratio.loser)) / 2
     return {
         "margin": margin,
         "accuracy": 0.5 * (1.0 + margin.sign()),
         "clipped": outside,
-        "tie": (sign == 0).double(),
-        "reward": batch.mean_reward.double(),
+        "tie": (sign == 0).to(wide),
+        "reward": batch.mean_reward.to(wide),
     }
 
 

@@ -40,7 +40,7 @@ from diffalign.settings import check_options, option
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling
 from diffalign.sources.rounds import Rewards, RoundPlan, Rounds, TransitionBatch, learnt_steps
-from diffalign.types import Conditioning, LogLikelihood, Outcome
+from diffalign.types import Conditioning, LogLikelihood, Outcome, widest
 
 ABOUT = About("2305.13301", "rounds of its own trajectories", "the policy that sampled", "ppo", (PROMPTS,), "needed")
 
@@ -107,15 +107,16 @@ class DDPO:
 
     def _health(self, now: LogLikelihood, batch: TransitionBatch) -> dict[str, Tensor]:
         with torch.no_grad():
+            wide = widest(now.winner)
             ratios = torch.stack([now.winner - batch.made_by.winner, now.loser - batch.made_by.loser], dim=1)
-            outside = ((ratios.exp() - 1.0).abs() > self.clip).double().mean(dim=1)
-            advantage = batch.advantage.double()
-            margin = (ratios.double() * advantage).mean(dim=1)
+            outside = ((ratios.exp() - 1.0).abs() > self.clip).to(wide).mean(dim=1)
+            advantage = batch.advantage.to(wide)
+            margin = (ratios.to(wide) * advantage).mean(dim=1)
         return {
             "margin": margin,
             "clipped": outside,
             "advantage": advantage.abs().mean(dim=1),
-            "reward": batch.mean_reward.double(),
+            "reward": batch.mean_reward.to(wide),
         }
 
 

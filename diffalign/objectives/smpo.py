@@ -51,7 +51,7 @@ from diffalign.objectives._pieces import smoothed_label
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.settings import check_options, option
 from diffalign.sources.inversion import Evaluate, Inversion, Released, Window, inverted
-from diffalign.types import NoisyPair, Outcome, PairBatch
+from diffalign.types import NoisyPair, Outcome, PairBatch, widest
 from diffalign.weights import without_dropout
 
 ABOUT = About("2506.02698", "data set, ReNoise inversion", "frozen start", "smpo", (PAIRS,), judged="optional", takes_loss=True)
@@ -116,7 +116,7 @@ class SmPO(LossChoice):
         """
         if self.smoothing == "label":
             return batch.label
-        own = 0.5 + (batch.label.double() - 0.5) / max(self.gamma, 1.0) if self.loss == "smpo" else batch.label
+        own = 0.5 + (batch.label.to(widest(batch.label)) - 0.5) / max(self.gamma, 1.0) if self.loss == "smpo" else batch.label
         if batch.scores is None:
             return own
         p = smoothed_label(batch.scores[:, 0], batch.scores[:, 1], low, high)

@@ -24,7 +24,7 @@ from diffalign.protocols import Predictor
 from diffalign.schedule import Schedule
 from diffalign.settings import check_options, option
 from diffalign.solvers import DDIM, DPMSolver, Guided, Solver
-from diffalign.types import Conditioning, placed
+from diffalign.types import Conditioning, placed, widest
 
 SolverName = Literal["ddim", "dpm-solver++"]
 _STREAMS = {"start": 1, "steps": 2, "shift": 3}
@@ -184,7 +184,7 @@ def _density(
     schedule: Schedule, x_previous: Tensor, x_t: Tensor, said: Tensor, t: Tensor, t_previous: Tensor, eta: float
 ) -> Tensor:
     if not eta:
-        return x_t.new_zeros(len(t), dtype=torch.float64 if x_t.device.type != "mps" else torch.float32)
+        return x_t.new_zeros(len(t), dtype=widest(x_t))
     return schedule.log_density(x_previous, x_t, said, t, t_previous, eta).nan_to_num(nan=0.0)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.types import widest
 from pipelines.families._quiet import quietly
 from pipelines.progress import Progress
 from pipelines.writers.encoding import Encoding
@@ -292,7 +293,7 @@ class GumbelNoise:
         for row, (generator, ended) in enumerate(zip(self._generators, self._ended, strict=True)):
             if not ended:
                 generator.random(out=uniform[row])
-        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
+        dtype = widest(scores)
         noise = torch.from_numpy(uniform).to(scores.device, dtype)
         noise = -(-noise.log()).log()  # of u = 0: minus infinity, never taken; u < 1, but for rows that have ended
         return scores.to(dtype) + noise.nan_to_num(posinf=0.0, neginf=-torch.inf)
