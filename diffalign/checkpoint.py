@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ import torch
 
 from diffalign.differences import differences
 from diffalign.errors import UserError
-from diffalign.written_aside import folder_aside
+from diffalign.written_aside import folder_aside, remove
 
 _PREFIX, NOTE = "checkpoint-", "checkpoint.json"
 VALIDATION_LOSS = "validation_loss"
@@ -105,10 +104,11 @@ class Checkpoints:
         return target
 
     def _forget(self) -> None:
+        """Remove what is too old. What somebody has open may stay: the next one tries again."""
         best = self.best() if self._keep_best else None
         for old in self.all()[: -self._keep]:
             if best is None or old != best[0]:
-                shutil.rmtree(old)
+                remove(old)
 
     def note(self, path: Path) -> dict[str, Any]:
         """What ``save`` wrote beside the states of a checkpoint. Raises UserError: it is damaged."""

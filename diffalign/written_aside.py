@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from diffalign.file_modes import as_opened, mode_of, set_mode
 PARTIAL = ".partial"
 """The end of a file's name while it is being written."""
 _FOLDER = ".writing-"
+SECONDS_BETWEEN_TRIES = (0.1, 0.3, 1.0) if os.name == "nt" else ()
+"""How often a rename is tried again: on Windows a virus scanner or an indexer may have a new file open for a moment."""
 FOLDERS_FLUSH = os.name != "nt"
 """Whether the system flushes folders: Windows cannot open one, and flushes only what may be written to."""
 
@@ -45,7 +48,7 @@ def file_aside(target: Path, *, lasting: bool = False) -> Iterator[Path]:
         set_mode(aside, mode)  # some libraries (safetensors) put a file of another mode there
         if lasting:
             flush(aside)
-        os.replace(aside, target)
+        move(aside, target)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, target) from error
     finally:
@@ -95,6 +98,28 @@ def flush(*paths: Path) -> None:
             os.close(handle)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder, whatever file had the name before. Raises OSError, also if somebody holds one of them open for
+    longer than ``SECONDS_BETWEEN_TRIES``."""
+    for seconds in SECONDS_BETWEEN_TRIES:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(source, target)
+
+
+def remove(folder: Path) -> None:
+    """Take away a folder as a whole, or leave it as it is where somebody has a file of it open and the system minds (Windows,
+    mounted drives)."""
+    doomed = folder.parent / f"{_FOLDER}old-{folder.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def is_full(error: Exception) -> bool:
     """Whether a disk, or what a user may take of it, is full: safetensors reports that as an error of its own, in words."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -111,14 +136,14 @@ def disk_error(error: Exception, target: Path) -> UserError:
 
 def _swap(aside: Path, target: Path) -> None:
     if not target.exists():
-        aside.rename(target)
+        move(aside, target)
         return
     old = target.parent / f"{_FOLDER}old-{target.name}"
     shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
+    move(target, old)
     try:
-        aside.rename(target)
+        move(aside, target)
     except OSError:
-        old.rename(target)
+        move(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)

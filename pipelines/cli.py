@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import pkgutil
 import re
 import sys
@@ -114,7 +115,14 @@ def paragraph(text: str) -> str:
 
 
 def script() -> None:
+    _print_whatever_it_is()
     sys.exit(main())
+
+
+def _print_whatever_it_is() -> None:
+    """Prompts and names of files may have letters that stdout's encoding lacks, as a pipe's does on Windows: they are escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

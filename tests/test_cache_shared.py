@@ -5,11 +5,15 @@ Then what reading costs: a step reads the bytes of its own rows, and opening rea
 
 from __future__ import annotations
 
+import errno
 import gc
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,8 @@ from test_data_cache import CENTRAL, DISTINCT, SIDE, SmallEncoder, contents, png
 from threads import Process, in_threads
 from torch import Tensor
 
-from diffalign.data import cache_files, cache_rows
+from diffalign import written_aside
+from diffalign.data import cache_files, cache_rows, file_locks
 from diffalign.data.cache import PairCache, build_cache, fill_cache
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.cache_shards import share_of
@@ -160,6 +165,53 @@ def test_whoever_fills_alone_is_alone_and_whoever_shares_is_not(table: PairTable
         filled(table, tmp_path / "c", SmallEncoder(), part=(1, 2))
     with pytest.raises(StaleCacheError, match="transform.flip was true and is now false"):
         fill_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, part=(1, 2))
+
+
+def test_on_windows_whoever_fills_alone_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one waits, once it has said so; those who share have no lock."""
+    fcntl = pytest.importorskip("fcntl")  # the one kind of lock that Windows has is made of POSIX's
+
+    def locking(number: int, how: int, size: int) -> None:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PermissionError(errno.EACCES, "Permission denied") from error
+
+    monkeypatch.setattr(file_locks, "fcntl", None)
+    monkeypatch.setattr(file_locks, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking), raising=False)
+    monkeypatch.setattr(file_locks, "SECONDS_BETWEEN_TRIES", 0.01)
+    folder, told, entered = CacheFolder(tmp_path / "c"), [], threading.Event()
+
+    def enter() -> None:
+        with folder.locked(busy=told.append):
+            entered.set()
+
+    second = threading.Thread(target=enter)
+    with folder.locked():
+        with pytest.raises(UserError, match="Another process is filling"), folder.locked():
+            pass
+        with folder.locked(shared=True):
+            second.start()
+        while not told:
+            time.sleep(0.01)
+        assert not entered.is_set()
+    second.join(10)
+    assert entered.is_set() and "waits for it to end" in told[0]
+
+
+def test_what_another_has_written_and_reads_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows does not rename over a file that is open; shards of one name and size are the same."""
+    folder = CacheFolder(tmp_path / "c")
+    folder.write("images/00000.npy", b"same")
+
+    def held(*_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(written_aside.os, "replace", held)
+    folder.write("images/00000.npy", b"same")
+    with pytest.raises(UserError, match=r"00000.npy \(6 bytes\) could not be written"):
+        folder.write("images/00000.npy", b"longer")
+    assert [path.name for path in (tmp_path / "c" / "images").iterdir()] == ["00000.npy"]
 
 
 def test_half_written_files_of_others_who_share_are_left_alone(table: PairTable, tmp_path: Path) -> None:

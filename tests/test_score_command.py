@@ -512,6 +512,14 @@ def test_rank_prints_the_best_first(folder: Path, tmp_path: Path, capsys) -> Non
     assert Image.open(tmp_path / "r.png").width > 500
 
 
+def test_names_that_stdouts_encoding_lacks_are_escaped(tmp_path: Path) -> None:
+    """A pipe's is the code page of the country on Windows."""
+    place = noise(tmp_path / "a", {"日本.png": 0, "café.png": 1})
+    words = [sys.executable, "-m", "pipelines.cli", "rank", str(place), "--judges", "jpeg", "--no-cache"]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"\\u65e5\\u672c.png" in done.stdout and "café.png".encode("cp1252") in done.stdout
+
+
 def test_rank_names_what_cannot_be_judged(tmp_path: Path, capsys) -> None:
     place = noise(tmp_path / "a", {"0.png": 0, "1.png": 1})
     (place / "2.png").symlink_to(tmp_path / "gone.png")

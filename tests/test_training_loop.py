@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import weakref
@@ -21,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from worlds import PairsInMemory, given, small_denoiser
 
-from diffalign import checkpoint
+from diffalign import checkpoint, written_aside
 from diffalign.checkpoint import Checkpoints
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.errors import NonFiniteLossError, UserError
@@ -180,16 +181,16 @@ def test_every_sample_of_a_step_counts_the_same_where_micro_batches_differ_in_si
 
 
 def test_a_checkpoint_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, rename = tmp_path / "checkpoint", Path.rename
+    kept, rename = tmp_path / "checkpoint", os.replace
     kept.mkdir()
     (kept / "state").write_text("old")
 
-    def refused(self: Path, target: Path) -> Path:
-        if (self / "state").is_file() and (self / "state").read_text() == "new":
+    def refused(source: Path, target: Path) -> None:
+        if (source / "state").is_file() and (source / "state").read_text() == "new":
             raise OSError(errno.EIO, "input/output error")
-        return rename(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr(written_aside.os, "replace", refused)
     with pytest.raises(UserError, match="What was there before is untouched"), folder_aside(kept) as aside:
         (aside / "state").write_text("new")
     assert (kept / "state").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -439,7 +440,7 @@ def test_a_damaged_checkpoint_is_named_with_the_older_one(damage: Callable, name
         make_trainer(tmp_path).resume()
     advice = f"Delete the folder {newest} and resume again: it goes on from checkpoint-00000002."
     assert str(caught.value) == f"{newest / name} is damaged. {advice}"
-    checkpoint.shutil.rmtree(newest)
+    shutil.rmtree(newest)
     trainer = make_trainer(tmp_path)
     assert trainer.resume() and trainer.step == 2
 
@@ -450,7 +451,7 @@ def test_a_damaged_checkpoint_without_an_older_one(tmp_path: Path) -> None:
     (only / "weights.pt").unlink()
     with pytest.raises(UserError, match="weights.pt is missing.*there is no older checkpoint, so it begins anew"):
         make_trainer(tmp_path).resume()
-    checkpoint.shutil.rmtree(only)
+    shutil.rmtree(only)
     assert not make_trainer(tmp_path).resume()
 
 

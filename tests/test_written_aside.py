@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from diffalign import written_aside
 from diffalign.differences import differences
 from diffalign.errors import UserError
-from diffalign.written_aside import file_aside, folder_aside, write_file
+from diffalign.written_aside import file_aside, folder_aside, remove, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -91,6 +91,38 @@ def test_where_folders_cannot_be_flushed_files_are(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(written_aside, "FOLDERS_FLUSH", False)
     written_aside.flush(tmp_path / "a", tmp_path)
     assert opened == ["a"]
+
+
+def test_what_is_held_open_for_a_moment_is_renamed_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a virus scanner on Windows; what stays open is told, and nothing is lost."""
+    tries, real = [], os.replace
+
+    def held(source: Path, target: Path) -> None:
+        tries.append(target)
+        if len(tries) < 3 or "for good" in str(target):
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(source, target)
+
+    monkeypatch.setattr(written_aside, "SECONDS_BETWEEN_TRIES", (0.01, 0.01))
+    monkeypatch.setattr(written_aside.os, "replace", held)
+    write_file(tmp_path / "a", "text")
+    assert len(tries) == 3 and names(tmp_path) == ["a"]
+    with pytest.raises(UserError, match="for good could not be written: Access is denied"):
+        write_file(tmp_path / "for good", "text")
+    assert len(tries) == 6 and names(tmp_path) == ["a"]
+
+
+def test_a_folder_is_removed_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("free", "held"):
+        write_file(tmp_path / name / "state", "text")
+    remove(tmp_path / "free")
+
+    def held(*_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(written_aside.os, "replace", held)
+    remove(tmp_path / "held")
+    assert names(tmp_path) == ["held"] and (tmp_path / "held" / "state").read_text() == "text"
 
 
 def test_differences_are_named_in_order_and_counted() -> None:

@@ -31,14 +31,10 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock; two processes filling one cache there write the same bytes twice
-    fcntl = None
-
+from diffalign.data.file_locks import lock
 from diffalign.differences import differences
 from diffalign.errors import StaleCacheError, UserError
-from diffalign.written_aside import PARTIAL, is_full
+from diffalign.written_aside import PARTIAL, is_full, move
 
 Busy = Callable[[str], None]
 """Is told that another process fills a cache, and that this one waits."""
@@ -113,10 +109,15 @@ class CacheFolder:
 
     def _rename(self, aside: Path, target: Path) -> None:
         try:
-            os.replace(aside, target)
+            move(aside, target)
         except FileNotFoundError:
             if not (self.complete and target.exists()):  # else another job wrote the same, ended, and swept this away
                 raise
+        except PermissionError:
+            same = target.suffix == ".npy" and target.is_file() and target.stat().st_size == aside.stat().st_size
+            if not same:  # else another job wrote the same shard and reads it, over which Windows renames nothing
+                raise
+            aside.unlink()
 
     def write_json(self, name: str, value: Any) -> None:
         """The journal on one line, whatever people may want to read with indentation."""
@@ -246,24 +247,23 @@ class CacheFolder:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            stream = (self.root / (WAITING_LOCK if wait else LOCK)).open("w")
+            stream = (self.root / (WAITING_LOCK if wait else LOCK)).open("ab")  # "wb" would cut what another has locked
         except OSError as error:
             raise UserError(
                 f"The folder for {self.holds.what} cannot be used: {error}. Name another one ({self.holds.option})."
             ) from error
         with stream:
-            if fcntl is not None:
-                self._lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait, busy)
+            self._lock(stream, shared, wait, busy)
             yield
 
-    def _lock(self, stream: IO[Any], how: int, wait: bool, busy: Busy | None) -> None:
+    def _lock(self, stream: IO[Any], shared: bool, wait: bool, busy: Busy | None) -> None:
         try:
-            fcntl.flock(stream, how if wait else how | fcntl.LOCK_NB)
+            lock(stream, shared, wait)
         except BlockingIOError as error:
             if busy is None:
                 raise UserError(f"Another process is filling the cache in {self.root}; wait for it to end.") from error
             busy(f"another process is filling the cache in {self.root}; this one waits for it to end")
-            self._lock(stream, how, True, None)
+            self._lock(stream, shared, True, None)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some file systems of clusters have no locks
                 raise
