@@ -130,7 +130,7 @@ def judges_called(
     if own and not typed:
         raise UserError(
             f"{own[0]!r} is code of your own, which is imported only where --judges names it in the shell. Training and Python "
-            "take the judge itself: diffalign.align(..., judge=...), or a mapping from names to judges."
+            "take the judge itself: pipelines.training.align(..., judge=...), or a mapping from names to judges."
         )
     try:
         takes = {name: (imported_judges if name in own else reward_models).options(name) for name in asked.values()}

@@ -50,11 +50,17 @@ class Bar:
 
         if self._bar is not None:
             self._bar.close()
-        every = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+        every = 0.1 if _somebody_looks() else SECONDS_BETWEEN_LINES
         self._stage = stage, total
         self._bar = tqdm(
             total=total, initial=done, desc=stage, unit=self._unit, disable=not self._shown, mininterval=every, dynamic_ncols=True
         )
+
+
+def _somebody_looks() -> bool:
+    """Whether the bar is in a terminal or a notebook, whose stderr is none."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr.isatty() or shell is not None
 
 
 class TrainingBar(Bar):

@@ -61,7 +61,7 @@ def names() -> list[str]:
     return sorted(_modules())
 
 
-def load(name: str, **options: Any) -> Judge:
+def load(name: str, **options: Any) -> PointwiseJudge:
     """The judge called ``name``; ``options`` go to its module's ``load``.
 
     Raises:

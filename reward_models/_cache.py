@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,17 @@ class Cache:
         """What a user gives as ``cache``: None or False, True for the user's own, a path, or an open cache."""
         if where is None or where is False or isinstance(where, Cache):
             return where or None
-        return cls(own_path() if where is True else where)
+        return cls._own() if where is True else cls(where)
+
+    @classmethod
+    def _own(cls) -> Cache | None:
+        """Nobody asked for the user's own cache: where its place cannot be written (containers), scores are computed without."""
+        try:
+            return cls(own_path())
+        except JudgeError as error:
+            told = f"{error}: nothing is remembered. --no-cache (cache=False) leaves it out, {PLACE} names another folder for it"
+            warnings.warn(told, stacklevel=2)
+            return None
 
     def scores(self, keys: Sequence[str]) -> dict[str, float]:
         """Those that are known."""

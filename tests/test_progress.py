@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from pipelines.progress import Bar, TrainingBar
@@ -26,6 +29,15 @@ def test_a_resumed_run_begins_where_it_was(capsys: pytest.CaptureFixture) -> Non
             bar.update(step, {"loss": 0.5, "accuracy": 0.75}, steps=10)
         assert bar._bar.initial == 6 and bar._bar.n == 10
     assert "10/10" in (said := capsys.readouterr().err) and "loss=0.5000" in said
+
+
+def test_a_notebook_is_looked_at_as_a_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stderr says that it is no terminal; a log file's does, too, and there every refresh would be a line."""
+    for shell, seconds in ((None, 15.0), (object(), 0.1)):
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        with TrainingBar() as bar:
+            bar.start(0, 2)
+            assert bar._bar.mininterval == seconds
 
 
 def test_a_counter_adds_up_and_silence_is_silence(capsys: pytest.CaptureFixture) -> None:

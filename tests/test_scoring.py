@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import Counter
@@ -216,6 +217,18 @@ def test_what_is_not_a_number_is_not_kept(tmp_path: Path) -> None:
         assert cache.scores(["a", "b"]) == {"a": 1.0}
 
 
+def test_a_home_that_cannot_be_written_costs_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is nobody's; who names a file wants that one."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "file" / "cache"))
+    judge = reward_models.load("jpeg")
+    with pytest.warns(UserWarning, match="cannot be used as a cache of scores.*--no-cache.*DIFFALIGN_CACHE"):
+        scores = judge.score(folder, cache=True)
+    assert torch.equal(scores, judge.score(folder))
+    with pytest.raises(JudgeError, match="cannot be used as a cache of scores"):
+        judge.score(folder, cache=tmp_path / "file" / "cache" / "c.sqlite")
+
+
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.sqlite").write_text("this is no data base, and long enough to be looked at as one" * 20)
     with pytest.raises(JudgeError, match=r"c\.sqlite cannot be used as a cache of scores"):
@@ -341,6 +354,7 @@ def test_broken_pictures_are_counted_and_some_are_named(folder: Path) -> None:
     assert scores.isnan().sum() == 7
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes links for developers alone")
 def test_a_link_to_nothing_is_a_picture_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
     (folder / "04b.png").symlink_to(tmp_path / "gone.png")
     (folder / "04c.png").symlink_to("04b.png")  # a link to that link
