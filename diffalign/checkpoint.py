@@ -99,7 +99,8 @@ class Checkpoints:
         with folder_aside(target) as aside:
             for name, thing in things.items():
                 write_state(thing.state_dict(), aside / f"{name}.pt")
-            (aside / NOTE).write_text(json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n")
+            content = json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n"
+            (aside / NOTE).write_text(content, encoding="utf-8")
         self._forget()
         return target
 

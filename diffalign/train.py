@@ -389,7 +389,7 @@ class Trainer:
         if self._accelerator.is_main_process:
             written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no infinity
             try:
-                with self._metrics_file.open("a") as file:
+                with self._metrics_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"kind": kind, "step": self.step, **written, **more}) + "\n")
             except OSError as error:
                 raise disk_error(error, self._metrics_file) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,13 @@ def refuse_other_engines() -> None:
 
 def _is_asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def lacks_cuda() -> str:
+    """What to tell where a GPU may be there and PyTorch cannot know it, as PyPI's wheels for Windows cannot; else nothing."""
+    if sys.platform != "win32" or torch.accelerator.is_available() or torch.version.cuda is not None:
+        return ""
+    return "on the CPU: this PyTorch was built without CUDA, as PyPI's are for Windows; pytorch.org/get-started has one with it"
 
 
 def forget_precision() -> None:

@@ -208,7 +208,8 @@ def _seconds_comparing(settings: TrainSettings, sized: Sized) -> float:
 
 def _speed(precision: str, seconds: float = 0.2) -> float:
     """Operations per second that a step reaches here, from the speed of a matrix product in this precision."""
-    device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)  # a GPU needs a large one to get going
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device, side = (there, 8192) if there else ("cpu", 1024)  # a GPU needs a large one to get going
     a = torch.randn(side, side, device=device, dtype=getattr(torch, PRECISIONS[precision]))
     (a @ a)[0, 0].item()
     count, start = 0, time.perf_counter()

@@ -253,7 +253,7 @@ def _diffusers(
         metadata = {"format": "pt", METADATA: json.dumps(header, indent=2, sort_keys=True)}
         save_file(_stored(tensors, dtype), folder / LORA_FILE, metadata=metadata)
         sort_header(folder / LORA_FILE)
-        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         if alone := _part_without_loader(origin):
             layers = lora[alone]
             _lora.write_as_peft(folder, _stored(peft_layers.weights(layers), dtype), _peft_config(layers, parts[alone]))
@@ -315,7 +315,7 @@ def _whole(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
     with installed_into(asked.output, last=INDEX_FILE) as folder, quietly():
         pipe.to(dtype=dtype).save_pretrained(folder)
         note = {"kind": "pipeline", "family": origin.family, "base_model": origin.model}
-        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         advice = Path(origin.place) / SAMPLING_FILE
         if advice.is_file():
             shutil.copyfile(advice, folder / SAMPLING_FILE)

@@ -486,6 +486,8 @@ def _attach(
 def _choose_kernels(settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say) -> None:
     """How attention is computed, and the order of the weights. A copy of the network that is made then has it so, too."""
     compute = settings.compute
+    if line := devices.lacks_cuda():
+        say(line)
     family.set_attention(compute.attention, accelerator.device)
     if line := family.attention(compute.attention, getattr(torch, PRECISIONS[compute.mixed_precision]), accelerator.device):
         say(line)

@@ -216,7 +216,7 @@ class _Sampler:
 
     def __init__(self, asked: RolloutModel) -> None:
         origin, dtype = find(asked.model, config=asked.config), PRECISIONS[asked.mixed_precision]
-        if asked.mixed_precision == "fp16" and not torch.cuda.is_available():
+        if asked.mixed_precision == "fp16" and not torch.accelerator.is_available():
             raise UserError("Mixed precision fp16 needs a GPU; on a CPU use bf16 or no.")
         self.lora = asked.lora or origin.adapter  # a LoRA folder named as the model stands for both
         self.called = origin.model if origin.adapter else asked.model

@@ -75,7 +75,7 @@ def preflight_checks(settings: TrainSettings) -> Iterator[Callable[[], Any]]:
 
 
 def _refuse_fp16_on_a_cpu(precision: str) -> None:
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and not torch.accelerator.is_available():
         raise UserError("compute.mixed_precision is fp16, which needs a GPU; on a CPU use bf16 or no.")
 
 
@@ -403,7 +403,7 @@ def _compared_later(settings: TrainSettings) -> str:
     """The command for the same comparison by itself, one picture at a time; its prompts are left beside the result."""
     e, how, prompts = settings.evaluation, _like_training(settings), settings.output / "evaluation-prompts.jsonl"
     asked = held_out_prompts(e.prompts, e.prompt_count)
-    prompts.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in asked))
+    prompts.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in asked), encoding="utf-8")
     given = {
         "--base": settings.model,
         "--base-lora": settings.base_lora,

@@ -14,7 +14,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from itertools import permutations
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import datasets
@@ -869,3 +869,14 @@ def test_drawn_scenes_make_a_data_set_that_passes(tmp_path, capsys):
     assert run_check(str(tmp_path / "scenes.parquet")) == 0
     out = capsys.readouterr().out
     assert "64 x 64: 8" in out and "No problems found." in out
+
+
+def test_files_are_in_one_order_on_every_system() -> None:
+    """Windows' own order does not know capitals, and rows, seeds and fingerprints would be others there."""
+    names = ["A.png", "b.png", "C.png", "a/b.png", "a-b.png"]
+    ours, theirs = (sorted(map(kind, names), key=_files.in_order) for kind in (PurePosixPath, PureWindowsPath))
+    assert (
+        [path.as_posix() for path in theirs]
+        == [str(path) for path in ours]
+        == [str(p) for p in sorted(map(PurePosixPath, names))]
+    )

@@ -256,8 +256,8 @@ def _draw(args: argparse.Namespace) -> int:
             name = f"{i:06d}.png"
             pictures[-1].save(folder / name)
             lines.append(json.dumps({"file": name, "caption": caption, "taste": scene.style.taste, "scene": asdict(scene)}))
-        (folder / "captions.txt").write_text("\n".join(captions) + "\n")
-        (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "captions.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         sheet(pictures, captions).save(folder / "grid.png")
     print(f"{args.n} scenes of the {args.split} split in {args.out} (grid.png, captions.txt, captions.jsonl)")
     return 0

@@ -313,7 +313,7 @@ class Family:
             raise ValueError("there is no adapter to save")
         with installed_into(Path(path)) as folder:
             _lora.write(folder, type(self._pipeline), self._network_name, self.network)
-            (folder / NOTE_FILE).write_text(json.dumps(self._note("lora"), indent=2) + "\n")
+            (folder / NOTE_FILE).write_text(json.dumps(self._note("lora"), indent=2) + "\n", encoding="utf-8")
 
     def save_pipeline(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the whole pipeline into the folder ``path``, for ``from_pretrained(path)``. Other files in ``path`` stay.
@@ -334,7 +334,7 @@ class Family:
             self._needed_origin()
         with installed_into(Path(path), last=INDEX_FILE) as folder, quietly():
             pipe.save_pretrained(folder)
-            (folder / NOTE_FILE).write_text(json.dumps(self._note("pipeline"), indent=2) + "\n")
+            (folder / NOTE_FILE).write_text(json.dumps(self._note("pipeline"), indent=2) + "\n", encoding="utf-8")
 
     def _joined(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A network of the same kind with these weights, on the CPU; buffers are not sharded."""

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from diffalign.errors import UserError
@@ -76,8 +76,9 @@ def find_loras(where: str | os.PathLike[str]) -> tuple[BaseLora, ...]:
         UserError: there is none, or there are several.
     """
     path, hub = Path(where).expanduser(), ""
-    if not path.exists() and not path.parent.exists() and LORA_ON_HUB.fullmatch(os.fspath(where)):
-        path, hub = lora_on_hub(os.fspath(where)), os.fspath(where)
+    asked = where.as_posix() if isinstance(where, PurePath) else os.fspath(where)  # on Windows org/name is a path org\name
+    if not path.exists() and not path.parent.exists() and LORA_ON_HUB.fullmatch(asked):
+        path, hub = lora_on_hub(asked), asked
     files = (
         [path] if path.is_file() else [path / LORA_FILE] if (path / LORA_FILE).is_file() else sorted(path.glob("*.safetensors"))
     )

@@ -299,7 +299,7 @@ class Writer:
 
     def _write_note(self, folder: Path, kind: str, base: Mapping[str, Any]) -> None:
         note = {"kind": kind, **base, "template": self.template.as_record()}
-        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -177,7 +177,7 @@ def shards(where: str, suffix: str, split: str) -> tuple[list[Path], str]:
     if root.is_file():
         return [root], str(root)
     by_split: dict[str, list[Path]] = {}
-    for file in sorted(root.rglob(f"*{suffix}")):
+    for file in sorted(root.rglob(f"*{suffix}"), key=in_order):
         by_split.setdefault(_split_of(file, root), []).append(file)
     if split not in by_split:
         there = ", ".join(sorted(by_split))
@@ -186,6 +186,11 @@ def shards(where: str, suffix: str, split: str) -> tuple[list[Path], str]:
         )
     others = ", ".join(sorted(by_split.keys() - {split}))
     return by_split[split], f"{where} (split {split}, without {others})" if others else str(root)
+
+
+def in_order(path: Path) -> list[str]:
+    """What paths are sorted by, everywhere alike: Windows' own order does not know capitals."""
+    return list(path.parts)
 
 
 def is_split(name: str) -> bool:
@@ -222,7 +227,7 @@ def same_columns(files: Sequence[Path], columns: Sequence[Sequence[str]]) -> tup
 
 def pictures(folder: Path, stems: Sequence[str]) -> list[Path]:
     """The pictures in ``folder`` whose name without suffix is one of ``stems``, in letters of either case."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.stem.lower() in stems)
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.stem.lower() in stems), key=in_order)
 
 
 def only_one(found: Sequence[Path]) -> str | None:

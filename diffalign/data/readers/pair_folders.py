@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import LOSER, WINNER, identity_of, only_one, pictures, read_text
+from diffalign.data.readers._files import LOSER, WINNER, identity_of, in_order, only_one, pictures, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,5 +67,5 @@ class PairFolderRows:
         return f"{self._root.name}/{self._names[index]}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> Iterator[Any]:
-        files = sorted(f for name in self._names for f in (self._root / name).iterdir() if f.is_file())
+        files = sorted((f for name in self._names for f in (self._root / name).iterdir() if f.is_file()), key=in_order)
         return identity_of(files, self._root)

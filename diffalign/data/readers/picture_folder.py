@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
 from diffalign.data.readers import arrow, pair_folders, parquet, saved, two_folders
-from diffalign.data.readers._files import PICTURES, identity_of, is_split, read_text
+from diffalign.data.readers._files import PICTURES, identity_of, in_order, is_split, read_text
 from diffalign.data.readers.listing import ListingRows
 from diffalign.errors import UserError
 
@@ -57,7 +57,7 @@ def _metadata(folder: Path) -> Path | None:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")), key=in_order)
 
 
 class PictureFolderRows:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import LOSER, PICTURES, WINNER, identity_of, only_one, read_text
+from diffalign.data.readers._files import LOSER, PICTURES, WINNER, identity_of, in_order, only_one, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,7 @@ def _folders(root: Path) -> tuple[Path, Path] | None:
 def _stems(folder: Path) -> dict[str, list[Path]]:
     """Pictures by name without suffix, which several may share."""
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir(), key=in_order):
         if file.suffix.lower() in PICTURES:
             found.setdefault(file.stem, []).append(file)
     return found
