@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_full_disk_leaves_the_configuration_that_was_there(run: Path) -> None:
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))  # no file may be longer
     try:

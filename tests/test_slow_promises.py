@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -164,6 +163,7 @@ def test_a_step_of_sem_dpo_on_the_real_configurations(name: str, words: list[str
     call([sys.executable, "-c", code, *places], tmp_path)
     asked = ["--model", "model", "--pairs", "pairs.jsonl", "--embedding", "tiny", "--output", "out", "--steps", "1"]
     few = ["--batch-size", "2", "--accumulation", "1", "--validation-pairs", "2", "--quiet"]
+    resource = pytest.importorskip("resource")
     begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     call([*DIFFALIGN, "prompts", "train", *words, *asked, *few], tmp_path)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

@@ -202,7 +202,7 @@ def test_a_due_checkpoint_of_an_interrupted_run_is_written_once(tmp_path: Path, 
 
     def stop(step: int, numbers: dict) -> None:
         if step == 2:  # its checkpoint is due, and written by now
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     assert make_trainer(tmp_path, report=stop).run().interrupted and written == [2]
     resumed = make_trainer(tmp_path)
