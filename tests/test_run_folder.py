@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffalign.errors import UserError
+from pipelines import devices
 from pipelines.run_folder import CONFIG_FILE, OutputFolder, check_output
 
 OLD, NEW = "# diffalign train sft\nold: 1\n" * 20, "# diffalign train sft\nnew: 2\n" * 20
@@ -49,3 +51,12 @@ def test_overwriting_that_is_cut_off_leaves_a_run_that_can_be_overwritten(run: P
     check_output(run, resume=False, overwrite=True)
     folder.claim()
     assert {path.name for path in run.iterdir()} == {CONFIG_FILE, "cache"} and (run / CONFIG_FILE).read_text() == NEW
+
+
+def test_pytorch_without_cuda_is_told_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pip installs just that; elsewhere somebody chose it."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for system, told in (("win32", "on the CPU: this PyTorch was built without CUDA"), ("linux", "")):
+        monkeypatch.setattr(devices.sys, "platform", system)
+        assert devices.lacks_cuda().startswith(told) and bool(devices.lacks_cuda()) == bool(told)
