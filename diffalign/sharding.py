@@ -6,13 +6,14 @@ processes, or with none of this at all. Where nothing is sharded, a tensor is it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffalign.processes import patient_group
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -79,30 +80,17 @@ def all_on_main(thing: Any) -> list[Any]:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if world == 1:
         return [thing]
-    with _between_hosts() as group:
-        if is_main():
-            return [thing, *(_received(rank, group) for rank in range(1, world))]
-        torch.distributed.send_object_list([thing], dst=0, group=group, device=torch.device("cpu"))
-        return []
+    group = patient_group()
+    if is_main():
+        return [thing, *(_received(rank, group) for rank in range(1, world))]
+    torch.distributed.send_object_list([thing], dst=0, group=group, device=torch.device("cpu"))
+    return []
 
 
 def _received(rank: int, group: Any) -> Any:
     found: list[Any] = [None]
     torch.distributed.recv_object_list(found, src=rank, group=group, device=torch.device("cpu"))
     return found[0]
-
-
-@contextmanager
-def _between_hosts() -> Iterator[Any]:
-    """A group of all processes that sends from memory to memory: the run's own, or one for this occasion."""
-    if torch.distributed.get_backend() == "gloo":
-        yield None
-        return
-    group = torch.distributed.new_group(backend="gloo")
-    try:
-        yield group
-    finally:
-        torch.distributed.destroy_process_group(group)
 
 
 class Gathered:

@@ -31,7 +31,7 @@ from diffalign.interruption import Interruption
 from diffalign.learner import Batch, Learner
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimiserSettings, build_schedule
-from diffalign.processes import Together, turns
+from diffalign.processes import Together, failing_together, turns
 from diffalign.protocols import Policy
 from diffalign.random_state import RandomState
 from diffalign.settings import check_options, option
@@ -184,11 +184,11 @@ class Trainer:
         for thing in self._things.values():
             if isinstance(thing, Shared):
                 thing.collect()
-        if self._accelerator.is_main_process:
-            # The clock's times are no state: what is restored is the same to the bit however long it took.
-            note = {"identity": self._identity, "clock": self._clock.state_dict(), **self._validation_loss()}
-            self._checkpoints.save(self.step, self._things, note)
-        self._accelerator.wait_for_everyone()
+        with failing_together(Together(self._accelerator)):
+            if self._accelerator.is_main_process:
+                # The clock's times are no state: what is restored is the same to the bit however long it took.
+                note = {"identity": self._identity, "clock": self._clock.state_dict(), **self._validation_loss()}
+                self._checkpoints.save(self.step, self._things, note)
         self._saved = self.step
 
     def _validation_loss(self) -> dict[str, float]:

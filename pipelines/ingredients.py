@@ -32,7 +32,7 @@ from diffalign.errors import UserError
 from diffalign.learner import Given
 from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
-from diffalign.processes import Processes, Together
+from diffalign.processes import Processes, Together, failing_together, main_first
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Cached, Frozen, Past
 from diffalign.schedule import Schedule
@@ -255,16 +255,18 @@ def prepare(
     Raises:
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
     """
+    everyone = Together(accelerator)
     judges, saved, stored = training_judges(settings, judge), start_adapter(settings), open_feedback(settings)
     base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
     with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
         family.encoder.work_on(accelerator.device)
         renew = _may_go(settings, renew)
-        cache, prompts = _encode(settings, table, family, accelerator, stored, judges, say, bar.advance, renew)
-        with accelerator.main_process_first():
-            shown = previews.encoded(settings, family.encoder, batch_size=settings.data.encode_batch, renew=renew, busy=say)
-    if accelerator.is_main_process:
-        _tell_of_long_prompts(family, cache, prompts, say)
+        cache, prompts = _encode(settings, table, family, everyone, stored, judges, say, bar.advance, renew)
+        how = {"batch_size": settings.data.encode_batch, "renew": renew, "busy": say}
+        shown = main_first(everyone, lambda: previews.encoded(settings, family.encoder, **how))
+    with failing_together(everyone):
+        if everyone.rank == 0:
+            _tell_of_long_prompts(family, cache, prompts, say)
     family.release_encoders(keep_decoder=shown is not None or (samples_itself(settings) and stored is None))
     train_rows, validation_rows = _split(settings, cache, prompts, family, stored, say)
     if line := _late_baseline(settings, len(prompts or ()), accelerator.num_processes):
@@ -329,7 +331,7 @@ def _encode(
     settings: TrainSettings,
     table: PairTable | None,
     family: Any,
-    accelerator: Accelerator,
+    everyone: Processes,
     stored: Stored | None,
     judges: Judges,
     say: Say,
@@ -338,10 +340,8 @@ def _encode(
 ) -> tuple[PairCache | None, PromptCache | None]:
     """The pairs with their judge's scores if there is one, or the prompts of an objective that samples."""
     if samples_itself(settings):
-        with accelerator.main_process_first():
-            return None, _encode_prompts(settings, table, family, progress, stored, renew, say)
+        return None, main_first(everyone, lambda: _encode_prompts(settings, table, family, progress, stored, renew, say))
     say(table.description)
-    everyone = Together(accelerator)
     cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress, renew=renew, busy=say)
     for origin, reason in cache.skipped[:10]:
         say(f"skipped {origin}: {reason}")

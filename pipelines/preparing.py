@@ -7,8 +7,8 @@ from pathlib import Path
 
 from diffalign.data.cache import fill_cache
 from diffalign.errors import UserError
-from diffalign.processes import Together
-from pipelines import heap, ingredients, memory_presets
+from diffalign.processes import failing_together
+from pipelines import heap, ingredients, memory_presets, shares
 from pipelines.image_settings import TrainSettings
 from pipelines.progress import Bar
 from pipelines.run import Say
@@ -31,14 +31,16 @@ def prepare(settings: TrainSettings, part: str, *, say: Say = print, progress: b
         raise UserError("--prepare encodes pairs or pictures; this objective makes its own, and encodes prompts when it trains.")
     if folder is None:
         raise UserError("--prepare needs --cache FOLDER, where training will look for what is encoded.")
-    settings, _ = memory_presets.applied(settings)
-    accelerator = start_accelerator(settings)
+    everyone = shares.started()
+    with failing_together(everyone):
+        settings, _ = memory_presets.applied(settings)
+        accelerator = start_accelerator(settings)
     say = say if accelerator.is_main_process else lambda _: None
     family, table = ingredients.load_model(settings, say, network=False), ingredients.open_data(settings)
     say(table.description)
     family.encoder.work_on(accelerator.device)
     with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
-        how = {"processes": Together(accelerator), "progress": bar.advance, "busy": say, "mended": partial(_tell_of_lost, say)}
+        how = {"processes": everyone, "progress": bar.advance, "busy": say, "mended": partial(_tell_of_lost, say)}
         missing = fill_cache(**ingredients.encoding(settings, table, family), **how, part=share)
     say(_told(folder, part, missing))
     if settings.reference.reference_draws:

@@ -22,6 +22,7 @@ from torch import Tensor
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.errors import UserError
 from diffalign.optimisation import Ema
+from diffalign.processes import Together, failing_together
 from diffalign.sources.rollout import Sampling, rollout
 from diffalign.sources.rounds import stacked
 from diffalign.train import Trainer
@@ -68,7 +69,7 @@ class Previews:
         self._settings, self._family, self._prompts, self._accelerator = settings.preview, family, prompts, accelerator
         self._folder, self._resolution = settings.output / FOLDER, settings.data.resolution or family.resolution
         self._seeds = picture_seeds(len(prompts.prompts), 1, settings.seed)
-        self._everyone = devices.is_sharding(accelerator)  # a call of sharded weights is for all processes
+        self._processes, self._sharding = Together(accelerator), devices.is_sharding(accelerator)
         self._average: Ema | None = None
 
     def beside(self, build: Callable[[Callable], Trainer]) -> Callable[[Callable], Trainer]:
@@ -91,28 +92,54 @@ class Previews:
             self._draw(0)
 
     def _draw(self, step: int) -> None:
-        """The pictures of now, on the disk and for the trackers; none any more if there is no memory for them."""
-        if self._given_up or not (self._everyone or self._accelerator.is_main_process):
+        """The pictures of now, on the disk and for the trackers; none any more if there is no memory for them.
+
+        All processes sample together where weights are sharded; else the main one does, and the others wait for it. They give up
+        together.
+
+        Raises:
+            UserError: the disk refuses, or a process has no memory in the middle of what all do together.
+        """
+        if self._given_up:
             return
-        try:
-            with self._average.applied() if self._average else nullcontext():
-                pictures = self._sampled()
-        except torch.OutOfMemoryError:
+        latents = self._sampled_together() if self._sharding else None
+        with failing_together(self._processes):
+            full = self._processes.rank == 0 and not self._drawn(step, latents)
+        if any(self._processes.all(full)):
             self._given_up = True
             clear_device_cache(garbage_collection=True)
             self._say(f"step {step}: there is no memory for previews beside training; no more are drawn")
-            return
-        if self._accelerator.is_main_process:
-            captions = list(self._prompts.prompts)
-            sheet = grids.grid(pictures, min(len(pictures), 4), captions, header=f"step {step}")
-            outputs.write_png(self._folder / f"{step:08d}.png", sheet)
-            self._track(np.stack([np.asarray(picture) for picture in pictures]), step)
 
-    def _sampled(self) -> list[Image.Image]:
+    def _drawn(self, step: int, latents: list[Tensor] | None) -> bool:
+        """Write the pictures of ``latents``, which are sampled if there are none yet. False: there is no memory for them."""
+        try:
+            pictures = [_picture(one) for part in latents or self._sampled() for one in self._family.encoder.decode(part)]
+        except torch.OutOfMemoryError:
+            return False
+        sheet = grids.grid(pictures, min(len(pictures), 4), list(self._prompts.prompts), header=f"step {step}")
+        outputs.write_png(self._folder / f"{step:08d}.png", sheet)
+        self._track(np.stack([np.asarray(picture) for picture in pictures]), step)
+        return True
+
+    def _sampled_together(self) -> list[Tensor]:
+        """A call of sharded weights is for all processes. One that leaves it half done, for want of memory, cannot go on beside
+        the others: their next calls would not be the same."""
+        try:
+            return self._sampled()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"Process {self._processes.rank} has no memory for previews beside training, and with sharded weights all "
+                "processes sample them together. Go on with --resume and without --preview-every, or with a smaller "
+                "--preview-batch."
+            ) from error
+
+    def _sampled(self) -> list[Tensor]:
+        """Latents, in parts of ``preview_batch``."""
         family, device, asked = self._family, self._accelerator.device, self._settings
         guidance = family.usual_guidance if asked.preview_guidance is None else asked.preview_guidance
-        policy = family.denoiser if self._everyone else family.denoiser.with_network(family.network)
-        with without_dropout(family.network), self._accelerator.autocast():
+        policy = family.denoiser if self._sharding else family.denoiser.with_network(family.network)
+        averaged = self._average.applied() if self._average else nullcontext()
+        with averaged, without_dropout(family.network), self._accelerator.autocast():
             made = rollout(
                 policy,
                 policy.schedule,
@@ -124,7 +151,7 @@ class Previews:
                 batch_size=asked.preview_batch,
                 device=device,
             )
-        return [_picture(one) for part in made.final.split(asked.preview_batch) for one in family.encoder.decode(part)]
+        return list(made.final.split(asked.preview_batch))
 
     def _track(self, pictures: np.ndarray, step: int) -> None:
         for tracker in self._accelerator.trackers:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffalign import checkpoint, objectives
 from diffalign.checkpoint import Checkpoints
 from diffalign.objectives._family import looks_at_company
+from diffalign.processes import Together, failing_together
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
 from pipelines.progress import TrainingBar
@@ -59,16 +60,17 @@ def through_the_loop(
     ``before`` is called when everything stands, and nothing has been learnt yet in this session.
     """
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
-        trainer = build(partial(bar.update, steps=settings.loop.steps))
-        if folder.resume:
-            found = trainer.resume()
-            say(f"resumed at step {trainer.step}" if found else "there is no checkpoint yet: the run begins anew")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:  # nothing can be wrong any more: an older run may go
-            folder.claim()
-        accelerator.wait_for_everyone()
-        if accelerator.log_with:
-            begin_tracking(accelerator, settings)
+        trainer, everyone = build(partial(bar.update, steps=settings.loop.steps)), Together(accelerator)
+        with failing_together(everyone):
+            if folder.resume:
+                found = trainer.resume()
+                say(f"resumed at step {trainer.step}" if found else "there is no checkpoint yet: the run begins anew")
+        with failing_together(everyone):
+            if everyone.rank == 0:  # nothing can be wrong any more: an older run may go
+                folder.claim()
+        with failing_together(everyone):
+            if accelerator.log_with:
+                begin_tracking(accelerator, settings)
         bar.start(trainer.step, settings.loop.steps)
         try:
             before(trainer)

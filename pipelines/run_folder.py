@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +152,7 @@ def start_accelerator(settings: Any) -> Accelerator:
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
     from pipelines import devices, heap
 
@@ -162,10 +161,9 @@ def start_accelerator(settings: Any) -> Accelerator:
     devices.forget_precision()
     heap.give_back_large_blocks()
     tracker = settings.compute.tracker
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the others wait while one process fills the cache
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun
-        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients once, not twice
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients once, not twice
         mixed_precision=settings.compute.mixed_precision,
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output)),

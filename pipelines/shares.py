@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from diffalign.processes import Alone, Processes, Together
 
-def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:
-    """This process among those that ``accelerate launch`` started: (number, of how many), a barrier, its device."""
+
+def started() -> Processes:
+    """The processes that were started together, which may fail together from here on (``failing_together``): the first thing a
+    command does that several of them can share.
+
+    Raises:
+        UserError: Accelerate is set to an engine that training is not written for, or that is missing.
+    """
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return (0, 1), lambda: None, None
+        return Alone()
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    return (state.process_index, state.num_processes), state.wait_for_everyone, str(state.device)
+    from pipelines import devices
+
+    devices.refuse_other_engines()  # before Accelerate fails for want of one
+    return Together(PartialState(cpu=not torch.accelerator.is_available()))  # unless told, it starts no group on a CPU
+
+
+def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:
+    """This process among those that ``accelerate launch`` started: (number, of how many), a barrier at which they may wait long,
+    its device."""
+    everyone = started()
+    if everyone.world == 1:
+        return (0, 1), lambda: None, None
+    from accelerate import PartialState
+
+    def wait() -> None:
+        everyone.all(None)
+
+    return (everyone.rank, everyone.world), wait, str(PartialState().device)

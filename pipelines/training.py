@@ -25,11 +25,11 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.processes import Alone, Processes, Together
+from diffalign.processes import Alone, Processes, Together, failing_together
 from diffalign.random_state import random_numbers_as_they_were
 from diffalign.train import Finished, Trainer
 from diffalign.weights import TrainedWeights
-from pipelines import config, devices, families, ingredients, memory_presets, own_judges, previews, run
+from pipelines import config, devices, families, ingredients, memory_presets, own_judges, previews, run, shares
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
 from pipelines.export import SAMPLES, write_model_card
@@ -91,24 +91,11 @@ def check_judges(settings: TrainSettings, judge: OwnJudge | None = None, everyon
     Raises:
         UserError: an unknown judge, prompts that cannot be read, or a judge that cannot do what it is asked for.
     """
-    everyone = everyone or Alone()
-    wrong = _wrong_with_the_comparison(settings.evaluation) if everyone.rank == 0 else None
-    told = everyone.all(None if wrong is None else f"The comparison's judges cannot be loaded: {wrong}")[0]
-    if wrong is not None:
-        raise wrong
-    if told is not None:
-        raise UserError(told)
-    ingredients.training_judges(settings, judge)
-
-
-def _wrong_with_the_comparison(settings: EvaluationSettings) -> Exception | None:
-    """What its judges or prompts are refused for. Whatever it is, the other processes wait to hear of it."""
-    try:
-        if settings.prompts:
-            load_panel(_judges(settings), held_out_prompts(settings.prompts, settings.prompt_count))
-    except Exception as error:
-        return error
-    return None
+    everyone, comparison = everyone or Alone(), settings.evaluation
+    with failing_together(everyone):
+        if everyone.rank == 0 and comparison.prompts:
+            load_panel(_judges(comparison), held_out_prompts(comparison.prompts, comparison.prompt_count))
+        ingredients.training_judges(settings, judge)
 
 
 def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
@@ -205,17 +192,20 @@ def train(
         NonFiniteLossError: training blew up; the last checkpoint is untouched.
     """
     start = time.perf_counter()
-    check_output(settings.output, resume=resume, overwrite=overwrite)
-    settings, switched = memory_presets.applied(settings)
-    preflight(settings)
-    accelerator = start_accelerator(settings)
+    everyone = shares.started()
+    with failing_together(everyone):
+        check_output(settings.output, resume=resume, overwrite=overwrite)
+        settings, switched = memory_presets.applied(settings)
+        preflight(settings)
+        accelerator = start_accelerator(settings)
     # not before Accelerate has given this process a GPU of its own
     with random_numbers_as_they_were(), devices.products_in_tf32(settings.compute.tf32):
-        if resume:
-            known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)
-            run.refuse_another_run(settings.output, known)
-        check_judges(settings, judge, Together(accelerator))
-        previews.prompts_of(settings)
+        with failing_together(everyone):
+            if resume:
+                known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)
+                run.refuse_another_run(settings.output, known)
+            previews.prompts_of(settings)
+        check_judges(settings, judge, everyone)
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it; pairs, t and noise have seeds of their own
         slow = devices.slow_products(accelerator, settings.compute.tf32)
@@ -224,8 +214,9 @@ def train(
         folder = OutputFolder(settings.output, to_yaml(f"train {name}", settings), resume, overwrite)
         trained = _train_and_export(name, settings, accelerator, folder, say, progress, judge)
         accelerator.free_memory()
-        if accelerator.is_main_process and not trained.finished.interrupted:
-            finish(name, settings, trained, time.perf_counter() - start, say, progress)
+        with failing_together(everyone):  # and leaving together: NCCL takes its groups apart with everybody
+            if accelerator.is_main_process and not trained.finished.interrupted:
+                finish(name, settings, trained, time.perf_counter() - start, say, progress)
         return run.close(accelerator, trained.finished, say)
 
 
@@ -254,8 +245,10 @@ def _train_and_export(
 ) -> Trained:
     """Everything that needs the networks, which are let go when it returns: what follows needs the memory."""
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
-    if accelerator.is_main_process:
-        folder.mark()
+    everyone = Together(accelerator)
+    with failing_together(everyone):
+        if everyone.rank == 0:
+            folder.mark()
     prepared = ingredients.prepare(settings, table, family, accelerator, say, progress, judge, folder.overwrite)
     epochs = None
     if len(prepared.train_rows):
@@ -269,8 +262,9 @@ def _train_and_export(
     if not finished.interrupted:
         with trainer.ema.applied() if trainer.ema else nullcontext():
             prepared.weights.collect()
-            if accelerator.is_main_process:
-                write_result(settings, family, prepared.weights)
+            with failing_together(everyone):
+                if everyone.rank == 0:
+                    write_result(settings, family, prepared.weights)
         say(f"saved {settings.output}")
     loras = family.origin.base_loras
     of_pipeline = family.pipeline_class, family.left_out

@@ -227,7 +227,7 @@ def test_what_another_run_has_completed_meanwhile_is_not_asked_again(
     locked, late = CacheFolder.locked, [Asked() for _ in range(world)]
     first: list[KeptErrors] = []
 
-    def waiting(folder: CacheFolder, busy: object = None) -> Any:
+    def waiting(folder: CacheFolder, shared: bool = False, busy: object = None) -> Any:
         if not first:
             first.append(None)
             first[0] = kept(tmp_path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pytest
 from test_writer_material import writer
 from test_writer_sampling import biased
+from threads import Process, in_threads
 
 import reward_models
 from diffalign.errors import UserError
@@ -150,9 +152,35 @@ def test_candidates_of_another_build_are_not_mixed_in(studio: Studio, embedding:
 def test_processes_share_the_prompts(studio: Studio, embedding: Any, tmp_path: Path) -> None:
     whole, shared = tmp_path / "whole.parquet", tmp_path / "shared.parquet"
     made(studio, embedding, whole)
-    assert made(studio, embedding, shared, share=(1, 2)) is None
-    assert made(studio, embedding, shared, share=(0, 2)).pairs == 3
+    first, second = build_in_two(studio, embedding, shared)
+    assert first.pairs == 3 and second is None
     assert read_rewrites(whole).rows == read_rewrites(shared).rows
+
+
+def test_processes_share_what_is_left(studio: Studio, embedding: Any, tmp_path: Path) -> None:
+    """Of three prompts the second is done: by their places, the first process would have both others to do."""
+    whole, shared, drawn = tmp_path / "whole.jsonl", tmp_path / "shared.jsonl", []
+    made(studio, embedding, whole)
+    assert made(studio, embedding, shared, share=(1, 2)) is None
+    build_in_two(studio, embedding, shared, progress=lambda stage, done, total: drawn.append((done, total)))
+    assert drawn == [(1, 1), (1, 1)]
+    assert shared.read_text() == whole.read_text()
+
+
+def build_in_two(studio: Studio, embedding: Any, out: Path, **options: Any) -> list[Any]:
+    """One works while the other waits: models are loaded by one thread at a time."""
+    turn = Lock()
+
+    def work(process: Process) -> Any:
+        def wait() -> None:
+            turn.release()
+            process.all(None)
+            turn.acquire()
+
+        with turn:
+            return made(studio, embedding, out, share=(process.rank, process.world), wait=wait, **options)
+
+    return in_threads(2, work)
 
 
 # ----------------------------------------------------------------------------------------------------------------- pairing

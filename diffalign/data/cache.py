@@ -38,7 +38,7 @@ from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Transform
 from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.processes import Alone, Processes
+from diffalign.processes import Alone, Processes, failing_together
 from diffalign.protocols import Encoder
 
 VERSION = 5
@@ -123,21 +123,26 @@ def fill_cache(
     expected = cache_fingerprint(table, encoder, transform, dtype)
     reading = {"max_unreadable": max_unreadable, "workers": default_workers() if workers is None else workers}
     filling = _Filling(folder, table, encoder, transform, dtype, reading, progress)
-    if renew and processes.rank == 0:
-        folder.drop_stale(expected)
-    if mended and processes.rank == 0 and folder.complete:
-        folder.refuse_stale(expected)
-        if lost := uncommit_damaged(folder):
-            mended(lost)
+    with failing_together(processes):
+        if processes.rank == 0:
+            _look_over(folder, expected, renew, mended)
     if processes.all(folder.complete)[0]:  # a complete one needs no lock: any number of processes may open it at once
         folder.refuse_stale(expected)
         return 0
-    with contextlib.nullcontext() if processes.rank else folder.locked(shared, busy=busy):
-        if processes.rank == 0:
-            folder.claim(expected, shared)
+    with folder.claimed(expected, processes, shared, busy):
         if processes.all(folder.complete)[0]:  # another job may have ended meanwhile
             return 0
         return filling.fill(part, processes, batch_size=batch_size, shard_items=shard_items)
+
+
+def _look_over(folder: CacheFolder, expected: Mapping[str, Any], renew: bool, mended: Callable[[list[str]], None] | None) -> None:
+    """Drop what may be made anew: a cache of other circumstances, or files of this one that are lost."""
+    if renew:
+        folder.drop_stale(expected)
+    if mended and folder.complete:
+        folder.refuse_stale(expected)
+        if lost := uncommit_damaged(folder):
+            mended(lost)
 
 
 def uncommit_damaged(folder: CacheFolder) -> list[str]:
@@ -222,18 +227,17 @@ class _Filling:
             filler.fill(mine, processes)
         processes.all(None)
         missing = processes.all(images.missing() + prompts.missing())[0]
-        if processes.rank == 0 and not missing:
-            self._finish(index, images, prompts, started)
-        processes.all(None)
+        with failing_together(processes):
+            if processes.rank == 0 and not missing:
+                self._finish(index, images, prompts, started)
         return missing
 
     def _numbered(self, part: Share, processes: Processes) -> Index | None:
         """The rows, read and numbered; None, in all processes, if another job has completed the cache meanwhile."""
         self._rows.read(part, processes)
-        if processes.rank == 0:
-            with self._folder.unless_complete():
+        with failing_together(processes), self._folder.unless_complete():
+            if processes.rank == 0:
                 self._rows.join()
-        processes.all(None)
         index = None
         with self._folder.unless_complete():
             index = self._rows.index()

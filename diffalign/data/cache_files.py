@@ -34,6 +34,7 @@ import numpy as np
 from diffalign.data.file_locks import lock
 from diffalign.differences import differences
 from diffalign.errors import StaleCacheError, UserError
+from diffalign.processes import Processes, failing_together
 from diffalign.written_aside import PARTIAL, is_full, move
 
 Busy = Callable[[str], None]
@@ -200,6 +201,19 @@ class CacheFolder:
         self.refuse_stale(fingerprint)
         if not shared:
             self.sweep()
+
+    @contextlib.contextmanager
+    def claimed(
+        self, fingerprint: Mapping[str, Any], processes: Processes, shared: bool = False, busy: Busy | None = None
+    ) -> Iterator[None]:
+        """Within: the first of ``processes`` has the folder locked and claimed for all of them. Raises what ``locked`` and
+        ``claim`` do, in all of them."""
+        with contextlib.ExitStack() as held:
+            with failing_together(processes):
+                if processes.rank == 0:
+                    held.enter_context(self.locked(shared, busy=busy))
+                    self.claim(fingerprint, shared)
+            yield
 
     def sweep(self) -> None:
         """Remove half-written files; not those of another cache in a folder inside."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffalign.data.cache_files import CacheFolder, journal_name, shard_name
 from diffalign.data.pairs import Progress
-from diffalign.processes import Processes
+from diffalign.processes import Processes, failing_together
 
 Thing = TypeVar("Thing")
 Arrays = Mapping[str, np.ndarray]
@@ -62,7 +62,9 @@ class ShardFiller(Generic[Thing]):
 
     def fill(self, share: Share, processes: Processes) -> None:
         """Encode what is missing of a share of the shards. All processes must call it."""
-        self.per_shard = processes.all(self._settled() if processes.rank == 0 else None)[0]
+        with failing_together(processes):
+            settled = self._settled() if processes.rank == 0 else None
+        self.per_shard = processes.all(settled)[0]
         mine = [shard for shard in share_of(self.shards, share) if not self._committed(shard)]
         loaded = self._loaded(mine)
         left = sum(len(self._numbers(shard)) for shard in mine)

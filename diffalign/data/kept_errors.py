@@ -10,7 +10,6 @@ the work by shards. The errors of a pair depend on nothing but what the fingerpr
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from diffalign.data.loader import EncodedPairs, MadeWhenAsked, collate, shape_of
 from diffalign.data.pairs import Progress
 from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.processes import Alone, Processes, turns
+from diffalign.processes import Alone, Processes, failing_together, turns
 from diffalign.types import PairBatch
 
 VERSION = 1
@@ -84,8 +83,9 @@ def keep_errors(
     """
     processes, folder = processes or Alone(), CacheFolder(directory, ERRORS)
     fingerprint = plain({"version": VERSION, **depends_on, "draws": draws.describe(), "pairs": len(pairs)})
-    if renew and processes.rank == 0:
-        folder.drop_stale(fingerprint)
+    with failing_together(processes):
+        if renew and processes.rank == 0:
+            folder.drop_stale(fingerprint)
     complete = processes.all(folder.complete)[0]
     if not complete:
         _fill_together(folder, fingerprint, _Filling(folder, pairs, draws, ask, batch_size, progress), processes, busy)
@@ -98,16 +98,14 @@ def _fill_together(
     folder: CacheFolder, fingerprint: Mapping[str, Any], filling: _Filling, processes: Processes, busy: Busy | None
 ) -> None:
     started = time.monotonic()
-    with contextlib.nullcontext() if processes.rank else folder.locked(busy=busy):
-        if processes.rank == 0:
-            folder.claim(fingerprint)
+    with folder.claimed(fingerprint, processes, busy=busy):
         if processes.all(folder.complete)[0]:  # another run may have ended meanwhile
             return
         filling.fill(processes)
         processes.all(None)
-        if processes.rank == 0:
-            filling.finish(time.monotonic() - started)
-        processes.all(None)
+        with failing_together(processes):
+            if processes.rank == 0:
+                filling.finish(time.monotonic() - started)
 
 
 class _Filling:

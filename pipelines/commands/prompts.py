@@ -226,8 +226,8 @@ def _build(args: argparse.Namespace) -> int:
     from pipelines.shares import processes
     from pipelines.writers import build
 
-    build.check_out(args.out, args.overwrite)
     share, wait, device = processes()
+    build.check_out(args.out, args.overwrite)
     args.device = args.device or device
     ways = tuple(way.strip() for way in args.ways.split(",") if way.strip())
     drawing = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
     if len(args.folders) == 1 and (args.plot or args.report):
         raise UserError("--plot and --report are of comparisons, and one folder has nothing to be compared with: name several.")
+    share, wait, device = processes()
     out = scoring.check_output(args.out, args.overwrite)
     for file in filter(None, (args.plot, args.report)):
         outputs.check_file(file, args.overwrite)
-    share, wait, device = processes()
     args.device = args.device or device
     journal = Journal(out)
     if args.overwrite and share[0] == 0:

@@ -168,8 +168,8 @@ def build(
     Args:
         far: a distance beyond which a winner counts as drifted, in the summary.
         chunk: prompts that are proposed for, drawn and judged together; what is lost when a run is cut off.
-        share: (r, n): this process takes every n-th prompt from the r-th on; the first makes the pairs when all have come to
-            ``wait``, the others return None.
+        share: (r, n): this process takes every n-th of the prompts that are left, from the r-th on; the first makes the pairs
+            when all have come to ``wait``, the others return None.
 
     Raises:
         UserError: ``out`` is there (unless ``overwrite``), candidates beside it are of another build, a judge fails, or no
@@ -183,7 +183,8 @@ def build(
     if overwrite:
         wait()  # until the first process has dropped what is of another build
     known = journal.read()
-    mine = [prompt for prompt in asked[share[0] :: share[1]] if prompt not in known]
+    wait()  # before any writes: all have to see the same prompts done, or they would share out different ones
+    mine = [prompt for prompt in asked if prompt not in known][share[0] :: share[1]]
     with journal.part(share[0]) as add:
         for low in range(0, len(mine), chunk):
             for found in _found(mine[low : low + chunk], writer, studio, embedding, proposing):

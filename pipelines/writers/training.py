@@ -20,10 +20,10 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.data.texts import validation_batches
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.processes import Together
+from diffalign.processes import Together, failing_together
 from diffalign.random_state import random_numbers_as_they_were
 from diffalign.train import Finished, Trainer
-from pipelines import run
+from pipelines import run, shares
 from pipelines.curves import draw_curves, read_metrics
 from pipelines.outputs import write_json
 from pipelines.prompts import held_out_prompts
@@ -106,27 +106,32 @@ def train(
         NonFiniteLossError: training blew up; the last checkpoint is untouched.
     """
     start = time.perf_counter()
-    check_output(settings.output, resume=resume, overwrite=overwrite)
-    if settings.optimiser.eight_bit:
-        require_bitsandbytes()
-    shown = [p.text for p in held_out_prompts(settings.show.prompts, settings.show.prompt_count)] if settings.show.prompts else []
-    accelerator = start_accelerator(settings)
-    with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
+    everyone, shown = shares.started(), []
+    with failing_together(everyone):
+        check_output(settings.output, resume=resume, overwrite=overwrite)
+        if settings.optimiser.eight_bit:
+            require_bitsandbytes()
+        if settings.show.prompts:
+            shown = [prompt.text for prompt in held_out_prompts(settings.show.prompts, settings.show.prompt_count)]
+        accelerator = start_accelerator(settings)
         if resume:
             run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
+    with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it
         table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
         writer.to(accelerator.device)
-        before = _rewritten(settings, writer, shown) if accelerator.is_main_process else []
+        with failing_together(everyone):
+            before = _rewritten(settings, writer, shown) if everyone.rank == 0 else []
         prepared = ingredients.prepare(settings, table, writer, accelerator, say, progress)
         epochs = run.Epochs(rows_per_step(settings, accelerator.num_processes), len(prepared.train_rows))
         say(epochs.told(settings.loop.steps))
         folder = OutputFolder(settings.output, to_yaml(COMMANDS[name], settings), resume, overwrite)
         build = partial(build_trainer, name, settings, prepared, accelerator)
         trainer, finished = run.through_the_loop(build, settings, accelerator, folder, say=say, progress=progress)
-        if accelerator.is_main_process and not finished.interrupted:
-            finish(name, settings, prepared, trainer, epochs, shown, before, time.perf_counter() - start, say)
+        with failing_together(everyone):
+            if everyone.rank == 0 and not finished.interrupted:
+                finish(name, settings, prepared, trainer, epochs, shown, before, time.perf_counter() - start, say)
         return run.close(accelerator, finished, say)
 
 
