@@ -81,6 +81,11 @@ RUNS = {
 }
 
 
+def tell(line: str) -> None:
+    """In one piece: processes write to one place at the same time."""
+    os.write(1, f"{line}\n".encode())
+
+
 class Asked:
     """Counts what this process does."""
 
@@ -142,7 +147,7 @@ def uneven_calls(accelerator: Accelerator) -> None:
             denoiser(x, t, text)
     accelerator.backward(denoiser(x, t, text).square().mean())
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    print("norms", *(float(n) for n in accelerator.gather(norm.reshape(1))))
+    tell(" ".join(["norms", *(str(float(n)) for n in accelerator.gather(norm.reshape(1)))]))
     accelerator.free_memory()
 
 
@@ -171,7 +176,7 @@ def gradients_held(accelerator: Accelerator) -> None:
         updates.backward(denoiser.with_network(network)(x, t, text).square().mean())
     shares = sum(p.grad.to_local().numel() for p in network.parameters() if p.grad is not None)
     whole = sum(p.numel() for p in network.parameters())
-    print(f"process {accelerator.process_index} holds shares of gradients: {shares / whole:.2f}")
+    tell(f"process {accelerator.process_index} holds shares of gradients: {shares / whole:.2f}")
     accelerator.free_memory()
 
 
@@ -198,7 +203,7 @@ def complain(act: Callable[[], None]) -> None:
     try:
         act()
     except UserError as error:
-        print("refused:", error)
+        tell(f"refused: {error}")
 
 
 def main(output: Path, begun: Path, engines: Sequence[str]) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from family_runs import Saved, assert_equal, brightness, on_disk, run, weights, write_pairs
+from launched import together
 from PIL import Image
+from spread import environment
 
 from diffalign.errors import UserError
 from pipelines import previews
@@ -100,6 +102,29 @@ def test_a_run_goes_on_where_there_is_no_memory_for_pictures(
     run(miniature("stable_diffusion", folder), pairs, "diffusion-dpo", tmp_path / "run", steps=3, **prompts, **SHOWN)
     assert list(sheets(tmp_path / "run")) == ["00000000.png"]
     assert capsys.readouterr().out.count("no memory for previews") == 1
+
+
+def drawn_together(place: str, rank: int, folder: Path, pairs: Path, output: Path) -> list[tuple[int, str, str]]:
+    """Two steps on two processes with sharded weights, one of which finds no memory in ``previews.PLACE``, the second time."""
+    words = [Path(__file__).with_name("drawing_together.py"), place, rank, "train", "diffusion-dpo", "--adapter", "full"]
+    words += ["--model", miniature("stable_diffusion", folder).folder, "--pairs", pairs, "--output", output, "--steps", "2"]
+    words += ["--validation-pairs", "2", "--prompts", "none", "--preview-prompts", folder / "p.txt", "--quiet"]
+    words += ["--preview-every", "1", "--preview-steps", "1", "--preview-count", "1"]
+    return together([words] * 2, **environment("fsdp2"))
+
+
+def test_processes_give_up_together(folder: Path, pairs: Path, tmp_path: Path) -> None:
+    """Nobody draws alone: the next sampling would meet the others' training step."""
+    found = drawn_together("_picture", 0, folder, pairs, tmp_path / "run")
+    assert [status for status, _, _ in found] == [0, 0], found
+    assert [said.count("no memory for previews") for _, said, _ in found] == [1, 0]
+    assert list(sheets(tmp_path / "run")) == ["00000000.png"]
+
+
+def test_no_memory_in_the_middle_of_what_all_do_ends_all(folder: Path, pairs: Path, tmp_path: Path) -> None:
+    (other, _, _), (status, _, told) = drawn_together("rollout", 1, folder, pairs, tmp_path / "run")
+    assert other != 0 and status == 2
+    assert "Process 1 has no memory for previews" in told and "without --preview-every" in told
 
 
 @pytest.mark.parametrize(
