@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 
-def together(words: Sequence[Sequence[object]], patience: float = 60, **environment: str) -> list[tuple[int, str, str]]:
+def together(words: Sequence[Sequence[object]], patience: float = 240, **environment: str) -> list[tuple[int, str, str]]:
     """Run Python once for each of ``words``, as processes of one run: exit status, stdout, and stderr on one line, of each.
     One that hangs fails the test after ``patience`` seconds."""
     around = {**os.environ, **environment, **_meeting(), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(words))}

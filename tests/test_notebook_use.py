@@ -17,7 +17,7 @@ from family_runs import Saved, assert_equal, brightness, run, weights
 from PIL import Image
 
 import reward_models
-from diffalign import train as loop
+from diffalign import random_state
 from diffalign.data.open import open_pairs
 from diffalign.data.validate import check, contact_sheet
 from diffalign.errors import UserError
@@ -91,11 +91,11 @@ def test_random_numbers_are_looked_at_after_accelerate_has_begun(
 ) -> None:
     """Before, every process of a machine would take hold of the first GPU, whose generator it would ask for its state."""
     order: list[str] = []
-    for module, name in ((training, "start_accelerator"), (loop, "_random_state")):
+    for module, name in ((training, "start_accelerator"), (random_state, "get_random_state")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, own=own, name=name: order.append(name) or own(*given))
     run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=1)
-    assert order[:2] == ["start_accelerator", "_random_state"]
+    assert order[:2] == ["start_accelerator", "get_random_state"]
 
 
 def test_it_runs_in_a_thread(saved: Saved, pairs: Path, tmp_path: Path) -> None:
