@@ -35,7 +35,7 @@ import torch
 from models import SHAPES, build_pipeline
 from torch import Tensor, nn
 
-from diffalign.learner import Given
+from diffalign.learner import RunContext
 from diffalign.objectives.d3po import D3PO
 from diffalign.references import AdapterOff
 from diffalign.schedule import NoiseSchedule
@@ -108,7 +108,7 @@ class Bench:
         self.prompts = Prompts(torch.randn(PROMPTS + 1, 40, SHAPES[shape]["text"]))
         self.empty = {"encoder_hidden_states": self.prompts.text[-1:].to(DEVICE)}
         self.objective = D3PO(rollout_steps=STEPS, guidance=GUIDANCE)
-        self.given = Given(
+        self.given = RunContext(
             policy=self.policy,
             weights=TrainedWeights(family.network),
             start=self.start,

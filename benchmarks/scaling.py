@@ -92,10 +92,10 @@ def work(way: str, shape: str, pairs: int, accumulation: int, steps: int) -> dic
     from models import SHAPES, build_pipeline
 
     from diffalign.data.loader import LoaderSettings, PairLoader
-    from diffalign.learner import Given
+    from diffalign.learner import RunContext
     from diffalign.objectives.diffusion_dpo import DiffusionDPO
-    from diffalign.optimisation import OptimiserSettings
-    from diffalign.processes import Together
+    from diffalign.optimisation import OptimizerSettings
+    from diffalign.processes import ManyProcesses
     from diffalign.references import AdapterOff, Frozen
     from diffalign.train import LoopSettings, Trainer
     from diffalign.weights import TrainedWeights
@@ -118,9 +118,9 @@ def work(way: str, shape: str, pairs: int, accumulation: int, steps: int) -> dic
     if devices.is_sharding(accelerator):
         devices.shard(family.network, accelerator)
     start = AdapterOff(family.denoiser) if frozen is None else Frozen(frozen.with_network(frozen.network.to(accelerator.device)))
-    weights, everyone = TrainedWeights(family.network), Together(accelerator)
+    weights, everyone = TrainedWeights(family.network), ManyProcesses(accelerator)
     visits = LoaderSettings(pairs, accumulation, prompt_dropout=0.0)
-    given = Given(
+    given = RunContext(
         policy=family.denoiser,
         weights=weights,
         start=start,
@@ -143,7 +143,7 @@ def work(way: str, shape: str, pairs: int, accumulation: int, steps: int) -> dic
     with tempfile.TemporaryDirectory() as folder, ExitStack() as counting:
         Trainer(
             DiffusionDPO(beta=2000).learner(given), family.denoiser, [], accelerator, Path(folder),
-            LoopSettings(steps=last, checkpoint_every=0), OptimiserSettings(), {}, report=note, weights=weights,
+            LoopSettings(steps=last, checkpoint_every=0), OptimizerSettings(), {}, report=note, weights=weights,
         ).run()  # fmt: skip
     trained = sum(p.numel() for p in family.network.parameters() if p.requires_grad)
     return {

@@ -1,7 +1,7 @@
 """Seconds and memory per pair of a Diffusion-DPO step: as the released scripts take it, against ours, a saving at a time.
 
     python benchmarks/step.py [--shape sd15] [--pixels 256] [--pairs 1] [--adapters lora full] [--rounds 5] [--json out.json]
-    python benchmarks/step.py --profile "kept errors, bf16"       (where the time of one variant goes)
+    python benchmarks/step.py --profile "cached errors, bf16"       (where the time of one variant goes)
 
 Variants run in alternation in one process; medians are reported, so the ratios hold even on a busy machine. Random weights.
 
@@ -11,7 +11,7 @@ Variants run in alternation in one process; medians are reported, so the ratios 
                       second network: as many operations, less memory.)
     cached            latents and prompts from the memory-mapped cache, read ahead by the loader; LoRA: the reference is the
                       policy with its adapter switched off; full: a frozen copy
-    kept errors       the reference's errors are kept, too (--reference-draws): no reference is asked, and none is in memory
+    cached errors     the reference's errors are kept, too (--reference-draws): no reference is asked, and none is in memory
     ..., 4 at a time  four times as many pairs in the micro-batch: of ours, in the memory that the caches leave free
     ..., bf16         under autocast, with a base that is stored in bfloat16 (LoRA) or float32 weights (full); encoders and the
                       second network of the naive step are stored in bfloat16, too
@@ -65,18 +65,18 @@ class Variant:
 VARIANTS = (
     Variant("naive", naive=True),
     Variant("cached"),
-    Variant("kept errors", kept=True),
-    Variant("kept errors, 4 at a time", kept=True, times=4),
+    Variant("cached errors", kept=True),
+    Variant("cached errors, 4 at a time", kept=True, times=4),
     Variant("naive, bf16", naive=True, half=True),
     Variant("cached, bf16", half=True),
-    Variant("kept errors, bf16", kept=True, half=True),
-    Variant("kept errors, bf16, 4 at a time", kept=True, half=True, times=4),
+    Variant("cached errors, bf16", kept=True, half=True),
+    Variant("cached errors, bf16, 4 at a time", kept=True, half=True, times=4),
 )
 SAME_BATCH = Variant("naive, 4 at a time", naive=True, times=4)
 """Only when it is named (--variants): what the batch alone is worth."""
 COMPILED = (
-    Variant("kept errors, compiled", kept=True, compiled=True),
-    Variant("kept errors, bf16, compiled", kept=True, half=True, compiled=True),
+    Variant("cached errors, compiled", kept=True, compiled=True),
+    Variant("cached errors, bf16, compiled", kept=True, half=True, compiled=True),
 )
 
 
@@ -98,7 +98,7 @@ class Policy:
     """A network that is trained, with its optimizer and its reference."""
 
     def __init__(self, adapter: str, variant: Variant, shape: str, share: Policy | None) -> None:
-        from diffalign.optimisation import OptimiserSettings, build_optimizer
+        from diffalign.optimisation import OptimizerSettings, build_optimizer
         from diffalign.references import AdapterOff
         from pipelines.families import stable_diffusion
 
@@ -118,7 +118,7 @@ class Policy:
             if variant.compiled:
                 self.family.compile_blocks()
             self.parameters = list(self.family.denoiser.trainable_parameters())
-            self.optimizer = build_optimizer(self.parameters, OptimiserSettings())
+            self.optimizer = build_optimizer(self.parameters, OptimizerSettings())
         network = Halved(self.family.network) if variant.half else self.family.network
         self.denoiser = self.family.denoiser.with_network(network)
         self.reference = AdapterOff(self.denoiser) if adapter == "lora" else None
@@ -170,7 +170,7 @@ class Bench:
 
     def _losses(self, variant: Variant) -> Callable[[Any], Any]:
         """The objective at work."""
-        from diffalign.learner import Given
+        from diffalign.learner import RunContext
         from diffalign.references import Cached, Frozen
         from diffalign.weights import TrainedWeights
 
@@ -178,7 +178,7 @@ class Bench:
         start = Cached() if variant.kept else policy.reference or Frozen(self.frozen.get(variant.half))
         if variant.naive:
             start = Frozen(self.frozen[variant.half])
-        given = Given(
+        given = RunContext(
             policy=policy.denoiser,
             weights=TrainedWeights(policy.family.network),
             start=start,
@@ -191,8 +191,8 @@ class Bench:
 
     def _loader(self, variant: Variant) -> Iterator[Any]:
         """Our batches, without end. Errors are kept at one draw of each pair."""
-        from diffalign.data.draws import KeptDraws
-        from diffalign.data.kept_errors import keep_errors
+        from diffalign.data.cached_errors import cache_errors
+        from diffalign.data.draws import FixedDraws
         from diffalign.data.loader import LoaderSettings, PairLoader
         from diffalign.objectives._denoising import errors_beforehand
         from diffalign.references import AdapterOff, Frozen
@@ -202,16 +202,16 @@ class Bench:
             denoiser = self.policies[variant].denoiser
             start = AdapterOff(denoiser) if self.adapter == "lora" else Frozen(denoiser)
             place = Path(self.cache._folder.root).parent / variant.name
-            kept = keep_errors(
+            kept = cache_errors(
                 self.cache,
-                KeptDraws(1, 0, denoiser.schedule.levels()),
+                FixedDraws(1, 0, denoiser.schedule.levels()),
                 lambda batch: errors_beforehand(batch.to(DEVICE), start, denoiser.schedule, "pairs"),
                 place,
                 {"variant": variant.name},
                 batch_size=self.pairs,
             )
         settings = LoaderSettings(batch_size=self.pairs * variant.times)
-        loader = PairLoader(self.cache, range(len(self.cache)), settings, kept=kept, device=DEVICE)
+        loader = PairLoader(self.cache, range(len(self.cache)), settings, cached_errors=kept, device=DEVICE)
         return (batches[0] for batches in loader.steps(0, 10**6))
 
     def _pictures(self, variant: Variant) -> Iterator[tuple[list[int], list[str], torch.Tensor]]:

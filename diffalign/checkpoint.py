@@ -1,6 +1,6 @@
-"""Checkpoints: name the stateful things once; saving and loading follow.
+"""Checkpoints: name the stateful objects once; saving and loading follow.
 
-A checkpoint is a folder ``checkpoint-00000040`` with one file per stateful thing. It is written under another name and
+A checkpoint is a folder ``checkpoint-00000040`` with one file per stateful object. It is written under another name and
 renamed when everything is on disk, so a folder with that name is always whole; whatever goes wrong while writing leaves the
 older ones as they were.
 """
@@ -90,16 +90,16 @@ class Checkpoints:
         found = min(losses, key=losses.__getitem__, default=None)
         return None if found is None else (found, losses[found])
 
-    def save(self, step: int, things: Mapping[str, Stateful], note: Mapping[str, Any]) -> Path:
-        """Write the state of every thing, and ``note`` (plain values) beside it; then forget the oldest checkpoints.
+    def save(self, step: int, stateful: Mapping[str, Stateful], note: Mapping[str, Any]) -> Path:
+        """Write the state of every object, and ``note`` (plain values) beside it; then forget the oldest checkpoints.
 
         ``note`` may hold ``VALIDATION_LOSS``, which tells the best.
         """
         target = self.folder / f"{_PREFIX}{step:08d}"
         with folder_aside(target) as aside:
-            for name, thing in things.items():
-                write_state(thing.state_dict(), aside / f"{name}.pt")
-            content = json.dumps({"step": step, "things": sorted(things), **note}, indent=2) + "\n"
+            for name, each in stateful.items():
+                write_state(each.state_dict(), aside / f"{name}.pt")
+            content = json.dumps({"step": step, "stateful": sorted(stateful), **note}, indent=2) + "\n"
             (aside / NOTE).write_text(content, encoding="utf-8")
         self._forget()
         return target
@@ -119,25 +119,25 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._unreadable(file, error) from error
 
-    def load(self, path: Path, things: Mapping[str, Stateful]) -> dict[str, Any]:
-        """Restore every thing in place and return the note. The names must be those that were saved.
+    def load(self, path: Path, stateful: Mapping[str, Stateful]) -> dict[str, Any]:
+        """Restore every object in place and return the note. The names must be those that were saved.
 
         Raises:
-            UserError: the checkpoint is of other things, or a file of it is damaged.
+            UserError: the checkpoint holds other objects, or a file of it is damaged.
         """
         note = self.note(path)
-        if sorted(things) != note["things"]:
+        if sorted(stateful) != note["stateful"]:
             raise UserError(
-                f"{path} holds {', '.join(note['things'])}, but this run needs {', '.join(sorted(things))}: "
+                f"{path} holds {', '.join(note['stateful'])}, but this run needs {', '.join(sorted(stateful))}: "
                 "it was made with other settings (say, another adapter or EMA). Resume with the settings it was started with."
             )
-        self.restore(path, things)
+        self.restore(path, stateful)
         return note
 
-    def restore(self, path: Path, things: Mapping[str, Stateful]) -> None:
+    def restore(self, path: Path, stateful: Mapping[str, Stateful]) -> None:
         """Restore some of what a checkpoint holds. Raises UserError: a file of it is damaged."""
-        for name, thing in things.items():
-            thing.load_state_dict(self._state(path / f"{name}.pt", mapped=getattr(thing, "copies_on_load", False)))
+        for name, each in stateful.items():
+            each.load_state_dict(self._state(path / f"{name}.pt", mapped=getattr(each, "copies_on_load", False)))
 
     def _state(self, file: Path, mapped: bool) -> Mapping[str, Any]:
         how = {"map_location": "cpu", "weights_only": True}

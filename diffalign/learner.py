@@ -1,6 +1,6 @@
 """An objective at work: what a run gives it, and what it gives the loop.
 
-An objective is settings and mathematics. ``learner(given)`` puts it together with the things of one run: a source of
+An objective is settings and mathematics. ``learner(run)`` puts it together with what one run has: a source of
 micro-batches, the losses of one of them, and whatever must be saved so that the run can go on as if it had never stopped
 (past checkpoints, a replay buffer, a round's start, a baseline). The loop knows nothing else.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 from diffalign.checkpoint import Stateful
 from diffalign.data.texts import TextLoader
 from diffalign.errors import UserError
-from diffalign.processes import Alone, Processes
+from diffalign.processes import OneProcess, Processes
 from diffalign.protocols import Denoiser, LanguageModel, Predictor, TextPolicy
-from diffalign.references import Past
+from diffalign.references import Snapshot
 from diffalign.types import Conditioning, Outcome, PairBatch
 from diffalign.weights import TrainedWeights
 
@@ -56,9 +56,9 @@ class Learner:
     """of a micro-batch, for training"""
     validate: Callable[[Any], Outcome] | None = None
     """of held-out pairs, without gradient and without a trace; None where pairs mean nothing to the objective"""
-    things: Mapping[str, Stateful] = field(default_factory=dict)
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
     """what is saved with the run beside the weights"""
-    reference: Past | None = None
+    reference: Snapshot | None = None
     """what training compares with, if it is to become the policy anew at the beginning of every round of the loop"""
 
 
@@ -92,7 +92,7 @@ Kind = Literal["pairs", "pictures"]
 
 
 @dataclass(frozen=True)
-class Given:
+class RunContext:
     """What a run gives its objective. An objective that needs something that is None says so (``require``)."""
 
     policy: Denoiser
@@ -101,7 +101,7 @@ class Given:
     latent_shape: tuple[int, ...]  # (C, H, W)
     pairs: PairSource | None = None
     kind: Kind = "pairs"
-    reference: Past | None = None  # of training instead of the frozen start: the policy at the beginning of the loop's round
+    reference: Snapshot | None = None  # of training instead of the frozen start: the policy at the beginning of the loop's round
     prompts: Prompts | None = None
     unconditional: Conditioning | None = None  # of the empty prompt, each [1, ...], on the device
     judge: Judge | None = None
@@ -113,7 +113,7 @@ class Given:
     sampling_batch: int = 16
     seed: int = 0
     device: torch.device | str = "cpu"
-    processes: Processes = field(default_factory=Alone)
+    processes: Processes = field(default_factory=OneProcess)
 
     @property
     def compared_with(self) -> Predictor:
@@ -132,15 +132,15 @@ class Given:
 
 
 @dataclass(frozen=True)
-class GivenTexts:
+class TextRunContext:
     """What a run gives an objective that trains a language model on rewrites of prompts."""
 
     policy: TextPolicy
     weights: TrainedWeights
     start: LanguageModel  # the frozen start
     texts: TextLoader
-    reference: Past | None = None  # of training instead of the frozen start, as in ``Given``
-    processes: Processes = field(default_factory=Alone)
+    reference: Snapshot | None = None  # of training instead of the frozen start, as in ``RunContext``
+    processes: Processes = field(default_factory=OneProcess)
 
     @property
     def compared_with(self) -> LanguageModel:
@@ -166,6 +166,6 @@ class Objective(Protocol):
         """``objectives.Cost``: samples through the network for one pair."""
         ...
 
-    def learner(self, given: Any) -> Learner:
-        """``given``: ``Given``, or ``GivenTexts`` where the objective learns from rewrites."""
+    def learner(self, run: Any) -> Learner:
+        """``run``: ``RunContext``, or ``TextRunContext`` where the objective learns from rewrites."""
         ...

@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from diffalign.optimisation import Ema
-from diffalign.references import Past
+from diffalign.references import Snapshot
 from diffalign.weights import TrainedWeights, Weights
 
 
@@ -44,7 +44,7 @@ class LoopRounds:
         weights: TrainedWeights,
         every: int,
         extrapolation: float = 0.0,
-        reference: Past | None = None,
+        reference: Snapshot | None = None,
         ema: Ema | None = None,
     ) -> None:
         if every < 1:

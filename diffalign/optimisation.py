@@ -17,7 +17,7 @@ from diffalign.sharding import Gathered, is_sharded, joined, own, share
 
 
 @dataclass(frozen=True)
-class OptimiserSettings:
+class OptimizerSettings:
     """The optimizer and its schedule; Diffusion-DPO's numbers by default.
 
     ``optimizer`` is ``adamw`` (Loshchilov & Hutter 2019, arXiv 1711.05101), or what is known by ``register``: ``adafactor`` of
@@ -53,21 +53,21 @@ class OptimiserSettings:
 class OptimizerKind:
     """An optimizer: how it is built, and what a run has to know of it beforehand."""
 
-    build: Callable[[list[nn.Parameter], OptimiserSettings], torch.optim.Optimizer]
-    moments_bytes: Callable[[torch.Size, OptimiserSettings], int]  # what it keeps for one weight between two steps
+    build: Callable[[list[nn.Parameter], OptimizerSettings], torch.optim.Optimizer]
+    moments_bytes: Callable[[torch.Size, OptimizerSettings], int]  # what it keeps for one weight between two steps
     ignores: tuple[str, ...] = ()  # settings that do nothing for it
     by_element: bool = True  # whether shares of a weight can be updated without the rest of it (FSDP2, ZeRO)
 
 
-def _moments_of_adamw(shape: torch.Size, settings: OptimiserSettings) -> int:
+def _moments_of_adamw(shape: torch.Size, settings: OptimizerSettings) -> int:
     return shape.numel() * (2 if settings.eight_bit else 8)
 
 
 def register(
     name: str,
-    build: Callable[[list[nn.Parameter], OptimiserSettings], torch.optim.Optimizer],
+    build: Callable[[list[nn.Parameter], OptimizerSettings], torch.optim.Optimizer],
     *,
-    moments_bytes: Callable[[torch.Size, OptimiserSettings], int] = _moments_of_adamw,
+    moments_bytes: Callable[[torch.Size, OptimizerSettings], int] = _moments_of_adamw,
     ignores: Iterable[str] = (),
     by_element: bool = True,
 ) -> None:
@@ -89,12 +89,12 @@ def register(
     _KINDS[name] = OptimizerKind(build, moments_bytes, tuple(ignores), by_element)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that the settings name."""
     return settings.kind.build(list(parameters), settings)
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
+def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Fused where torch has it for the parameters' device; 8-bit through bitsandbytes when asked for."""
     options = dict(
         lr=settings.learning_rate,
@@ -113,7 +113,7 @@ SHIPPED = ("adamw", "adafactor")
 _KINDS = {"adamw": OptimizerKind(_adamw, _moments_of_adamw)}
 
 
-def moments_bytes(parameters: Iterable[nn.Parameter], settings: OptimiserSettings) -> int:
+def moments_bytes(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> int:
     """What the optimizer keeps for these parameters between two steps, in bytes."""
     return sum(settings.kind.moments_bytes(p.shape, settings) for p in parameters)
 
@@ -127,7 +127,7 @@ def require_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def learning_rate_factor(step: int, steps: int, settings: OptimiserSettings) -> float:
+def learning_rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
     """The factor on the learning rate at optimizer step ``step`` (from 0): linear warm-up, then the schedule to ``steps``."""
     if step < settings.warmup_steps:
         return step / settings.warmup_steps
@@ -140,7 +140,7 @@ def learning_rate_factor(step: int, steps: int, settings: OptimiserSettings) -> 
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, steps: int, settings: OptimiserSettings
+    optimizer: torch.optim.Optimizer, steps: int, settings: OptimizerSettings
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule as torch's LambdaLR; its state is one integer, so it resumes with any optimizer."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, settings))

@@ -26,7 +26,7 @@ PATIENCE = timedelta(days=1)
 
 
 class Processes(Protocol):
-    """The processes of a run. ``Alone`` is one; ``Together`` are several, by Accelerate."""
+    """The processes of a run. ``OneProcess`` is one; ``ManyProcesses`` are several, by Accelerate."""
 
     rank: int
     world: int
@@ -55,7 +55,7 @@ def turns(count: int, rank: int, world: int) -> list[tuple[int, bool]]:
 
 
 @dataclass(frozen=True)
-class Alone:
+class OneProcess:
     """One process."""
 
     rank: int = 0
@@ -71,7 +71,7 @@ class Alone:
         return [thing]
 
 
-class Together:
+class ManyProcesses:
     """The processes of a run, by Accelerate: all of them make it, the first time as soon as they have begun."""
 
     def __init__(self, state: Accelerator | PartialState) -> None:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffalign.processes import Together
+from diffalign.processes import ManyProcesses
 
 
 class RandomState:
@@ -26,7 +26,7 @@ class RandomState:
         self._ranks: list[dict[str, Any]] = []
 
     def collect(self) -> None:
-        self._ranks = Together(self._accelerator).all(get_random_state())
+        self._ranks = ManyProcesses(self._accelerator).all(get_random_state())
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": self._ranks}

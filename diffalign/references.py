@@ -45,7 +45,7 @@ class Frozen:
 
 
 class Cached:
-    """The frozen start, asked beforehand: its errors at the draws that every pair has (``data.kept_errors``), and no network.
+    """The frozen start, asked beforehand: its errors at the draws that every pair has (``data.cached_errors``), and no network.
 
     Pairs bring the errors with them (``PairBatch.known``, ``NoisyPair.known``); ``likelihood`` takes them from there. Whoever
     asks about anything else (another noise or level, another's prompt) says so by ``known=None``, and is told that there is no
@@ -60,13 +60,13 @@ class Cached:
         )
 
 
-class Past:
+class Snapshot:
     """The policy as it was at some moment: its own network with the weights that were kept then, without dropout.
 
     The kept weights are saved with the run, so it resumes with the same one.
     """
 
-    kind = "past"
+    kind = "snapshot"
 
     def __init__(self, policy: Denoiser | TextPolicy, weights: TrainedWeights) -> None:
         self._policy, self._weights = policy, weights
@@ -89,7 +89,7 @@ class Past:
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Tensor:
         if not self._kept:
-            raise ValueError("there is no past yet: keep() takes it")
+            raise ValueError("there is no snapshot yet: keep() takes one")
         with self._weights.held(self._kept):
             return self._policy(*inputs)
 

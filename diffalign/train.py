@@ -30,8 +30,8 @@ from diffalign.errors import NonFiniteLossError, UserError
 from diffalign.interruption import Interruption
 from diffalign.learner import Batch, Learner
 from diffalign.loop_rounds import LoopRounds
-from diffalign.optimisation import Ema, OptimiserSettings, build_schedule
-from diffalign.processes import Together, failing_together, turns
+from diffalign.optimisation import Ema, OptimizerSettings, build_schedule
+from diffalign.processes import ManyProcesses, failing_together, turns
 from diffalign.protocols import Policy
 from diffalign.random_state import RandomState
 from diffalign.settings import check_options, option
@@ -126,7 +126,7 @@ class Trainer:
         accelerator: Accelerator,
         output: Path | str,
         loop: LoopSettings,
-        optimiser: OptimiserSettings,
+        optimizer: OptimizerSettings,
         identity: Mapping[str, Any],
         report: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
         weights: TrainedWeights | None = None,
@@ -147,8 +147,8 @@ class Trainer:
         self._accelerator, self._loop = accelerator, loop
         self._identity = {**identity, **({"rounds": loop.rounds} if loop.rounds else {})}
         parameters = list(policy.trainable_parameters())
-        self._updates = updates_of(accelerator, policy.network, parameters, optimiser, zero)
-        self._schedule = build_schedule(self._updates.optimizer, loop.steps, optimiser)
+        self._updates = updates_of(accelerator, policy.network, parameters, optimizer, zero)
+        self._schedule = build_schedule(self._updates.optimizer, loop.steps, optimizer)
         self._position, self._random = Position(), RandomState(accelerator)
         self._saved: int | None = None  # the last step of which this process has seen a checkpoint written
         self._ema = Ema(parameters, loop.ema_decay) if loop.ema_decay else None
@@ -156,7 +156,7 @@ class Trainer:
         self._metrics_file = output / "metrics.jsonl"
         weights = weights or TrainedWeights(accelerator.unwrap_model(policy.network))
         self._rounds = _rounds_of(loop, learner, weights, self._ema)
-        self._things: dict[str, Stateful] = {
+        self._stateful: dict[str, Stateful] = {
             "weights": weights,
             "optimizer": self._updates.saved,
             "schedule": self._schedule,
@@ -165,7 +165,7 @@ class Trainer:
             **({"scaler": accelerator.scaler} if accelerator.scaler is not None else {}),  # fp16's; it also counts steps
             **({"ema": self._ema} if self._ema else {}),
             **({"rounds": self._rounds} if self._rounds else {}),
-            **learner.things,
+            **learner.stateful,
         }
 
     @property
@@ -181,14 +181,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step (main process only; the others wait)."""
-        for thing in self._things.values():
-            if isinstance(thing, Shared):
-                thing.collect()
-        with failing_together(Together(self._accelerator)):
+        for each in self._stateful.values():
+            if isinstance(each, Shared):
+                each.collect()
+        with failing_together(ManyProcesses(self._accelerator)):
             if self._accelerator.is_main_process:
                 # The clock's times are no state: what is restored is the same to the bit however long it took.
                 note = {"identity": self._identity, "clock": self._clock.state_dict(), **self._validation_loss()}
-                self._checkpoints.save(self.step, self._things, note)
+                self._checkpoints.save(self.step, self._stateful, note)
         self._saved = self.step
 
     def _validation_loss(self) -> dict[str, float]:
@@ -217,7 +217,7 @@ class Trainer:
                 f"{path} is at step {note['step']} already, and the run is to have {self._loop.steps}. Resume with more steps, "
                 "or take an earlier state: `diffalign export RUN --checkpoint STEP`."
             )
-        self._checkpoints.load(path, self._things)
+        self._checkpoints.load(path, self._stateful)
         self._clock.load_state_dict(note.get("clock", {}))
         self._forget_metrics_after(self.step)
         return True
@@ -227,7 +227,7 @@ class Trainer:
         path = self._checkpoints.latest()
         # A note has times in it, which no two runs share.
         mine = path and (path.name, sha256((path / NOTE).read_bytes()).hexdigest())
-        seen = Together(self._accelerator).all(mine)
+        seen = ManyProcesses(self._accelerator).all(mine)
         if any(one != seen[0] for one in seen):
             names = [one[0] if one else "none" for one in seen]
             raise UserError(
@@ -263,7 +263,7 @@ class Trainer:
             if self.step == 0:
                 self._forget_all_metrics()
                 self.validate()
-            self._waiting.ask()
+            self._waiting.data_requested()
             for micro_batches in self._learner.source.steps(self.step, self._loop.steps):
                 tick = time.perf_counter()
                 numbers, stop = self._optimizer_step(micro_batches, interruption)
@@ -274,7 +274,7 @@ class Trainer:
                 self._after_step(numbers | self._waiting.step_done())
                 if stop or (interruption.requested and self._accelerator.num_processes == 1):
                     break
-                self._waiting.ask()
+                self._waiting.data_requested()
         stopped_early = self.step < self._loop.steps
         if self.step > began and self.step != self._saved:
             self.save()
@@ -305,18 +305,18 @@ class Trainer:
         rate = self._updates.optimizer.param_groups[0]["lr"]
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self._accelerator.device)
-            with self._updates.adding(last=number == len(micro_batches)):
+            with self._updates.accumulating(last=number == len(micro_batches)):
                 outcome = checked(self._learner.losses(batch), batch.weight)
                 loss = (batch.weight * outcome.loss).sum() / samples
                 self._updates.backward(loss)
             outcomes.append(outcome)
             weights.append(batch.weight)
-        norm = self._updates.clipped()
+        norm = self._updates.clip_gradients()
         numbers = self._means(outcomes, weights, gradient_norm=norm, interrupted=float(interruption.requested))
         stop = numbers.pop("interrupted") > 0
         numbers["learning_rate"] = float(rate)
         self._refuse_non_finite(numbers, outcomes)
-        self._updates.take()
+        self._updates.apply()
         if math.isfinite(numbers["gradient_norm"]):  # else fp16 has overflowed; a fused optimizer does not say that it skipped it
             self._schedule.step()
             if self._ema:
@@ -376,7 +376,7 @@ class Trainer:
         taken = turns(len(self._validation), accelerator.process_index, accelerator.num_processes)
         asked = [(self._validated_batch(self._validation[place]), mine) for place, mine in taken]
         outcomes = [outcome for outcome, mine in asked if mine]
-        gathered = _joined(Together(accelerator).all(_rows(outcomes)))
+        gathered = _joined(ManyProcesses(accelerator).all(_rows(outcomes)))
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 

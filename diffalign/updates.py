@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffalign.checkpoint import Stateful
-from diffalign.optimisation import OptimiserSettings, build_optimizer
+from diffalign.optimisation import OptimizerSettings, build_optimizer
 from diffalign.sharding import WholeOptimizer, is_sharded
 
 
@@ -26,16 +26,16 @@ class Updates(Protocol):
     optimizer: torch.optim.Optimizer  # its groups hold the learning rate
     saved: Stateful  # moments, whole and by parameter, however they are kept here
 
-    def adding(self, last: bool) -> AbstractContextManager:
+    def accumulating(self, last: bool) -> AbstractContextManager:
         """Around the losses and the backward pass of a micro-batch; ``last`` if it is the step's last."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, []."""
 
-    def clipped(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
         """The gradient's norm over all processes, [], before it is clipped; not finite if the gradient is not."""
 
-    def take(self) -> None:
+    def apply(self) -> None:
         """Update the weights, and forget the gradient. In fp16, a gradient that is not finite makes no update."""
 
     def weights_changed(self) -> None:
@@ -46,7 +46,7 @@ class Accelerated:
     """By Accelerate and a PyTorch optimizer."""
 
     def __init__(
-        self, accelerator: Accelerator, network: nn.Module, parameters: Iterable[nn.Parameter], settings: OptimiserSettings
+        self, accelerator: Accelerator, network: nn.Module, parameters: Iterable[nn.Parameter], settings: OptimizerSettings
     ) -> None:
         self._accelerator, self._network, self._parameters = accelerator, network, list(parameters)
         self._most, self._sharded = settings.max_grad_norm or math.inf, is_sharded(self._parameters)
@@ -54,17 +54,17 @@ class Accelerated:
         self.optimizer: torch.optim.Optimizer = self._optimizer.optimizer
         self.saved: Stateful = WholeOptimizer(self.optimizer)
 
-    def adding(self, last: bool) -> AbstractContextManager:
+    def accumulating(self, last: bool) -> AbstractContextManager:
         # FSDP2 would keep the whole gradient on every device until it is sent: every micro-batch's is reduced to shares at once.
         return nullcontext() if last or self._sharded else self._accelerator.no_sync(self._network)
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clipped(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
         return self._accelerator.clip_grad_norm_(self._parameters, self._most)
 
-    def take(self) -> None:
+    def apply(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -76,12 +76,12 @@ def updates_of(
     accelerator: Accelerator,
     network: nn.Module,
     parameters: Iterable[nn.Parameter],
-    settings: OptimiserSettings,
+    settings: OptimizerSettings,
     zero: Mapping[str, Any] | None = None,
 ) -> Updates:
     """``zero`` is the section ``zero_optimization`` of DeepSpeed's configuration, if that is to keep the moments."""
     if zero is None:
         return Accelerated(accelerator, network, parameters, settings)
-    from diffalign.zero import Zero
+    from diffalign.zero import ZeroUpdates
 
-    return Zero(accelerator, network, parameters, settings, zero)
+    return ZeroUpdates(accelerator, network, parameters, settings, zero)

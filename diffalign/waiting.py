@@ -12,14 +12,14 @@ class Waiting:
     """Shares of the steps' time, as the process sees it. ``watch`` is the loader's; without one nobody knows.
 
     The time of a step is that from asking for its data to its end. What a source does with the data (sampling from the policy) is
-    work; validation and checkpoints, between ``step_done`` and the next ``ask``, are not of any step.
+    work; validation and checkpoints, between ``step_done`` and the next ``data_requested``, are not of any step.
     """
 
     def __init__(self, watch: Stopwatch | None) -> None:
         self._watch = watch
         self._asked = self._before = self._waited = self._whole = 0.0
 
-    def ask(self) -> None:
+    def data_requested(self) -> None:
         """The data of a step are asked for."""
         if self._watch:
             self._asked, self._before = time.perf_counter(), self._watch.seconds

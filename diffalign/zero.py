@@ -16,13 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffalign.optimisation import OptimiserSettings, build_optimizer
+from diffalign.optimisation import OptimizerSettings, build_optimizer
 from diffalign.sharding import is_main
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero:
+class ZeroUpdates:
     """``diffalign.updates.Updates`` by DeepSpeed."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Zero:
         accelerator: Accelerator,
         network: nn.Module,
         parameters: Iterable[nn.Parameter],
-        settings: OptimiserSettings,
+        settings: OptimizerSettings,
         section: Mapping[str, Any],
     ) -> None:
         import deepspeed
@@ -47,25 +47,25 @@ class Zero:
         self.saved = Moments(self._engine.optimizer, self.optimizer, parameters)
 
     @contextmanager
-    def adding(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def clipped(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
         norm = torch.as_tensor(self._engine.optimizer.scaled_global_norm())
         return torch.where(norm < 0, math.nan, norm)  # -1 is DeepSpeed's word for a gradient that is not finite
 
-    def take(self) -> None:
+    def apply(self) -> None:
         self._engine.step()
 
     def weights_changed(self) -> None:
         self._engine.optimizer.refresh_fp32_params()
 
 
-def _configuration(settings: OptimiserSettings, section: Mapping[str, Any]) -> dict[str, Any]:
+def _configuration(settings: OptimizerSettings, section: Mapping[str, Any]) -> dict[str, Any]:
     """DeepSpeed's. The loop divides losses by the samples of a step itself, and says where a step ends."""
     return {
         "train_micro_batch_size_per_gpu": 1,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from html import escape
 
 from diffalign.sources.choices import CHOICES
-from diffalign.sources.store import MadeBy
+from diffalign.sources.store import TrajectoryOrigin
 from pipelines.report_page import STYLE
 
 _SMALL = 256  # pictures below this side are shown enlarged, every pixel to be seen
@@ -74,7 +74,7 @@ recall(); remember();
 """
 
 
-def render(made: MadeBy, files: Sequence[str], side: int) -> str:
+def render(made: TrajectoryOrigin, files: Sequence[str], side: int) -> str:
     """The page. ``files`` are relative to it, one for each trajectory; ``side`` is their width in pixels."""
     shown = side * max(1, _SMALL // side) if side < _SMALL else min(side, 512)
     groups = "\n".join(_group(made, group, files, shown) for group in range(len(made.prompts)))
@@ -89,7 +89,7 @@ def render(made: MadeBy, files: Sequence[str], side: int) -> str:
     )
 
 
-def _introduction(made: MadeBy) -> str:
+def _introduction(made: TrajectoryOrigin) -> str:
     s, called = made.sampling, made.called
     by = f"{called['model']} with the LoRA {called['lora']}" if called.get("lora") else str(called["model"])
     how = f"{by}, {s.steps} steps of DDIM with eta {s.eta:g}, guidance {s.guidance:g}, seed {made.seed}"
@@ -100,7 +100,7 @@ def _introduction(made: MadeBy) -> str:
     )
 
 
-def _group(made: MadeBy, group: int, files: Sequence[str], shown: int) -> str:
+def _group(made: TrajectoryOrigin, group: int, files: Sequence[str], shown: int) -> str:
     numbers = range(group * made.per_prompt, (group + 1) * made.per_prompt)
     name = f"{group:05d}"
     labels = [
@@ -114,7 +114,7 @@ def _group(made: MadeBy, group: int, files: Sequence[str], shown: int) -> str:
     return f'<fieldset id="{name}">{legend}<div class="choices">{"".join(labels)}</div></fieldset>'
 
 
-def _footer(made: MadeBy) -> str:
+def _footer(made: TrajectoryOrigin) -> str:
     return (
         f'<footer><span><b id="count">0</b> of {len(made.prompts)} prompts judged</span>'
         f'<button type="button" id="save">Save {CHOICES}</button>'

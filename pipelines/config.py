@@ -105,9 +105,10 @@ def _paths(objective: type) -> Iterator[str]:
 def placed(options: Mapping[str, Any], objective: type) -> dict[str, Any]:
     """Options by their short names (``learning_rate=1e-4``) or dotted paths, nested as in the YAML; unknown names stay on top."""
     out: dict[str, Any] = {}
-    short = {path.split(".")[-1]: path for path in _paths(objective)}
+    short, whole = {path.split(".")[-1]: path for path in _paths(objective)}, sections(objective)
     for name, value in options.items():
-        put(out, short.get(name, name), _plain(name, value))
+        a_section = name in whole and isinstance(value, Mapping)  # ``optimizer`` is the name of a setting as well
+        put(out, name if a_section else short.get(name, name), _plain(name, value))
     return out
 
 
@@ -171,9 +172,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} should hold a mapping of settings; it holds {type(tree).__name__}.")
-    if isinstance(tree.get("optimizer"), dict):  # the section as others spell it; without a mapping it is the optimizer's name
-        tree = merge(tree, {"optimiser": tree["optimizer"]})
-        del tree["optimizer"]
     return tree
 
 
@@ -286,9 +284,12 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 def _explain(error: Mapping[str, Any], objective: type) -> str:
     path = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown setting{_nearest(path, list(_paths(objective)))}"
+        return f"{path}: unknown setting{_nearest(path, [*sections(objective), *_paths(objective)])}"
     if error["type"] == "missing":
         return f"{path}: needed but not given ({schema_of(objective).top_level.get(path, 'set it')}; --{path.replace('_', '-')})"
+    if (section := sections(objective).get(path)) and not isinstance(error["input"], Mapping):
+        names = ", ".join(field.name for field in dataclasses.fields(section))
+        return f"{path}: is a section, with a line for each setting below it ({names}); found {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{path}: {message[:1].lower()}{message[1:]} (found {error['input']!r})"
 

@@ -29,13 +29,13 @@ from pipelines.tiny.shipped import pairs_called
 
 
 @dataclass
-class Looked:
+class Findings:
     """What is wrong, and what nobody looked at; each in a sentence."""
 
     mistakes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
-    def ask(self, check: Callable[..., Any], *given: Any) -> Any:
+    def check(self, check: Callable[..., Any], *given: Any) -> Any:
         """The answer of a check; None if it refuses, which is noted."""
         try:
             return check(*given)
@@ -46,14 +46,14 @@ class Looked:
         return None
 
 
-def look(settings: TrainSettings) -> Looked:
+def look(settings: TrainSettings) -> Findings:
     """Everything that would be refused before the first step, as far as it can be known."""
-    found = Looked()
-    found.ask(check_tracker, settings.compute.tracker)
+    found = Findings()
+    found.check(check_tracker, settings.compute.tracker)
     for check in training.preflight_checks(settings):
-        found.ask(check)
+        found.check(check)
     for check in (_judges_of_the_comparison, _judges_of_training, _rounds, previews.prompts_of):
-        found.ask(check, settings)
+        found.check(check, settings)
     _look_at_data(settings, found)
     _look_at_model(settings, found)
     return found
@@ -82,15 +82,15 @@ def _rounds(settings: TrainSettings) -> None:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def _look_at_data(settings: TrainSettings, found: Looked) -> None:
+def _look_at_data(settings: TrainSettings, found: Findings) -> None:
     if settings.pairs is not None and hub.claims(pairs_called(settings.pairs)):
         found.unchecked.append(f"there are no data {settings.pairs} here; on the hub they were not looked for.")
         return
-    table = found.ask(ingredients.open_data, settings)
+    table = found.check(ingredients.open_data, settings)
     if ingredients.samples_itself(settings) and settings.feedback is None and settings.train_prompts:
-        found.ask(ingredients.prompts_to_sample, settings, None)
+        found.check(ingredients.prompts_to_sample, settings, None)
     if table is not None and settings.data.curriculum != "none":
-        found.ask(_curriculum, settings, table)
+        found.check(_curriculum, settings, table)
 
 
 def _curriculum(settings: TrainSettings, table: PairTable) -> None:
@@ -108,17 +108,17 @@ def _curriculum(settings: TrainSettings, table: PairTable) -> None:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def _look_at_model(settings: TrainSettings, found: Looked) -> None:
-    origin = found.ask(_origin, settings)
+def _look_at_model(settings: TrainSettings, found: Findings) -> None:
+    origin = found.check(_origin, settings)
     if origin is None:
         return
     if origin.configured_at is None:
         found.unchecked.append(f"{settings.model} is a single file without --single-file-config.")
         return
-    family = found.ask(_sketched, settings)
+    family = found.check(_sketched, settings)
     if family is not None:
         for check in _checks_of(settings, family):
-            found.ask(check)
+            found.check(check)
 
 
 def _origin(settings: TrainSettings) -> Any:
@@ -143,7 +143,7 @@ def _checks_of(settings: TrainSettings, family: Any) -> Iterator[Callable[[], An
 
 
 def _with_lora(settings: TrainSettings, family: Any) -> None:
-    lora, saved = settings.lora, Looked().ask(ingredients.start_adapter, settings)
+    lora, saved = settings.lora, Findings().check(ingredients.start_adapter, settings)
     family.attach_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout)
     if saved is not None:
         _lora.as_state(family.network, saved)

@@ -22,7 +22,7 @@ from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
-from pipelines.reference_beforehand import is_enough
+from pipelines.reference_errors import is_enough
 from pipelines.run import PRECISIONS
 from pipelines.sizing import PICTURES, Comparing, Sized, Sizing, asked_once
 
@@ -154,14 +154,14 @@ def estimate(settings: TrainSettings, sizing: Sizing | None = None) -> Estimate:
 def estimate_of(settings: TrainSettings, sized: Sized) -> Estimate:
     """The estimate for a run whose model is counted."""
     steps = settings.loop.steps
-    objective = asked_once(settings.objective) if sized.told_guidance else settings.objective
+    objective = asked_once(settings.objective) if sized.guidance_embedded else settings.objective
     cost = objective.cost_of_stored if settings.feedback else objective.cost
     batch, accumulation = settings.batch.batch_size, settings.batch.accumulation
     backward = 2 if settings.adapter == "full" else 1.1  # LoRA: activation gradients, little else
     backward += 1 if settings.compute.gradient_checkpointing else 0
     pairs = accumulation * (1 if samples_itself(settings) else batch)
-    looking = 0.0 if settings.reference.reference_draws else cost.looking  # asked beforehand
-    passes = pairs * (cost.learning * (1 + backward) + looking)
+    forward_only = 0.0 if settings.reference.reference_draws else cost.forward_only  # asked beforehand
+    passes = pairs * (cost.with_gradient * (1 + backward) + forward_only)
     seconds = sized.one.flops / sized.one.rows * passes / _speed(settings.compute.mixed_precision)
     parts = _parts(settings, sized, cost.at_once * batch / sized.one.rows)
     comparing = _seconds_comparing(settings, sized)

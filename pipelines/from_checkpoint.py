@@ -42,9 +42,9 @@ def result_of_checkpoint(folder: Path, which: str, output: Path, base: str | Non
     settings = _settings(folder, note["identity"]["objective"])
     settings = replace(settings, output=output, model=base or settings.model)
     learnt = _writer(settings) if settings.objective.about.of_prompts else _family(settings)
-    average = Ema(learnt.parameters, settings.loop.ema_decay) if "ema" in note["things"] else None
-    things: dict[str, Stateful] = {"weights": learnt.weights, **({"ema": average} if average else {})}
-    checkpoints.restore(path, things)
+    average = Ema(learnt.parameters, settings.loop.ema_decay) if "ema" in note["stateful"] else None
+    stateful: dict[str, Stateful] = {"weights": learnt.weights, **({"ema": average} if average else {})}
+    checkpoints.restore(path, stateful)
     with average.applied() if average else nullcontext():
         learnt.write()
     return int(note["step"])

@@ -70,17 +70,17 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceSettings:
-    """The frozen start's errors, asked once and kept, so that training needs no reference (``diffalign.data.kept_errors``)."""
+    """The frozen start's errors, asked once and kept, so that training needs no reference (``diffalign.data.cached_errors``)."""
 
     reference_draws: int = option(0, "draws of noise and level that each pair has for good; 0 for new ones at every visit", ge=0)
-    reference_seed: int = option(0, "of these draws; runs that share the kept errors share it")
+    reference_seed: int = option(0, "of these draws; runs that share the cached errors share it")
     reference_batch: int | None = option(
         None,
         "pairs shown to the reference at a time, which keeps nothing for gradients; by default what training has room for: "
         "batch_size, 8 at least, or with gradient_checkpointing half of encode_batch at least",
         ge=1,
     )
-    reference_cache: Path | None = option(None, "folder for the kept errors; by default beside the encoded pairs")
+    reference_cache: Path | None = option(None, "folder for the cached errors; by default beside the encoded pairs")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -176,7 +176,7 @@ class TrainSettings:
     reference: ReferenceSettings
     reward: RewardSettings
     batch: BatchSettings
-    optimiser: Any  # diffalign.optimisation.OptimiserSettings
+    optimizer: Any  # diffalign.optimisation.OptimizerSettings
     loop: Any  # diffalign.train.LoopSettings
     compute: ComputeSettings
     preview: PreviewSettings
@@ -224,7 +224,7 @@ TOP_LEVEL = {
 def sections(objective: type) -> dict[str, type]:
     """The sections of a configuration for one objective, in the order they are shown."""
     from diffalign.train import LoopSettings
-    from pipelines.optimizers import OptimiserSettings  # with all optimizers known to it
+    from pipelines.optimizers import OptimizerSettings  # with all optimizers known to it
 
     return {
         "objective": objective,
@@ -233,7 +233,7 @@ def sections(objective: type) -> dict[str, type]:
         "reference": ReferenceSettings,
         "reward": RewardSettings,
         "batch": BatchSettings,
-        "optimiser": OptimiserSettings,
+        "optimizer": OptimizerSettings,
         "loop": LoopSettings,
         "compute": ComputeSettings,
         "preview": PreviewSettings,
@@ -323,7 +323,7 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out += [f"reference.reference_draws: {reason}" for reason in _not_beforehand(objective, loop)]
     else:
         idle = _changed(whole["reference"])
-        out += [f"reference.{name}: is about kept errors of the reference, and reference_draws is 0" for name in idle]
+        out += [f"reference.{name}: is about cached errors of the reference, and reference_draws is 0" for name in idle]
     if samples and loop.extrapolation:
         out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
     if loop.extrapolation and loop.round_every % own:
@@ -365,7 +365,7 @@ def _not_beforehand(objective: Any, loop: Any) -> list[str]:
     out = []
     if not objective.about.draws_ahead:
         out.append(f"needs pairs that are only noised, and this objective learns from: {objective.about.source}")
-    elif objective.cost.looking > 2:
+    elif objective.cost.forward_only > 2:
         out.append("the loss also asks the reference about mismatched prompts, which nobody can know beforehand")
     if loop.round_reference == "round":
         out.append("loop.round_reference is round, and the policy of a round's beginning cannot be asked before training")
@@ -376,7 +376,7 @@ def remarks(settings: TrainSettings) -> list[str]:
     """What is allowed and seldom meant: of the objective, and of numbers that belong together and were set apart."""
     from diffalign.objectives._family import remarks as of_objective
 
-    lora, warmup, steps, out = settings.lora, settings.optimiser.warmup_steps, settings.loop.steps, []
+    lora, warmup, steps, out = settings.lora, settings.optimizer.warmup_steps, settings.loop.steps, []
     if settings.adapter == "lora" and lora.alpha != lora.rank:
         out.append(
             f"alpha {lora.alpha:g} at rank {lora.rank}: the LoRA acts alpha / rank = {lora.alpha / lora.rank:.3g} times as "
@@ -386,7 +386,7 @@ def remarks(settings: TrainSettings) -> list[str]:
         out.append(f"adapter is full: {', '.join(idle)} of the LoRA do nothing.")
     if warmup >= steps:
         out.append(
-            f"warmup_steps {warmup} of {steps} steps: the learning rate never gets to {settings.optimiser.learning_rate:g}."
+            f"warmup_steps {warmup} of {steps} steps: the learning rate never gets to {settings.optimizer.learning_rate:g}."
         )
     return [*of_objective(settings.objective), *out]
 

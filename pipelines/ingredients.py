@@ -21,26 +21,26 @@ from accelerate import Accelerator
 
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.cache_files import CacheFolder
+from diffalign.data.cached_errors import CachedErrors
 from diffalign.data.hold_out import shortfall, split_rows
-from diffalign.data.kept_errors import KeptErrors
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.data.open import open_pairs
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.data.table import PairTable
 from diffalign.data.transform import Transform
 from diffalign.errors import UserError
-from diffalign.learner import Given
+from diffalign.learner import RunContext
 from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
-from diffalign.processes import Processes, Together, failing_together, main_first
+from diffalign.processes import ManyProcesses, Processes, failing_together, main_first
 from diffalign.protocols import Predictor
-from diffalign.references import AdapterOff, Cached, Frozen, Past
+from diffalign.references import AdapterOff, Cached, Frozen, Snapshot
 from diffalign.schedule import Schedule
 from diffalign.sources.rounds import ruling_transition
 from diffalign.sources.stored import Stored
 from diffalign.types import PairBatch, placed
 from diffalign.weights import TrainedWeights
-from pipelines import devices, families, feedback, heap, own_judges, previews, reference_beforehand
+from pipelines import devices, families, feedback, heap, own_judges, previews, reference_errors
 from pipelines.families import _quantised
 from pipelines.families._compiled import compile_blocks
 from pipelines.families._encoding import digest
@@ -81,7 +81,7 @@ class Prepared:
     previews: PromptCache | None = None
     validation: Sequence[PairBatch] = ()
     feedback: Stored | None = None
-    kept: KeptErrors | None = None  # the reference's, at draws that every pair has for good
+    cached_errors: CachedErrors | None = None  # the reference's, at draws that every pair has for good
     start_lora: str | None = None  # digest of the adapter that training goes on from
 
     @property
@@ -255,7 +255,7 @@ def prepare(
     Raises:
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
     """
-    everyone = Together(accelerator)
+    everyone = ManyProcesses(accelerator)
     judges, saved, stored = training_judges(settings, judge), start_adapter(settings), open_feedback(settings)
     base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
     with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
@@ -272,15 +272,15 @@ def prepare(
     if line := _late_baseline(settings, len(prompts or ()), accelerator.num_processes):
         say(line)
     start = _attach(settings, family, accelerator, say, saved)
-    kept, validation = None, []
+    cached_errors, validation = None, []
     if cache is not None:
         visits = loader_settings(settings, family.denoiser.schedule)
         validation = validation_batches(cache, validation_rows, visits, settings.data.validation_draws)
     if start is None:
         with Bar(progress and accelerator.is_main_process) as bar, heap.kept():
-            asked = reference_beforehand.Asked(settings, family, cache, visits, accelerator)
-            kept = asked.keep(base_digest, bar.advance, renew, say) if settings.reference.reference_draws else None
-            validation = asked.known(validation)
+            reference = reference_errors.ReferenceErrors(settings, family, cache, visits, accelerator)
+            cached_errors = reference.cache(base_digest, bar.advance, renew, say) if settings.reference.reference_draws else None
+            validation = reference.known(validation)
         start = Cached()
     if devices.is_sharding(accelerator):
         devices.shard(family.network, accelerator)
@@ -297,7 +297,7 @@ def prepare(
         train_rows=train_rows,
         validation=validation,
         feedback=stored,
-        kept=kept,
+        cached_errors=cached_errors,
         start_lora=saved.digest if saved else None,
     )
 
@@ -456,11 +456,11 @@ def _attach(
     settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say, saved: families.SavedAdapter | None = None
 ) -> Predictor | None:
     """Make parameters trainable, place everything on the device, and return the reference; None if training never asks it."""
-    compute, beforehand = settings.compute, reference_beforehand.is_enough(settings)
-    if settings.optimiser.eight_bit:
+    compute, beforehand = settings.compute, reference_errors.is_enough(settings)
+    if settings.optimizer.eight_bit:
         devices.refuse_sharding(accelerator, "The moments of an 8-bit optimizer")
-    if not settings.optimiser.kind.by_element:
-        devices.refuse_sharding(accelerator, f"The moments of {settings.optimiser.optimizer}")
+    if not settings.optimizer.kind.by_element:
+        devices.refuse_sharding(accelerator, f"The moments of {settings.optimizer.optimizer}")
     make_trainable(settings, family, accelerator, saved)
     _choose_kernels(settings, family, accelerator, say)
     frozen = None
@@ -511,7 +511,7 @@ def make_trainable(settings: TrainSettings, family: Any, accelerator: Accelerato
         family.load_adapter(saved)
 
 
-# --------------------------------------------------------------------------------------------------------------- given
+# ------------------------------------------------------------------------------------------------------- run context
 
 
 def loader_settings(settings: TrainSettings, schedule: Schedule) -> LoaderSettings:
@@ -547,21 +547,21 @@ def training_levels(data: DataSettings, schedule: Schedule) -> Levels:
     return schedule.levels(replace(distribution, **chosen))
 
 
-def given(settings: TrainSettings, prepared: Prepared, processes: Processes, device: torch.device) -> Given:
+def run_context(settings: TrainSettings, prepared: Prepared, processes: Processes, device: torch.device) -> RunContext:
     """Everything an objective may ask for."""
     family, cache, prompts = prepared.family, prepared.cache, prepared.prompts
     pairs = judge = None
     if cache is not None:
         loader = loader_settings(settings, family.denoiser.schedule)
-        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world, prepared.kept, device)
+        pairs = PairLoader(cache, prepared.train_rows, loader, processes.rank, processes.world, prepared.cached_errors, device)
     if prompts is not None and prepared.judges:
         judge = PictureJudge(family.encoder.decode, prepared.judges, prompts.prompts, settings.reward.rollout_batch)
     resolution = settings.data.resolution or family.resolution
-    return Given(
+    return RunContext(
         policy=family.denoiser,
         weights=prepared.weights,
         start=prepared.reference,
-        reference=Past(family.denoiser, prepared.weights) if settings.loop.round_reference == "round" else None,
+        reference=Snapshot(family.denoiser, prepared.weights) if settings.loop.round_reference == "round" else None,
         latent_shape=cache.latent_shape if cache is not None else family.latent_shape(resolution),
         pairs=pairs,
         kind=cache.kind if cache is not None else "pairs",

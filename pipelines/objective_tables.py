@@ -49,7 +49,11 @@ def _objective_row(name: str) -> list[str]:
     about, cost = module.ABOUT, module.Objective().cost
     loss = about.loss + (" *" if about.takes_loss else "")
     described = [name, about.paper, about.source, about.reference, loss, ", ".join(about.data), about.judged or "-"]
-    return [*described, *(f"{n:g}" for n in (cost.looking, cost.learning, cost.forwards)), ", ".join(recipes.names(name)) or "-"]
+    return [
+        *described,
+        *(f"{n:g}" for n in (cost.forward_only, cost.with_gradient, cost.forwards)),
+        ", ".join(recipes.names(name)) or "-",
+    ]
 
 
 def losses_table() -> Table:
@@ -81,7 +85,8 @@ def objective_in_full(name: str) -> str:
     about, cost = module.ABOUT, module.Objective().cost
     facts = [
         f"data    {' or '.join(about.data)}" + (f"; a judge is {about.judged}" if about.judged else ""),
-        f"cost    per pair {cost.looking:g} samples without a gradient, {cost.learning:g} with one: {cost.forwards:g} passes",
+        f"cost    per pair {cost.forward_only:g} samples without a gradient, {cost.with_gradient:g} with one: "
+        f"{cost.forwards:g} passes",
         f"run     diffalign {COMMANDS.get(name, f'train {name}')} --recipe NAME",
         *(f"recipe  {line}" for line in recipes.describe(name)),
     ]

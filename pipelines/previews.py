@@ -22,7 +22,7 @@ from torch import Tensor
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.errors import UserError
 from diffalign.optimisation import Ema
-from diffalign.processes import Together, failing_together
+from diffalign.processes import ManyProcesses, failing_together
 from diffalign.sources.rollout import Sampling, rollout
 from diffalign.sources.rounds import stacked
 from diffalign.train import Trainer
@@ -69,7 +69,7 @@ class Previews:
         self._settings, self._family, self._prompts, self._accelerator = settings.preview, family, prompts, accelerator
         self._folder, self._resolution = settings.output / FOLDER, settings.data.resolution or family.resolution
         self._seeds = picture_seeds(len(prompts.prompts), 1, settings.seed)
-        self._processes, self._sharding = Together(accelerator), devices.is_sharding(accelerator)
+        self._processes, self._sharding = ManyProcesses(accelerator), devices.is_sharding(accelerator)
         self._average: Ema | None = None
 
     def beside(self, build: Callable[[Callable], Trainer]) -> Callable[[Callable], Trainer]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data.pairs import Progress, RowProblem, UnreadableImage
 from diffalign.data.table import PairTable, StoredPair
 from diffalign.errors import UserError
-from pipelines.relabel_files import ENDINGS, Picture, Writer, is_parquet
+from pipelines.relabel_files import ENDINGS, Picture, TableWriter, is_parquet
 from pipelines.relabel_report import Agreement, Relabelled, agreement
 from pipelines.relabel_scores import BATCHES_AT_ONCE, check_scorers, key, opened, parts, reason_without, score_shown
 from pipelines.relabel_verdict import JudgedPair, Verdict, check_columns
@@ -112,7 +112,7 @@ def relabel(
     verdict = Verdict(table, judges, labels, drop_conflicts, min_margin)
     work = _Work(verdict)
     pairs = max(BATCHES_AT_ONCE * batch_size // 2, 1)
-    with opened(cache) as known, Writer(out, table, verdict.columns(), verdict.provenance) as writer:
+    with opened(cache) as known, TableWriter(out, table, verdict.columns(), verdict.provenance) as writer:
         for numbers, share in parts(len(table), pairs, progress):
             judged = work.judge(numbers, share, batch_size=batch_size, cache=known)
             writer.write(list(work.rows(judged)))

@@ -37,7 +37,7 @@ class Picture:
     content: bytes | None
 
 
-class Writer:
+class TableWriter:
     """Writes rows of ``table`` beside the output and renames at the end, so that there is never half of it.
 
     Not ``file_aside``: between its writes, pictures are read and judged, whose faults are not this file's.
@@ -52,7 +52,7 @@ class Writer:
         self._out, self._aside = out, out.with_name(f".{out.name}.{secrets.token_hex(4)}{PARTIAL}")
         self._form = _Parquet(table, added, provenance()) if is_parquet(out) else _Listing(out, table, added)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> TableWriter:
         with self._told():
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._form.open(self._aside)

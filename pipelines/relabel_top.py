@@ -20,7 +20,7 @@ from diffalign.data.pairs import Progress, RowProblem, UnreadableImage
 from diffalign.data.table import PairTable, Shown
 from diffalign.errors import UserError
 from pipelines.relabel import check_output
-from pipelines.relabel_files import Picture, Writer
+from pipelines.relabel_files import Picture, TableWriter
 from pipelines.relabel_report import problem_lines
 from pipelines.relabel_scores import BATCHES_AT_ONCE, check_scorers, key, known, opened, parts, reason_without, score_shown
 
@@ -118,7 +118,7 @@ def write_best(
         first = f" (the first of {len(problems)} problems: {problems[0]})" if problems else ""
         raise UserError(f"No picture of {table.rows.description} has a score by {by}{first}. Nothing was written.")
     facts = {"best": k, "by": by, "of": table.fingerprint, "judges": {name: judge.provenance() for name, judge in judges.items()}}
-    with Writer(out, None, _columns(judges), lambda: facts) as writer:
+    with TableWriter(out, None, _columns(judges), lambda: facts) as writer:
         for candidate in best:
             writer.write([_row(candidate, judges, by)])
     scores = [candidate.by_judge(judges, by) for candidate in (best[0], best[-1])]

@@ -31,7 +31,7 @@ from diffalign.objectives._pieces import dominance
 from diffalign.sources.choices import CHOICES
 from diffalign.sources.rollout import Sampling, Trajectory, rollout
 from diffalign.sources.rounds import stacked
-from diffalign.sources.store import ABOUT, MadeBy, Store, schedule_fingerprint
+from diffalign.sources.store import ABOUT, Store, TrajectoryOrigin, schedule_fingerprint
 from diffalign.types import Conditioning
 from diffalign.written_aside import write_file
 from pipelines import choosing_page, families, outputs
@@ -68,7 +68,7 @@ class RolledOut:
     """What a rollout left."""
 
     folder: Path
-    made: MadeBy
+    made: TrajectoryOrigin
     made_now: int  # trajectories; the others were there
     seconds: float
     chosen: int | None = None  # by judges
@@ -129,7 +129,7 @@ def roll_out(
     start, folder, sampling = time.perf_counter(), Path(output).expanduser(), sampling or Sampling()
     _check(folder, sampling, per_prompt, bool(judges))
     sampler = _Sampler(model)
-    made = MadeBy(
+    made = TrajectoryOrigin(
         sampling=sampling,
         schedule=schedule_fingerprint(sampler.family.denoiser.schedule),
         model=sampler.identity,
@@ -181,7 +181,7 @@ def _check(folder: Path, sampling: Sampling, per_prompt: int, judged: bool) -> N
         raise UserError(f"{choices} holds what people chose; judges do not replace it. Leave the judges out, or move the file.")
 
 
-def _file(made: MadeBy, number: int) -> str:
+def _file(made: TrajectoryOrigin, number: int) -> str:
     return f"{PICTURES}/{made.picture(number)}.png"
 
 
@@ -190,14 +190,14 @@ def _image(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def _seeds(made: MadeBy, number: int) -> tuple[int, int]:
+def _seeds(made: TrajectoryOrigin, number: int) -> tuple[int, int]:
     """Of the steps, and of x_T. More prompts change no seed."""
     group, k = divmod(number, made.per_prompt)
     steps = picture_seed(made.seed, _TRAJECTORY, group, k)
     return steps, picture_seed(made.seed, _START, group, 0 if made.same_start else k)
 
 
-def _row(made: MadeBy, number: int) -> dict[str, Any]:
+def _row(made: TrajectoryOrigin, number: int) -> dict[str, Any]:
     seed, start = _seeds(made, number)
     prompt = made.prompts[made.group(number)]
     return {"picture": made.picture(number), "prompt": prompt, "file": _file(made, number), "seed": seed, "start_seed": start}
@@ -240,7 +240,7 @@ class _Sampler:
     def encoded(self, prompts: Sequence[str], folder: Path, progress: Progress | None) -> PromptCache:
         return build_prompt_cache(list(prompts), self.family.encoder, folder, progress=progress, option="--out")
 
-    def trajectories(self, made: MadeBy, numbers: range, cache: PromptCache, batch_size: int) -> Trajectory:
+    def trajectories(self, made: TrajectoryOrigin, numbers: range, cache: PromptCache, batch_size: int) -> Trajectory:
         groups, seeds = [made.group(n) for n in numbers], [_seeds(made, n) for n in numbers]
         return rollout(
             self._predict,
@@ -255,7 +255,9 @@ class _Sampler:
             device=self._device,
         ).labelled(torch.tensor(groups))
 
-    def draw(self, folder: Path, made: MadeBy, numbers: Sequence[int], trajectories: Trajectory, batch_size: int) -> None:
+    def draw(
+        self, folder: Path, made: TrajectoryOrigin, numbers: Sequence[int], trajectories: Trajectory, batch_size: int
+    ) -> None:
         """Write the pictures that trajectories ended in."""
         pictures = torch.cat([self.family.encoder.decode(part) for part in trajectories.final.split(batch_size)])
         for number, picture in zip(numbers, pictures, strict=True):
@@ -273,7 +275,7 @@ class _Sampler:
 
 
 def _judged(
-    folder: Path, made: MadeBy, rows: Sequence[Mapping[str, Any]], judges: Mapping[str, Scorer], batch_size: int
+    folder: Path, made: TrajectoryOrigin, rows: Sequence[Mapping[str, Any]], judges: Mapping[str, Scorer], batch_size: int
 ) -> tuple[int, int]:
     """Choices by dominance of the judges' scores, written as people would; how many there are, and how many pairs are tied."""
     files, prompts = [folder / row["file"] for row in rows], [row["prompt"] for row in rows]

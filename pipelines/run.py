@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffalign import checkpoint, objectives
 from diffalign.checkpoint import Checkpoints
 from diffalign.objectives._family import looks_at_company
-from diffalign.processes import Together, failing_together
+from diffalign.processes import ManyProcesses, failing_together
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
 from pipelines.progress import TrainingBar
@@ -60,7 +60,7 @@ def through_the_loop(
     ``before`` is called when everything stands, and nothing has been learnt yet in this session.
     """
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
-        trainer, everyone = build(partial(bar.update, steps=settings.loop.steps)), Together(accelerator)
+        trainer, everyone = build(partial(bar.update, steps=settings.loop.steps)), ManyProcesses(accelerator)
         with failing_together(everyone):
             if folder.resume:
                 found = trainer.resume()
@@ -168,7 +168,7 @@ def identity(name: str, settings: Any) -> dict[str, Any]:
         **({"tf32": True} if getattr(settings.compute, "tf32", False) else {}),
         "adapter": settings.adapter,
         "lora": tree["lora"] if settings.adapter == "lora" else None,
-        "optimiser": {k: v for k, v in tree["optimiser"].items() if (k, v) != ("optimizer", "adamw")},  # once the only one
+        "optimizer": {k: v for k, v in tree["optimizer"].items() if (k, v) != ("optimizer", "adamw")},  # once the only one
         **({"steps": settings.loop.steps} if its_length_is_learnt(settings) else {}),
         "seed": settings.seed,
     }
@@ -177,4 +177,4 @@ def identity(name: str, settings: Any) -> dict[str, Any]:
 def its_length_is_learnt(settings: Any) -> bool:
     """Whether a run would have come to other weights by now if it were longer; where not, it can be made longer."""
     curriculum = getattr(settings.data, "curriculum", "none") != "none"
-    return settings.optimiser.schedule != "constant" or curriculum or bool(settings.loop.rounds)
+    return settings.optimizer.schedule != "constant" or curriculum or bool(settings.loop.rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffalign.processes import Alone, Processes, Together
+from diffalign.processes import ManyProcesses, OneProcess, Processes
 
 
 def started() -> Processes:
@@ -17,14 +17,14 @@ def started() -> Processes:
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Alone()
+        return OneProcess()
     import torch
     from accelerate import PartialState
 
     from pipelines import devices
 
     devices.refuse_other_engines()  # before Accelerate fails for want of one
-    return Together(PartialState(cpu=not torch.accelerator.is_available()))  # unless told, it starts no group on a CPU
+    return ManyProcesses(PartialState(cpu=not torch.accelerator.is_available()))  # unless told, it starts no group on a CPU
 
 
 def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:

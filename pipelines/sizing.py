@@ -76,7 +76,7 @@ class Sized:
     sampling_flops: float  # of one picture and step at the model's own size, guided
     sampled: int = 0  # bytes while an objective samples or decodes its own pictures, beside weights; 0 where there are none
     comparing: Comparing | None = None
-    told_guidance: bool = False
+    guidance_embedded: bool = False
     copies: int = 0  # bytes of weights in half precision that are kept beside those in float32
     gathered: int = 0  # bytes of weights that lie whole on a device at one time where all others are shared out
     read: int = 0  # bytes of the network's weights before a base is quantised
@@ -109,7 +109,7 @@ class Sizing:
         return Sized(
             total=base + (0 if full else 4 * trainable),
             trainable=trainable,
-            moments=moments_bytes(parameters, settings.optimiser),
+            moments=moments_bytes(parameters, settings.optimizer),
             one=one,
             copies=copies,
             encoding=self._encoding(settings),
@@ -117,7 +117,7 @@ class Sizing:
             sampling_flops=_calls(plain) * self._own_flops(settings, one, size),
             sampled=self._sampled(settings, objective, size) if samples_itself(settings) else 0,
             comparing=self._comparing(settings) if settings.evaluation.prompts else None,
-            told_guidance=plain.is_told_guidance,
+            guidance_embedded=plain.is_told_guidance,
             read=_weights_bytes(settings, plain, quantised=False),
             gathered=_SIZE[_precision(settings)] * devices.gathered(plain.network) if full else 0,
         )

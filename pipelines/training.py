@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.processes import Alone, Processes, Together, failing_together
+from diffalign.processes import ManyProcesses, OneProcess, Processes, failing_together
 from diffalign.random_state import random_numbers_as_they_were
 from diffalign.train import Finished, Trainer
 from diffalign.weights import TrainedWeights
@@ -67,7 +67,7 @@ def preflight_checks(settings: TrainSettings) -> Iterator[Callable[[], Any]]:
     if settings.base_lora:
         yield partial(find_loras, settings.base_lora)
     yield partial(ingredients.start_adapter, settings)
-    if settings.optimiser.eight_bit:
+    if settings.optimizer.eight_bit:
         yield require_bitsandbytes
     yield partial(_quantised.require, settings.compute.quantise)
     yield partial(_refuse_fp16_on_a_cpu, settings.compute.mixed_precision)
@@ -91,7 +91,7 @@ def check_judges(settings: TrainSettings, judge: OwnJudge | None = None, everyon
     Raises:
         UserError: an unknown judge, prompts that cannot be read, or a judge that cannot do what it is asked for.
     """
-    everyone, comparison = everyone or Alone(), settings.evaluation
+    everyone, comparison = everyone or OneProcess(), settings.evaluation
     with failing_together(everyone):
         if everyone.rank == 0 and comparison.prompts:
             load_panel(_judges(comparison), held_out_prompts(comparison.prompts, comparison.prompt_count))
@@ -107,20 +107,20 @@ def _judges(settings: EvaluationSettings) -> dict[str, Scorer]:
 
 def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accelerator: Accelerator, report: Callable) -> Trainer:
     """The trainer of a run."""
-    everyone = Together(accelerator)
-    given = ingredients.given(settings, prepared, everyone, accelerator.device)
+    everyone = ManyProcesses(accelerator)
+    context = ingredients.run_context(settings, prepared, everyone, accelerator.device)
     return Trainer(
-        learner=settings.objective.learner(given),
+        learner=settings.objective.learner(context),
         policy=prepared.family.denoiser,
         validation=prepared.validation,
         accelerator=accelerator,
         output=settings.output,
         loop=settings.loop,
-        optimiser=settings.optimiser,
+        optimizer=settings.optimizer,
         identity=run_identity(name, settings, prepared, everyone.world),
         report=report,
         weights=prepared.weights,
-        waiting=given.pairs.waiting if given.pairs else None,
+        waiting=context.pairs.waiting if context.pairs else None,
         zero=devices.zero(accelerator),
     )
 
@@ -132,7 +132,7 @@ def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: 
         "reference": prepared.base_digest,
         "data": prepared.data_digest,
         "start_lora": prepared.start_lora,
-        **({"kept_errors": prepared.kept.fingerprint} if prepared.kept else {}),
+        **({"cached_errors": prepared.cached_errors.fingerprint} if prepared.cached_errors else {}),
         **own_judge_identity(prepared.own_judge),
         **base_loras(prepared.family.origin.base_loras),
     }
@@ -245,7 +245,7 @@ def _train_and_export(
 ) -> Trained:
     """Everything that needs the networks, which are let go when it returns: what follows needs the memory."""
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
-    everyone = Together(accelerator)
+    everyone = ManyProcesses(accelerator)
     with failing_together(everyone):
         if everyone.rank == 0:
             folder.mark()

@@ -21,7 +21,7 @@ from worlds import given
 
 from diffalign.likelihood import pair_errors
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
-from diffalign.optimisation import OptimiserSettings
+from diffalign.optimisation import OptimizerSettings
 from diffalign.references import Frozen
 from diffalign.schedule import NoiseSchedule
 from diffalign.sources.dataset import noised
@@ -128,7 +128,7 @@ def trained(
     case: Case, policy: UNetDenoiser, reference: Frozen, steps: list[list[PairBatch]], warmup: int, tmp_path: Path
 ) -> list[dict]:
     """Run the real loop on given batches with the released optimizer settings; the lines of metrics.jsonl."""
-    optimiser = OptimiserSettings(learning_rate=1e-4, warmup_steps=warmup, max_grad_norm=case.constants["max_grad_norm"])
+    optimizer = OptimizerSettings(learning_rate=1e-4, warmup_steps=warmup, max_grad_norm=case.constants["max_grad_norm"])
     trainer = Trainer(
         learner=DiffusionDPO(beta=case.constants["beta_dpo"]).learner(given(policy, reference, GivenBatches(steps))),
         policy=policy,
@@ -136,7 +136,7 @@ def trained(
         accelerator=Accelerator(cpu=True),
         output=tmp_path,
         loop=LoopSettings(steps=len(steps), checkpoint_every=0),
-        optimiser=optimiser,
+        optimizer=optimizer,
         identity={},
     )
     trainer.run()

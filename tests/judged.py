@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from worlds import PairsInMemory, given, small_denoiser
 
-from diffalign.data.kept_errors import with_known
+from diffalign.data.cached_errors import with_known
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
-from diffalign.learner import Given, Kind, Learner
+from diffalign.learner import Kind, Learner, RunContext
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives._denoising import errors_beforehand
 from diffalign.objectives.d3po import D3PO
@@ -33,8 +33,8 @@ from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
-from diffalign.optimisation import OptimiserSettings
-from diffalign.processes import Together
+from diffalign.optimisation import OptimizerSettings
+from diffalign.processes import ManyProcesses
 from diffalign.references import AdapterOff, Cached, Frozen
 from diffalign.sources.dataset import noised
 from diffalign.train import LoopSettings, Trainer
@@ -162,7 +162,7 @@ def things_given(
     rows: int = 10,
     device: Any = "cpu",
     **more: Any,
-) -> Given:
+) -> RunContext:
     """All that a run can give, in memory."""
     pairs, prompts = PAIRS_OF[case.kind](12, dtype=dtype), PromptsInMemory(dtype=dtype)
     processes = more.get("processes")
@@ -194,7 +194,7 @@ def at_work(
     kind: Kind = "pairs",
     make: Callable[[torch.dtype], UNetDenoiser] = small_denoiser,
     **more: Any,
-) -> tuple[Learner, Given]:
+) -> tuple[Learner, RunContext]:
     """An objective at work on a policy that is ``by`` away from its start, fully trained."""
     policy, start = make(dtype), Frozen(make(dtype))
     moved(policy.network, by)
@@ -285,8 +285,8 @@ def make_trainer(
     held_out = validation_batches(PAIRS_OF["pairs"](12, dtype=dtype), [10, 11], visits, draws)
     if beforehand:
         ask = partial(errors_beforehand, start=start, schedule=denoiser.schedule, kind=case.kind)
-        held_out, start = with_known(held_out, ask, Together(accelerator)), Cached()
-    all_given = things_given(denoiser, start, case, dtype, processes=Together(accelerator), device=accelerator.device)
+        held_out, start = with_known(held_out, ask, ManyProcesses(accelerator)), Cached()
+    all_given = things_given(denoiser, start, case, dtype, processes=ManyProcesses(accelerator), device=accelerator.device)
     output.mkdir(parents=True, exist_ok=True)
     return Trainer(
         learner=case.objective.learner(all_given),
@@ -295,7 +295,7 @@ def make_trainer(
         accelerator=accelerator,
         output=output,
         loop=LoopSettings(**{"steps": steps, "checkpoint_every": 2, "validate_every": 2, **(loop or {})}),
-        optimiser=OptimiserSettings(learning_rate=learning_rate),
+        optimizer=OptimizerSettings(learning_rate=learning_rate),
         identity={},
         report=report,
         weights=all_given.weights,

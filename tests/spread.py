@@ -25,7 +25,7 @@ from torch import Tensor
 from worlds import small_denoiser
 
 from diffalign.errors import UserError
-from diffalign.optimisation import OptimiserSettings
+from diffalign.optimisation import OptimizerSettings
 from diffalign.sharding import all_on_main
 from diffalign.updates import Accelerated
 from pipelines import devices, recipes
@@ -116,18 +116,18 @@ def run(name: str, folder: Path, accelerator: Accelerator, begun: Path | None = 
     trainer.run()
     kind = type(trainer._policy.network).__name__
     found = {"samples": asked.samples, "judged": asked.judged, "network": kind, "bank": held_in_the_bank(trainer)}
-    found["buffers of others"] = len(getattr(trainer._things.get("buffer"), "_ranks", ()))
+    found["buffers of others"] = len(getattr(trainer._stateful.get("buffer"), "_ranks", ()))
     (folder / f"asked-{accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.free_memory()  # it knows one sharded network at a time
 
 
 def held_in_the_bank(trainer: Any) -> int:
     """Numbers that this process holds of past checkpoints."""
-    bank = trainer._things.get("bank")
+    bank = trainer._stateful.get("bank")
     return sum(value.numel() for stored in (bank._held if bank else ()) for value in (stored or {}).values())
 
 
-def everyones_things(accelerator: Accelerator) -> None:
+def collected_states(accelerator: Accelerator) -> None:
     """Only the main process is given what all of them have."""
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = {"rank": rank, "values": torch.full((rank + 2,), float(rank))}
@@ -170,9 +170,9 @@ def gradients_held(accelerator: Accelerator) -> None:
     denoiser = small_denoiser()
     network = devices.wrapped(denoiser.network.requires_grad_(True), accelerator)
     devices.shard(network, accelerator)
-    updates = Accelerated(accelerator, network, network.parameters(), OptimiserSettings())
+    updates = Accelerated(accelerator, network, network.parameters(), OptimizerSettings())
     x, t, text = torch.zeros(1, 4, 8, 8), torch.tensor([7]), {"encoder_hidden_states": torch.zeros(1, 7, 32)}
-    with updates.adding(last=False):
+    with updates.accumulating(last=False):
         updates.backward(denoiser.with_network(network)(x, t, text).square().mean())
     shares = sum(p.grad.to_local().numel() for p in network.parameters() if p.grad is not None)
     whole = sum(p.numel() for p in network.parameters())
@@ -209,7 +209,7 @@ def complain(act: Callable[[], None]) -> None:
 def main(output: Path, begun: Path, engines: Sequence[str]) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
-    everyones_things(accelerator)
+    collected_states(accelerator)
     uneven_calls(accelerator)
     unlike_checkpoints(accelerator, output, begun)
     for engine, names in (words.split("=") for words in engines):

@@ -124,4 +124,4 @@ def test_the_learning_steps_of_alignment_stand_in_the_loop_only() -> None:
     allowed = {ROOT / "diffalign" / "updates.py", *(tiny / f"{name}.py" for name in ("train", "train_pickscore", "train_writer"))}
     found = {p for p in FILES if "optimizer.step()" in p.read_text()}
     assert found == allowed
-    assert {p for p in FILES if ".take()" in p.read_text()} == {ROOT / "diffalign" / "train.py"}
+    assert {p for p in FILES if "._updates.apply()" in p.read_text()} == {ROOT / "diffalign" / "train.py"}

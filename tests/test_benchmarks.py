@@ -159,8 +159,8 @@ def test_what_the_yardstick_computes_and_we_do_not(step, adapter: str, tmp_path:
     for half in ("", ", bf16"):
         assert counted[f"naive{half}"] == asked | {"pictures": 4, "prompts": 2}
         assert counted[f"cached{half}"] == asked
-        assert counted[f"kept errors{half}"] == asked | {"frozen": 0}
-        assert counted[f"kept errors{half}, 4 at a time"] == asked | {"frozen": 0, "learning": 16}
+        assert counted[f"cached errors{half}"] == asked | {"frozen": 0}
+        assert counted[f"cached errors{half}, 4 at a time"] == asked | {"frozen": 0, "learning": 16}
     assert counted["naive, 4 at a time"] == {"learning": 16, "frozen": 16, "pictures": 16, "prompts": 8}
 
 
@@ -190,8 +190,8 @@ def counts_of(bench: Any, variant: Any) -> dict[str, int]:
 
 
 def test_where_draws_are_kept_nothing_else_differs(step, tmp_path: Path) -> None:
-    """Kept errors are what the switched-off adapter says at the same draws."""
-    cached, kept = (next(v for v in step.VARIANTS if v.name == name) for name in ("cached", "kept errors"))
+    """Cached errors are what the switched-off adapter says at the same draws."""
+    cached, kept = (next(v for v in step.VARIANTS if v.name == name) for name in ("cached", "cached errors"))
     bench = step.Bench("tiny", 64, "lora", 2, (cached, kept), tmp_path)
     batch = next(bench.batches[kept])
     ours, theirs = bench.losses[kept](batch), bench.losses[cached](replace(batch, known=None))

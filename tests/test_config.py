@@ -14,7 +14,7 @@ from diffalign.errors import UserError
 from diffalign.losses.registry import read_options
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.objectives.kto import KTO
-from diffalign.optimisation import OptimiserSettings
+from diffalign.optimisation import OptimizerSettings
 from diffalign.train import LoopSettings
 from pipelines import cli, config, recipes
 from pipelines.commands.train import resolve_settings
@@ -61,19 +61,19 @@ def test_out_and_output_are_one(capsys: pytest.CaptureFixture) -> None:
 def test_defaults_are_those_of_the_core() -> None:
     settings = resolved({})
     assert settings.objective == DiffusionDPO()
-    assert settings.optimiser.learning_rate == 2.048e-5 and settings.lora.targets == ()
+    assert settings.optimizer.learning_rate == 2.048e-5 and settings.lora.targets == ()
     assert isinstance(settings.output, Path)
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: OptimiserSettings(schedule="lineer"), "schedule is one of constant, linear, cosine; got 'lineer'"),
+        (lambda: OptimizerSettings(schedule="lineer"), "schedule is one of constant, linear, cosine; got 'lineer'"),
         (lambda: LoopSettings(round_reference="past"), "round_reference is one of start, round; got 'past'"),
         (lambda: KTO(utility="loss_averse"), "utility is one of kahneman-tversky, loss-averse.*; got 'loss_averse'"),
         (lambda: read_options("kto", {"utility": "loss_averse"}), "utility is one of .*; got 'loss_averse'"),
         (lambda: read_options("kto", {"desirable_weight": "nan"}), "desirable_weight should be at least 0; got nan"),
-        (lambda: OptimiserSettings(learning_rate=-1, schedule=None), "learning_rate .*; schedule is one of"),
+        (lambda: OptimizerSettings(learning_rate=-1, schedule=None), "learning_rate .*; schedule is one of"),
     ],
 )
 def test_settings_made_in_python_are_checked_as_those_of_the_command_line(made: Callable, message: str) -> None:
@@ -93,8 +93,8 @@ def test_recipe_then_file_then_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "path", "value"),
     [
-        (["--learning-rate", "1e-4"], "optimiser.learning_rate", 1e-4),
-        (["--optimiser.learning-rate", "1e-4"], "optimiser.learning_rate", 1e-4),
+        (["--learning-rate", "1e-4"], "optimizer.learning_rate", 1e-4),
+        (["--optimizer.learning-rate", "1e-4"], "optimizer.learning_rate", 1e-4),
         (["--flip"], "data.flip", True),
         (["--flip", "false"], "data.flip", False),
         (["--targets", "to_q,to_k"], "lora.targets", ("to_q", "to_k")),
@@ -133,7 +133,7 @@ def test_all_mistakes_come_at_once_with_the_nearest_name() -> None:
     message = str(caught.value)
     assert message.startswith("6 mistakes")
     for part in (
-        "optimiser.learning_rate",
+        "optimizer.learning_rate",
         "greater than 0",
         "found '-1'",
         "--stpes: unknown option; did you mean --steps?",
@@ -159,7 +159,7 @@ def test_words_that_belong_to_no_option_are_refused() -> None:
 def test_what_other_programs_call_a_setting_names_ours(name: str, ours: str) -> None:
     with pytest.raises(UserError, match=rf"--{name}: unknown option; did you mean --{ours}\?"):
         from_command_line("--recipe", "tiny", "--output", "o", f"--{name}", "3")
-    with pytest.raises(UserError, match=r"lr: unknown setting; did you mean optimiser\.learning_rate\?"):
+    with pytest.raises(UserError, match=r"lr: unknown setting; did you mean optimizer\.learning_rate\?"):
         resolved({"lr": 1e-4})
 
 
@@ -267,7 +267,7 @@ def test_what_other_trainers_call_otherwise_is_named() -> None:
 def test_numbers_that_were_set_apart_are_remarked_on() -> None:
     (said,) = remarks(from_command_line("--recipe", "sd15-lora", "--rank", "32", "--output", "o"))
     assert said.startswith("alpha 16 at rank 32: the LoRA acts alpha / rank = 0.5 times as strongly")
-    (said,) = remarks(resolved({"optimiser": {"warmup_steps": 9}, "loop": {"steps": 9}}))
+    (said,) = remarks(resolved({"optimizer": {"warmup_steps": 9}, "loop": {"steps": 9}}))
     assert said == "warmup_steps 9 of 9 steps: the learning rate never gets to 2.048e-05."
     (said,) = remarks(resolved({"adapter": "full", "lora": {"rank": 8, "dropout": 0.1}}))
     assert said == "adapter is full: rank, dropout of the LoRA do nothing."
@@ -279,8 +279,8 @@ def test_numbers_that_were_set_apart_are_remarked_on() -> None:
 def test_unknown_settings_in_a_file_name_the_nearest() -> None:
     with pytest.raises(UserError, match=r"objective.betta: unknown setting; did you mean objective.beta\?"):
         resolved({"objective": {"betta": 3}})
-    with pytest.raises(UserError, match=r"optimizer: unknown setting|learning_rate"):
-        resolved({"optimizer": {"learning_rate": 3}})
+    with pytest.raises(UserError, match=r"optimiser: unknown setting; did you mean optimizer\?"):
+        resolved({"optimiser": {"learning_rate": 3}})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1, 2", ""])
@@ -293,12 +293,14 @@ def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
         config.read_yaml(tmp_path / "none.yaml")
 
 
-def test_a_file_may_spell_the_optimizers_section_as_others_do(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("optimizer:\n  learning_rate: 1.0e-4\noptimiser:\n  warmup_steps: 3\n")
-    assert config.read_yaml(file) == {"optimiser": {"warmup_steps": 3, "learning_rate": 1e-4}}
-    file.write_text("optimizer: adafactor\n")
-    assert config.read_yaml(file) == {"optimizer": "adafactor"}
+def test_the_optimizer_is_a_section_and_a_setting_of_it() -> None:
+    """In Python and on the command line the name stands for either; a file says which."""
+    assert config.placed({"optimizer": "adafactor", "warmup_steps": 3}, DiffusionDPO) == {
+        "optimizer": {"optimizer": "adafactor", "warmup_steps": 3}
+    }
+    assert config.placed({"optimizer": {"warmup_steps": 3}}, DiffusionDPO) == {"optimizer": {"warmup_steps": 3}}
+    with pytest.raises(UserError, match=r"optimizer: is a section, .*\(learning_rate, optimizer, .*found 'adafactor'"):
+        resolved({"optimizer": "adafactor"})
 
 
 def test_the_resolved_configuration_reads_back_to_the_same() -> None:
@@ -309,7 +311,7 @@ def test_the_resolved_configuration_reads_back_to_the_same() -> None:
 
 def test_options_in_python_go_by_their_short_names() -> None:
     tree = config.placed({"learning_rate": 1e-4, "lora.rank": 4, "output": "o", "nonsense": 1}, DiffusionDPO)
-    assert tree == {"optimiser": {"learning_rate": 1e-4}, "lora": {"rank": 4}, "output": "o", "nonsense": 1}
+    assert tree == {"optimizer": {"learning_rate": 1e-4}, "lora": {"rank": 4}, "output": "o", "nonsense": 1}
 
 
 @pytest.mark.parametrize("objective", objectives.names())

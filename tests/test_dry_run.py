@@ -103,8 +103,8 @@ def test_a_lora_to_go_on_from_should_be_like_this_run_s(model: Path, pairs: Path
 
 
 def test_what_is_right_is_not_refused_and_what_is_elsewhere_is_not_looked_at(model: Path, pairs: Path) -> None:
-    assert dry_run.look(settings(model, pairs)) == dry_run.Looked()
-    assert dry_run.look(settings(model, pairs, "d3po", **SAMPLING)) == dry_run.Looked()
+    assert dry_run.look(settings(model, pairs)) == dry_run.Findings()
+    assert dry_run.look(settings(model, pairs, "d3po", **SAMPLING)) == dry_run.Findings()
     found = dry_run.look(settings("nobody/nothing", "nobody/pairs"))
     assert found.mistakes == [] and "no data nobody/pairs here" in found.unchecked[0]
     assert "the model nobody/nothing is neither in the local hub cache" in found.unchecked[1]

@@ -255,13 +255,13 @@ def test_flux_is_trained_with_the_guidance_of_its_objective(
 ) -> None:
     """D3PO's guidance of 2 (``family_runs.SMALL``) reaches the network when it samples and when it learns."""
     heard: list[float] = []
-    ask = flux.FluxDenoiser.ask
+    predict = flux.FluxDenoiser.predict
 
     def listened(self: Any, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         heard.extend(conditioning["guidance"].tolist())
-        return ask(self, x_t, t, conditioning)
+        return predict(self, x_t, t, conditioning)
 
-    monkeypatch.setattr(flux.FluxDenoiser, "ask", listened)
+    monkeypatch.setattr(flux.FluxDenoiser, "predict", listened)
     run(on_disk("flux", folders), pairs, objective, tmp_path / "run", adapter="lora")
     assert set(heard) == told
 

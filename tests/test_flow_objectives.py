@@ -15,7 +15,7 @@ from diffalign.differences import differences
 from diffalign.likelihood import pair_errors
 from diffalign.schedule import FlowSchedule, NoiseSchedule, Schedule
 from diffalign.sources.dataset import noised
-from diffalign.sources.store import MadeBy, Store, schedule_fingerprint
+from diffalign.sources.store import Store, TrajectoryOrigin, schedule_fingerprint
 from pipelines.families.stable_diffusion import UNetDenoiser
 
 OF_STEPS = {"d3po", "ddpo"}  # learn from densities of transitions
@@ -196,7 +196,7 @@ def test_trajectories_of_a_flow_come_back_from_disk_as_they_were(tmp_path) -> No
     policy, sampling = flow_denoiser(), Sampling(steps=3, guidance=1.0)
     text = {"encoder_hidden_states": torch.randn(2, 7, 32)}
     made = rollout(policy, policy.schedule, text, sampling, shape=(4, 8, 8), seeds=[1, 2])
-    about = MadeBy(sampling, schedule_fingerprint(policy.schedule), {"digest": "x"}, ("a",), 2, False, 0)
+    about = TrajectoryOrigin(sampling, schedule_fingerprint(policy.schedule), {"digest": "x"}, ("a",), 2, False, 0)
     Store.create(tmp_path, about).write(range(2), made)
     store = Store.open(tmp_path)
     back = store.read([0, 1])

@@ -137,8 +137,8 @@ def test_the_host_looks_once_in_an_optimizer_step(name: str, lora: bool, tmp_pat
         monkeypatch.setitem(state._shared_state, "device", META)  # where Accelerate believes to be
     there = make_trainer(tmp_path / "there", CASES[name], lora=lora, accelerator=accelerator, make=_without_numbers)
     first, second = islice(here._learner.source.steps(0, 2), 2)  # what is sampled is sampled here
-    for thing, known in there._learner.things.items():
-        known.load_state_dict(here._learner.things[thing].state_dict())
+    for thing, known in there._learner.stateful.items():
+        known.load_state_dict(here._learner.stateful[thing].state_dict())
     if bank := getattr(there._learner.source, "bank", None):
         there._learner.source.reference.become(bank[0])
     with Looks():

@@ -9,7 +9,7 @@ import pytest
 from threads import Process, in_threads
 
 from diffalign.data.kept_values import kept_values
-from diffalign.processes import Alone
+from diffalign.processes import OneProcess
 
 ROWS = 11
 
@@ -42,7 +42,7 @@ def test_each_row_is_made_by_one_process_and_only_once(world: int, tmp_path: Pat
 
 
 def test_a_torn_file_and_one_of_other_rows_are_made_anew(tmp_path: Path) -> None:
-    make, how = Maker(), {"processes": Alone(), "at_once": 3}
+    make, how = Maker(), {"processes": OneProcess(), "at_once": 3}
     kept_values(make, ROWS, tmp_path, **how)
     (tmp_path / "00001.npy").write_bytes((tmp_path / "00001.npy").read_bytes()[:70])
     np.save(tmp_path / "00003.npy", EXPECTED[:1])
@@ -55,6 +55,6 @@ def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     make = Maker()
     for times in (1, 2):
-        found = kept_values(make, ROWS, tmp_path / "file" / "kept", processes=Alone(), at_once=4)
+        found = kept_values(make, ROWS, tmp_path / "file" / "kept", processes=OneProcess(), at_once=4)
         np.testing.assert_array_equal(found, EXPECTED)
         assert len(make.asked) == times * ROWS

@@ -67,7 +67,7 @@ def kill(step: int, _: Any) -> None:
 def test_four_steps_are_bitwise_two_and_a_kill_and_two(make: Callable, name: str, tmp_path: Path) -> None:
     options = {"case": ALL[name], "lora": name not in FULL, "dropout": 0.0 if name in FULL else 0.1, "make": make}
     whole = make_trainer(tmp_path / "whole", **options)
-    began = {key: value.clone() for key, value in whole._things["weights"].state_dict().items()}
+    began = {key: value.clone() for key, value in whole._stateful["weights"].state_dict().items()}
     whole.run()
     if name in KILLED:
         with pytest.raises(RuntimeError, match="killed"):
@@ -89,7 +89,7 @@ def test_four_steps_are_bitwise_two_and_a_kill_and_two(make: Callable, name: str
 
 
 @pytest.mark.parametrize(
-    "name, things",
+    "name, stateful",
     {
         "seppo": {"bank"},
         "diffusion-dro": {"buffer", "delayed"},
@@ -100,10 +100,10 @@ def test_four_steps_are_bitwise_two_and_a_kill_and_two(make: Callable, name: str
         "smpo": set(),
     }.items(),
 )
-def test_what_is_saved_beside_the_weights(name: str, things: set[str], tmp_path: Path) -> None:
+def test_what_is_saved_beside_the_weights(name: str, stateful: set[str], tmp_path: Path) -> None:
     make_trainer(tmp_path, CASES[name], lora=True, steps=2).run()
-    saved = json.loads((tmp_path / "checkpoints" / "checkpoint-00000002" / "checkpoint.json").read_text())["things"]
-    assert set(saved) == {"weights", "optimizer", "schedule", "position", "random"} | things
+    saved = json.loads((tmp_path / "checkpoints" / "checkpoint-00000002" / "checkpoint.json").read_text())["stateful"]
+    assert set(saved) == {"weights", "optimizer", "schedule", "position", "random"} | stateful
 
 
 def test_a_buffer_of_another_size_is_refused(tmp_path: Path) -> None:

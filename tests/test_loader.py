@@ -140,7 +140,7 @@ def test_waiting_is_the_share_of_the_time_until_data_are_there(monkeypatch: pyte
     watch = Stopwatch()
     waiting = Waiting(watch)
     for wait, work in ((3.0, 1.0), (0.0, 8.0), (1.0, 7.0)):
-        waiting.ask()
+        waiting.data_requested()
         with watch.running():
             clock[0] += wait
         clock[0] += work
@@ -160,7 +160,7 @@ def test_a_clock_goes_on_where_an_earlier_session_ended(monkeypatch: pytest.Monk
         clock.load_state_dict(state)
         now[0] += 1000.0  # loading
         clock.begin()
-        clock.steps.ask()
+        clock.steps.data_requested()
         with watch.running():
             now[0] += waited
         now[0] += whole - waited

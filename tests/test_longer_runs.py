@@ -27,7 +27,7 @@ def lines(output: Path, kind: str) -> list[dict]:
         ("d3po", {"round_epochs": 2}),
         ("diffusion-dro", {}),
     ],
-    ids=["lora", "full with kept errors", "seppo", "d3po", "diffusion-dro"],
+    ids=["lora", "full with cached errors", "seppo", "d3po", "diffusion-dro"],
 )
 def test_made_longer_it_is_the_long_run_to_the_bit(name: str, more: dict, saved: Saved, pairs: Path, tmp_path: Path) -> None:
     long, longer = tmp_path / "long", tmp_path / "longer"
@@ -69,7 +69,7 @@ def test_checkpoints_from_when_every_run_said_its_length_go_on(saved: Saved, pai
     run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=2)
     for note in (tmp_path / "run" / "checkpoints").glob("*/checkpoint.json"):
         written = json.loads(note.read_text())
-        assert "steps" not in written["identity"] and "optimizer" not in written["identity"]["optimiser"]
+        assert "steps" not in written["identity"] and "optimizer" not in written["identity"]["optimizer"]
         written["identity"]["steps"] = 2
         note.write_text(json.dumps(written))
     run(saved, pairs, "diffusion-dpo", tmp_path / "run", steps=3, resume=True)

@@ -22,8 +22,8 @@ from diffalign.data.loader import LoaderSettings, validation_batches
 from diffalign.errors import UserError
 from diffalign.loop_rounds import LoopRounds
 from diffalign.objectives._about import FROZEN_START
-from diffalign.optimisation import Ema, OptimiserSettings
-from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.optimisation import Ema, OptimizerSettings
+from diffalign.references import AdapterOff, Frozen, Snapshot
 from diffalign.train import LoopSettings, Trainer
 from diffalign.weights import TrainedWeights
 from pipelines import cli
@@ -50,7 +50,7 @@ def make_trainer(
     policy.network.train()
     start, weights = AdapterOff(policy) if lora else Frozen(small_denoiser()), TrainedWeights(policy.network)
     renewed = loop.get("round_reference") == "round" if renewed is None else renewed
-    given = things_given(policy, start, case, torch.float32, reference=Past(policy, weights) if renewed else None)
+    given = things_given(policy, start, case, torch.float32, reference=Snapshot(policy, weights) if renewed else None)
     output.mkdir(parents=True, exist_ok=True)
     return Trainer(
         learner=case.objective.learner(given),
@@ -59,7 +59,7 @@ def make_trainer(
         accelerator=Accelerator(cpu=True),
         output=output,
         loop=LoopSettings(steps=steps, checkpoint_every=2, validate_every=2, keep_checkpoints=9, ema_decay=ema, **loop),
-        optimiser=OptimiserSettings(learning_rate=1e-3),
+        optimizer=OptimizerSettings(learning_rate=1e-3),
         identity={},
         report=report,
         weights=weights,
@@ -103,7 +103,7 @@ def test_extrapolation_by_hand() -> None:
     e_1 = 3, s_1 = 3 + (3 - 0)/2 = 4.5;  e_2 = 6.5, s_2 = 6.5 + (6.5 - 3)/2 = 8.25;  e_3 = 9, and no s_3: nothing comes after.
     """
     it = Scripted()
-    past = Past(it, it.weights)
+    past = Snapshot(it, it.weights)
     rounds = LoopRounds(it.weights, 2, 0.5, past)
     rounds.begin()
     seen = []
@@ -116,7 +116,7 @@ def test_extrapolation_by_hand() -> None:
 
 def test_a_reference_alone_moves_no_weight() -> None:
     it = Scripted()
-    past = Past(it, it.weights)
+    past = Snapshot(it, it.weights)
     rounds = LoopRounds(it.weights, 2, 0.0, past)
     rounds.begin()
     for step in range(1, 5):
@@ -145,7 +145,7 @@ def test_what_was_begun_goes_on_where_it_was() -> None:
     for it, parts in ((one, [range(1, 10)]), (other, [range(1, 4), range(4, 7), range(7, 10)])):
         kept = None
         for part in parts:
-            rounds = LoopRounds(it.weights, 2, 0.5, Past(it, it.weights))
+            rounds = LoopRounds(it.weights, 2, 0.5, Snapshot(it, it.weights))
             if kept:
                 rounds.load_state_dict(kept)
             rounds.begin()
@@ -174,7 +174,7 @@ def test_rounds_that_change_nothing_leave_the_run_as_it_was_to_the_bit(lora: boo
 def test_a_run_jumps_after_its_rounds_and_the_optimizer_does_not_notice(lora: bool, tmp_path: Path) -> None:
     """Until the first round's end both runs are one; there the weights go on by half of their way, and the average with them."""
     plain = make_trainer(tmp_path / "plain", lora=lora, ema=0.9)
-    start = plain._things["weights"].copy()
+    start = plain._stateful["weights"].copy()
     plain.run()
     make_trainer(tmp_path / "jumping", lora=lora, ema=0.9, round_every=2, extrapolation=0.5).run()
     before, after = saved(tmp_path / "plain", 2), saved(tmp_path / "jumping", 2)

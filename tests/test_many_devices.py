@@ -136,7 +136,7 @@ def test_a_past_checkpoint_is_held_once_by_all_processes_together(engine: str, r
 
 
 def test_nobody_keeps_the_buffers_of_others(runs: tuple[Path, str]) -> None:
-    """The process that saves is given them, and lets them go; that it has them all is what ``everyones_things`` looks at."""
+    """The process that saves is given them, and lets them go; that it has them all is what ``collected_states`` looks at."""
     assert [found["buffers of others"] for found in asked(runs[0] / "ddp" / "dro with a lora")] == [0, 0]
 
 

@@ -15,7 +15,7 @@ from diffalign.data.draws import Order
 from diffalign.likelihood import transition
 from diffalign.objectives.d3po import D3PO
 from diffalign.objectives.ddpo import DDPO, PromptRewards
-from diffalign.processes import Alone
+from diffalign.processes import OneProcess
 from diffalign.schedule import NoiseSchedule
 from diffalign.solvers import Guided
 from diffalign.sources.rounds import Rewards, TransitionBatch, extremes, on_one_scale
@@ -171,11 +171,11 @@ def test_a_judge_with_large_numbers_does_not_decide_alone() -> None:
     small = torch.tensor([[0.24, 0.18], [0.18, 0.20], [0.20, 0.24]], dtype=torch.float64)
     large = torch.tensor([[4.0, 6.0], [4.1, 5.0], [6.0, 4.0]], dtype=torch.float64)
     both = torch.stack([small, large], dim=2)  # [K, N, R]
-    total = on_one_scale(both, Alone())
-    torch.testing.assert_close(total, on_one_scale(both * torch.tensor([100.0, 0.1]) + 7.0, Alone()), rtol=1e-3, atol=1e-3)
+    total = on_one_scale(both, OneProcess())
+    torch.testing.assert_close(total, on_one_scale(both * torch.tensor([100.0, 0.1]) + 7.0, OneProcess()), rtol=1e-3, atol=1e-3)
     assert extremes(total).tolist() == [[2, 2], [1, 1]]
     assert extremes(both.mean(dim=2)).tolist() == [[2, 0], [0, 2]]
-    assert torch.equal(on_one_scale(small[..., None], Alone()), small)
+    assert torch.equal(on_one_scale(small[..., None], OneProcess()), small)
 
 
 def test_what_the_policy_earns_is_the_mean_of_all_candidates() -> None:
@@ -236,7 +236,7 @@ def test_advantages_have_mean_0_and_deviation_1_over_a_round() -> None:
 def verdict(tracker: PromptRewards, values: list[list[float]], prompts: list[int], round_: int) -> Tensor:
     rewards = torch.tensor(values, dtype=torch.float64)[..., None]
     positions = [round_ * len(prompts) + i for i in range(len(prompts))]
-    return tracker(Rewards(rewards, rewards[..., 0], prompts, positions, round_), Alone())[1]
+    return tracker(Rewards(rewards, rewards[..., 0], prompts, positions, round_), OneProcess())[1]
 
 
 def test_advantages_per_prompt_by_hand() -> None:

@@ -37,7 +37,7 @@ def test_pairs_are_two_pictures_each(baseline: str) -> None:
     apart = lone.losses(pictures)
     if baseline != "mismatched":
         torch.testing.assert_close(apart.loss[:4] + apart.loss[4:], whole.loss, rtol=1e-12, atol=0)
-        assert paired.things["baseline"].state_dict() == pytest.approx(lone.things["baseline"].state_dict(), rel=1e-12)
+        assert paired.stateful["baseline"].state_dict() == pytest.approx(lone.stateful["baseline"].state_dict(), rel=1e-12)
     z = {"batch": sides_mean, "mismatched": rolled_mean, "none": lambda *_: 0.0}[baseline]
     ratio = ratio_on(batch, given.policy, given.start)
     x = [200 * (side - z(batch, given)) for side in (ratio.winner, ratio.loser)]
@@ -60,7 +60,7 @@ def test_pictures_with_each_others_prompts() -> None:
     learner.losses(batch)
     rolled = {k: v.roll(1, dims=0) for k, v in batch.conditioning.items()}
     expected = max(0.0, float(ratio_on(replace(batch, conditioning=rolled), given.policy, given.start).winner.mean()))
-    assert learner.things["baseline"].value.item() == pytest.approx(expected, abs=1e-12)
+    assert learner.stateful["baseline"].value.item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", [7, 8])
@@ -74,7 +74,7 @@ def test_a_baseline_is_never_below_zero(seed: int) -> None:
         learner.losses(batch)
         ratio = ratio_on(batch, given.policy, given.start)
         mean = float(torch.cat([ratio.winner, ratio.loser]).mean())
-        values.append(learner.things["baseline"].value.item())
+        values.append(learner.stateful["baseline"].value.item())
         assert values[-1] == pytest.approx(max(0.0, mean), abs=1e-14)
     assert min(values) == 0.0
 

@@ -26,7 +26,7 @@ from diffalign.objectives.mapo import MaPO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
-from diffalign.references import Frozen, Past
+from diffalign.references import Frozen, Snapshot
 from pipelines import cli, recipes
 from pipelines.markdown import Table
 from pipelines.objective_tables import WIDTH, to_text
@@ -56,7 +56,7 @@ def test_every_objective_is_in_the_table(words: list[str], capsys: pytest.Captur
         about, cost = module.ABOUT, module.Objective().cost
         row = row_of(text, name)
         assert about.paper in row and about.loss + (" *" if about.takes_loss else "  ") in row
-        numbers = [f"{n:g}" for n in (cost.looking, cost.learning, cost.forwards)]
+        numbers = [f"{n:g}" for n in (cost.forward_only, cost.with_gradient, cost.forwards)]
         assert [word for word in row.split() if word.isdigit()] == numbers
         assert (about.judged or "-") in row.split()
         if words:
@@ -181,7 +181,7 @@ def at_work(case: Case, renewed: bool = False) -> tuple[Learner, tuple[torch.nn.
     policy = replace(policy, schedule=replace(policy.schedule, clean_end="first"))
     given = things_given(policy, Frozen(start), case, torch.float32)
     if renewed:
-        given = replace(given, reference=Past(policy, given.weights))
+        given = replace(given, reference=Snapshot(policy, given.weights))
         given.reference.keep()
     return case.objective.learner(given), (policy.network, start.network)
 
@@ -229,7 +229,7 @@ def test_the_cost_of_a_pair_is_what_a_network_counts(name: str) -> None:
 def test_a_lone_picture_costs_half_a_pair(baseline: str) -> None:
     objective = KTO(baseline=baseline)
     found = cost_counted(Case(objective, batch=2, kind="pictures"), steps=3, pairs=6)
-    assert found == Cost(objective.cost.learning / 2, objective.cost.looking / 2, objective.cost.at_once / 2)
+    assert found == Cost(objective.cost.with_gradient / 2, objective.cost.forward_only / 2, objective.cost.at_once / 2)
 
 
 def test_a_reference_of_the_loop_costs_what_the_frozen_start_does() -> None:
@@ -279,8 +279,8 @@ def test_the_cost_of_an_inverted_pair_is_the_mean_over_t(name: str) -> None:
     with counted(*networks) as count:
         for t in range(12, 1000, 25):
             learner.losses(replace(batch, t=torch.tensor([t])))
-    assert count.learning / 40 == objective.cost.learning
-    assert count.looking / 40 == pytest.approx(objective.cost.looking, rel=0.01)
+    assert count.learning / 40 == objective.cost.with_gradient
+    assert count.looking / 40 == pytest.approx(objective.cost.forward_only, rel=0.01)
     assert count.at_once == objective.cost.at_once
 
 

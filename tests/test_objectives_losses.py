@@ -100,10 +100,10 @@ def test_a_baseline_learns_in_training_only() -> None:
     learner, given = at_work(DiffusionDPO(beta=500, loss="bco"), by=OFF)
     batch = first_batch(learner)
     learner.validate(batch)
-    assert learner.things["baseline"].state_dict() == {"mean": 0.0, "count": 0}
+    assert learner.stateful["baseline"].state_dict() == {"mean": 0.0, "count": 0}
     learner.losses(batch)
     ratio = ratio_on(batch, given.policy, given.start)
-    state = learner.things["baseline"].state_dict()
+    state = learner.stateful["baseline"].state_dict()
     assert state == pytest.approx({"mean": float(torch.cat([ratio.winner, ratio.loser]).mean()), "count": 8}, abs=1e-14)
 
 

@@ -15,7 +15,7 @@ from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.optimisation import build_optimizer, moments_bytes, register
 from pipelines import cli, config
-from pipelines.optimizers import OptimiserSettings
+from pipelines.optimizers import OptimizerSettings
 from pipelines.sizing import Sizing
 
 # --------------------------------------------------------------------------------------------------------------- 8 bits
@@ -27,7 +27,7 @@ def test_the_8_bit_optimizer_steps_nearly_as_the_whole_one() -> None:
     start, states, moved = torch.randn(64, 128), {}, {}
     for eight_bit in (False, True):
         weight, draw = nn.Parameter(start.clone()), torch.Generator().manual_seed(0)
-        optimizer = build_optimizer([weight], OptimiserSettings(learning_rate=1e-2, eight_bit=eight_bit))
+        optimizer = build_optimizer([weight], OptimizerSettings(learning_rate=1e-2, eight_bit=eight_bit))
         for _ in range(5):
             weight.grad = torch.randn(weight.shape, generator=draw) + 1.0
             optimizer.step()
@@ -72,7 +72,7 @@ def test_adafactor_is_the_papers_with_the_learning_rate_as_given(size: float) ->
     start, draw = torch.randn(6, 5) * size, torch.Generator().manual_seed(1)
     gradients = [torch.randn(6, 5, generator=draw) * scale for scale in (1.0, 30.0, 1e-3, 1.0)]
     weight = nn.Parameter(start.clone())
-    optimizer = build_optimizer([weight], OptimiserSettings(optimizer="adafactor", learning_rate=1e-2, weight_decay=0.1))
+    optimizer = build_optimizer([weight], OptimizerSettings(optimizer="adafactor", learning_rate=1e-2, weight_decay=0.1))
     for gradient in gradients:
         weight.grad = gradient
         optimizer.step()
@@ -99,9 +99,9 @@ def test_a_run_with_adafactor_resumes_to_the_bit(saved: Saved, pairs: Path, tmp_
 @pytest.mark.parametrize("more", [{"eight_bit": True}, {"beta1": 0.5}, {"epsilon": 1e-6}])
 def test_constants_of_adamw_are_refused_for_adafactor(more: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(more))} would do nothing: adafactor has no use for it"):
-        OptimiserSettings(optimizer="adafactor", **more)
+        OptimizerSettings(optimizer="adafactor", **more)
     with pytest.raises(ValueError, match="optimizer is one of adafactor, adamw.*; got 'lion'"):
-        OptimiserSettings(optimizer="lion")
+        OptimizerSettings(optimizer="lion")
 
 
 def test_the_command_line_says_so_too(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_the_command_line_says_so_too(capsys: pytest.CaptureFixture, tmp_path: P
 
 
 def test_an_optimizer_of_ones_own_is_known_by_its_name(saved: Saved, pairs: Path, tmp_path: Path) -> None:
-    def build(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
+    def build(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.beta1)
 
     register("heavy-ball", build, moments_bytes=lambda shape, settings: 4 * shape.numel(), ignores=("epsilon",))
-    assert moments_bytes([nn.Parameter(torch.zeros(3, 2))], OptimiserSettings(optimizer="heavy-ball")) == 24
+    assert moments_bytes([nn.Parameter(torch.zeros(3, 2))], OptimizerSettings(optimizer="heavy-ball")) == 24
     with pytest.raises(ValueError, match="epsilon would do nothing: heavy-ball has no use for it"):
-        OptimiserSettings(optimizer="heavy-ball", epsilon=1e-3)
+        OptimizerSettings(optimizer="heavy-ball", epsilon=1e-3)
     for shipped in ("adamw", "adafactor"):
         with pytest.raises(UserError, match=f"There is an optimizer '{shipped}' already"):
             register(shipped, build)
@@ -131,7 +131,7 @@ def test_an_optimizer_of_ones_own_is_known_by_its_name(saved: Saved, pairs: Path
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     run(saved, pairs, "diffusion-dpo", tmp_path / "adamw", steps=2)
     assert any(not torch.equal(weights(tmp_path / "adamw")[n], w) for n, w in weights(tmp_path / "whole").items())
-    with pytest.raises(UserError, match='optimiser.optimizer was "heavy-ball" and is now none'):
+    with pytest.raises(UserError, match='optimizer.optimizer was "heavy-ball" and is now none'):
         run(saved, pairs, "diffusion-dpo", tmp_path / "whole", steps=3, resume=True)
 
 
@@ -151,7 +151,7 @@ def test_what_moments_take_is_what_is_announced(more: dict, saved: Saved, pairs:
 
 def test_convolutions_gain_less_than_matrices() -> None:
     """Rows and columns are those of the last two dimensions, 3 x 3 in a convolution."""
-    settings = OptimiserSettings(optimizer="adafactor")
+    settings = OptimizerSettings(optimizer="adafactor")
     assert moments_bytes([nn.Parameter(torch.zeros(320, 1280))], settings) == 4 * (320 + 1280)
     assert moments_bytes([nn.Parameter(torch.zeros(320, 1280, 3, 3))], settings) == 4 * 2 * 320 * 1280 * 3
     assert moments_bytes([nn.Parameter(torch.zeros(320))], settings) == 4 * 320

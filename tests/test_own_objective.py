@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffalign import objectives
 from diffalign.errors import UserError
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives import FROZEN_START, PAIRS, About, Cost, register
 from diffalign.protocols import Predictor
@@ -29,14 +29,14 @@ class Anchored:
     """DPO that is also held to the winner."""
 
     about: ClassVar[About] = About("0000.00000", "data set", FROZEN_START, "own", (PAIRS,), draws_ahead=True)
-    cost: ClassVar[Cost] = Cost(learning=2, looking=2)
+    cost: ClassVar[Cost] = Cost(with_gradient=2, forward_only=2)
     beta: float = option(2000.0, "strength of the tie to the reference", gt=0)
     anchor: float = option(0.1, "how much the winner's error counts", ge=0)
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def learner(self, given: Given) -> Learner:
+    def learner(self, given: RunContext) -> Learner:
         given.require(pairs="preference pairs")
 
         def losses(batch: PairBatch) -> Outcome:
@@ -60,7 +60,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.curves
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("more", [{}, {"adapter": "full"}, {"reference_draws": 2}], ids=["lora", "full", "kept errors"])
+@pytest.mark.parametrize("more", [{}, {"adapter": "full"}, {"reference_draws": 2}], ids=["lora", "full", "cached errors"])
 def test_it_trains_and_resumes_to_the_bit(more: dict, saved: Saved, pairs: Path, tmp_path: Path) -> None:
     run(saved, pairs, "anchored", tmp_path / "whole", steps=2, anchor=0.5, checkpoint_every=1, **more)
     card = (tmp_path / "whole" / "README.md").read_text()

@@ -18,8 +18,8 @@ from diffalign.objectives.ddpo import DDPO
 from diffalign.objectives.diffusion_dro import DiffusionDRO
 from diffalign.objectives.seppo import SePPO
 from diffalign.objectives.smpo import SmPO
-from diffalign.processes import Alone
-from diffalign.references import Past
+from diffalign.processes import OneProcess
+from diffalign.references import Snapshot
 from diffalign.sources.past import Bank, chosen
 from diffalign.sources.rollout import Sampling, rollout
 from diffalign.sources.rounds import RoundPlan, Rounds, TransitionBatch, stacked
@@ -88,7 +88,7 @@ def test_within_there_is_no_dropout_and_no_random_number() -> None:
     denoiser = network(dropout=0.5)
     denoiser.network.train()
     weights = TrainedWeights(denoiser.network)
-    past, state = Past(denoiser, weights), torch.get_rng_state()
+    past, state = Snapshot(denoiser, weights), torch.get_rng_state()
     past.keep()
     assert torch.equal(past(*seen()), past(*seen()))
     assert torch.equal(torch.get_rng_state(), state)
@@ -113,7 +113,7 @@ def test_smpo_inverts_without_dropout_and_learns_with_it() -> None:
 @pytest.mark.parametrize("when", ["before the forward pass", "between forward and backward"])
 def test_a_look_at_the_past_disturbs_no_gradient(when: str, lora: bool) -> None:
     denoiser = network(lora)
-    past = Past(denoiser, TrainedWeights(denoiser.network))
+    past = Snapshot(denoiser, TrainedWeights(denoiser.network))
     past.keep()
     moved(denoiser.network, OFF)
     trained = [p for p in denoiser.network.parameters() if p.requires_grad]
@@ -132,7 +132,7 @@ def test_an_optimizer_does_not_notice() -> None:
     ends = []
     for looks in (False, True):
         denoiser = network()
-        past = Past(denoiser, TrainedWeights(denoiser.network))
+        past = Snapshot(denoiser, TrainedWeights(denoiser.network))
         past.keep()
         optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=1e-2)
         for _ in range(3):
@@ -186,8 +186,8 @@ def test_extrapolation_is_nesterovs() -> None:
 
 def test_the_past_is_what_the_policy_was() -> None:
     denoiser = network()
-    past = Past(denoiser, TrainedWeights(denoiser.network))
-    with pytest.raises(ValueError, match=r"there is no past yet: keep\(\) takes it"):
+    past = Snapshot(denoiser, TrainedWeights(denoiser.network))
+    with pytest.raises(ValueError, match=r"there is no snapshot yet: keep\(\) takes one"):
         past(*seen())
     assert past.state_dict() == {"kept": {}}
     past.load_state_dict(past.state_dict())  # so it can be saved before it begins
@@ -195,7 +195,7 @@ def test_the_past_is_what_the_policy_was() -> None:
     past.keep()
     moved(denoiser.network, OFF)
     assert torch.equal(past(*seen()), before)
-    other = Past(denoiser, TrainedWeights(denoiser.network))
+    other = Snapshot(denoiser, TrainedWeights(denoiser.network))
     other.load_state_dict(past.state_dict())
     assert torch.equal(other(*seen()), before)
     past.keep()
@@ -384,14 +384,14 @@ def test_the_buffers_of_other_processes_are_theirs() -> None:
     """Each goes on with its own; another number of processes begins anew."""
     learner, _ = at_work(dro())
     first_batch(learner)
-    shared = learner.things["buffer"]
+    shared = learner.stateful["buffer"]
     shared.collect()
     state = shared.state_dict()
     assert len(state["ranks"]) == 1
     again, _ = at_work(dro())
-    again.things["buffer"].load_state_dict({"ranks": state["ranks"] * 2})
+    again.stateful["buffer"].load_state_dict({"ranks": state["ranks"] * 2})
     assert len(again.source._buffer) == 0
-    again.things["buffer"].load_state_dict(state)
+    again.stateful["buffer"].load_state_dict(state)
     assert len(again.source._buffer) == 4
 
 
@@ -522,7 +522,7 @@ def test_a_round_is_sampled_by_the_policy_at_its_beginning() -> None:
     assert made[0] is made[1]  # within a round nothing is sampled anew
     assert made[2] is made[3]
     resumed, again = at_work(d3po(round_pairs=2))
-    resumed.things["round"].load_state_dict(Past(again.policy, again.weights).state_dict() | {"kept": again.weights.copy()})
+    resumed.stateful["round"].load_state_dict(Snapshot(again.policy, again.weights).state_dict() | {"kept": again.weights.copy()})
     moved(again.policy.network, OFF)
     next(resumed.source.steps(1, 2))  # in the middle of the round, by a policy that has moved on
     assert torch.equal(resumed.source._judged.first.x, made[0].first.x)
@@ -536,7 +536,7 @@ def conditionings(given_: Any, index: Tensor) -> dict[str, Tensor]:
 def test_two_processes_share_a_round() -> None:
     """One pair each is two pairs of one process: the same trajectories, prompts and verdicts, whoever makes them."""
     whole, _ = at_work(d3po(), accumulation=2, batch=8)
-    shares = [at_work(d3po(), batch=8, processes=Alone(rank=rank, world=2))[0] for rank in (0, 1)]
+    shares = [at_work(d3po(), batch=8, processes=OneProcess(rank=rank, world=2))[0] for rank in (0, 1)]
     for batches in zip(*(learner.source.steps(0, 3) for learner in (whole, *shares)), strict=True):
         one, *parts = (b for (b,) in batches)
         assert sorted(one.pair.t.tolist()) == sorted(t for part in parts for t in part.pair.t.tolist())
@@ -559,7 +559,7 @@ def test_what_cannot_be_a_round_is_refused() -> None:
     with pytest.raises(UserError, match=r"A round of 6 pairs is not a whole number of optimizer steps of 4 pairs \(accumulation"):
         at_work(d3po(), accumulation=4)
     with pytest.raises(UserError, match="steps of 4 pairs"):
-        at_work(d3po(), accumulation=2, processes=Alone(world=2))
+        at_work(d3po(), accumulation=2, processes=OneProcess(world=2))
     with pytest.raises(UserError, match="needs a judge to reward pictures by \\(--reward\\)"):
         at_work(d3po(), judge=None)
     with pytest.raises(UserError, match="needs prompts to sample for"):

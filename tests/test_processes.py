@@ -33,7 +33,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def test_the_command_line_under_torchrun_is_one_run(tmp_path: Path) -> None:
-    """Data, cache, kept errors, loop, export and comparison: the README's command for several processes, and its exit."""
+    """Data, cache, cached errors, loop, export and comparison: the README's command for several processes, and its exit."""
     model, pairs = save_untrained(tmp_path / "model"), write_pairs(tmp_path / "data", 12)
     words = ["train", "diffusion-dpo", "--model", str(model), "--pairs", str(pairs), "--steps", "2"]
     words += ["--accumulation", "2", "--validation-pairs", "2", "--learning-rate", "1e-3", "--beta", "500", "--quiet"]

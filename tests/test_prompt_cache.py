@@ -13,8 +13,8 @@ from test_data_cache import CENTRAL, DISTINCT, SmallEncoder, _vector, contents, 
 
 from diffalign.data import cache_files
 from diffalign.data.cache import PairCache, build_cache
-from diffalign.data.draws import KeptDraws
-from diffalign.data.kept_errors import keep_errors
+from diffalign.data.cached_errors import cache_errors
+from diffalign.data.draws import FixedDraws
 from diffalign.data.open import open_pairs
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache, prompt_fingerprint
 from diffalign.errors import StaleCacheError, UserError
@@ -106,13 +106,13 @@ def test_prompts_that_are_cut_elsewhere_are_other_prompts() -> None:
 def test_the_kinds_of_cache_are_told_apart_and_none_is_to_make_room_for_another(tmp_path: Path, complete: bool) -> None:
     table = open_pairs(write_pairs(tmp_path, DISTINCT))
     cache = build_cache(table, SmallEncoder(), tmp_path / "open", CENTRAL)
-    ask, draws = (lambda batch: torch.zeros(len(batch), 2)), KeptDraws(2, 0, Levels())
+    ask, draws = (lambda batch: torch.zeros(len(batch), 2)), FixedDraws(2, 0, Levels())
     makes = {
         "encoded pairs": lambda folder: build_cache(table, SmallEncoder(), folder, CENTRAL),
         "encoded prompts": lambda folder: build_prompt_cache(PROMPTS, SmallEncoder(), folder),
-        "kept reference errors": lambda folder: keep_errors(cache, draws, ask, folder, {"reference": "r"}),
+        "cached reference errors": lambda folder: cache_errors(cache, draws, ask, folder, {"reference": "r"}),
     }
-    options = {"kept reference errors": "--reference-cache"}
+    options = {"cached reference errors": "--reference-cache"}
     for held, make in makes.items():
         make(tmp_path / held)
         if not complete:

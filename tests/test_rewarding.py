@@ -16,7 +16,7 @@ from threads import in_threads
 import reward_models
 from diffalign.data.open import open_pairs
 from diffalign.errors import UserError
-from diffalign.processes import Alone
+from diffalign.processes import OneProcess
 from pipelines import own_judges, rewarding
 from pipelines.rewarding import PictureJudge, direction, pair_scores, rewards_of, score_range
 from pipelines.training import align
@@ -122,10 +122,10 @@ def test_pairs_are_judged_once_by_all_processes_together(tmp_path: Path, monkeyp
     expected = torch.stack([jpeg["jpeg"].score([side.open() for side in both], ["", ""]) for both in sides])
     torch.testing.assert_close(first, expected.float())
     assert sum(opened) == 2 * len(rows)
-    again = pair_scores(table, rows, jpeg, tmp_path / "cache", Alone())
+    again = pair_scores(table, rows, jpeg, tmp_path / "cache", OneProcess())
     assert torch.equal(first, second) and torch.equal(first, again) and sum(opened) == 2 * len(rows)
     oracle = {"oracle": reward_models.load("oracle")}
-    assert not torch.equal(pair_scores(table, rows, oracle, tmp_path / "cache", Alone()), first)
+    assert not torch.equal(pair_scores(table, rows, oracle, tmp_path / "cache", OneProcess()), first)
 
 
 @pytest.mark.parametrize(

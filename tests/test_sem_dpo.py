@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader, collate, validation_batches
 from diffalign.errors import UserError
-from diffalign.learner import GivenTexts
+from diffalign.learner import TextRunContext
 from diffalign.likelihood import token_log_probs
 from diffalign.losses.baselines import RunningMean
 from diffalign.objectives._family import LossAtWork
@@ -80,7 +80,7 @@ def everything(data: EncodedRewrites) -> TextBatch:
 
 def learner(objective, data: EncodedRewrites, policy: Writer, batch_size: int = 4, accumulation: int = 1, **loader):
     loader = TextLoader(data, range(len(data)), batch_size, accumulation, seed=3, **loader)
-    return objective.learner(GivenTexts(policy, TrainedWeights(policy), Frozen(Writer(1)), loader))
+    return objective.learner(TextRunContext(policy, TrainedWeights(policy), Frozen(Writer(1)), loader))
 
 
 def step_loss(made, step: int = 0) -> Tensor:
@@ -336,7 +336,7 @@ COSTS = {
 def test_the_cost_of_a_pair_is_what_models_count(name: str) -> None:
     objective, data, policy, start = COSTS[name], some_rewrites(gold=True), Writer(0), Writer(1)
     loader = TextLoader(data, range(len(data)), batch_size=4)
-    made = objective.learner(GivenTexts(policy, TrainedWeights(policy), Frozen(start), loader))
+    made = objective.learner(TextRunContext(policy, TrainedWeights(policy), Frozen(start), loader))
     looked = []
 
     def counting(self, tokens: Tensor, mask: Tensor, last: int | None = None, forward=Writer.forward) -> Tensor:
@@ -346,8 +346,8 @@ def test_the_cost_of_a_pair_is_what_models_count(name: str) -> None:
     for model in (policy, start):
         model.forward = counting.__get__(model)
     step_loss(made)
-    assert sum(n for learnt, n in looked if learnt) == 4 * objective.cost.learning
-    assert sum(n for learnt, n in looked if not learnt) == 4 * objective.cost.looking
+    assert sum(n for learnt, n in looked if learnt) == 4 * objective.cost.with_gradient
+    assert sum(n for learnt, n in looked if not learnt) == 4 * objective.cost.forward_only
     assert max(n for learnt, n in looked if learnt) == 4 * objective.cost.at_once
 
 
@@ -398,7 +398,7 @@ def test_kto_measures_against_mismatched_completions() -> None:
     assert torch.equal(batch.mismatched.tokens[:, :width], expected.tokens)
     made.losses(batch)
     ratio = (token_log_probs(policy, expected) - token_log_probs(Writer(1), expected)).sum(dim=1).mean().clamp(min=0)
-    torch.testing.assert_close(made.things["baseline"].value, ratio.detach())
+    torch.testing.assert_close(made.stateful["baseline"].value, ratio.detach())
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,14 @@ from worlds import SHAPE, sd_alpha_bar, small_denoiser
 
 from diffalign.errors import UserError
 from diffalign.objectives.d3po import D3PO
-from diffalign.processes import Alone
+from diffalign.processes import OneProcess
 from diffalign.references import Frozen
 from diffalign.schedule import NoiseSchedule
 from diffalign.sources import store as store_module
 from diffalign.sources.choices import read_choices
 from diffalign.sources.rollout import Sampling, Trajectory, rollout
 from diffalign.sources.rounds import TransitionBatch, densities, stacked
-from diffalign.sources.store import MadeBy, Store, schedule_fingerprint
+from diffalign.sources.store import Store, TrajectoryOrigin, schedule_fingerprint
 from diffalign.sources.stored import Stored
 
 SAMPLING = Sampling(steps=3, guidance=2.0)
@@ -34,12 +34,12 @@ PROMPTS = PromptsInMemory(dtype=torch.float64)
 """Five of them."""
 
 
-def made_by(per_prompt: int = 2, **more: Any) -> MadeBy:
+def made_by(per_prompt: int = 2, **more: Any) -> TrajectoryOrigin:
     schedule = schedule_fingerprint(small_denoiser().schedule)
-    return MadeBy(SAMPLING, schedule, {"base": "abc"}, tuple(PROMPTS.prompts), per_prompt, True, 0, **more)
+    return TrajectoryOrigin(SAMPLING, schedule, {"base": "abc"}, tuple(PROMPTS.prompts), per_prompt, True, 0, **more)
 
 
-def trajectories(made: MadeBy, numbers: range, by: float = 0.0) -> Trajectory:
+def trajectories(made: TrajectoryOrigin, numbers: range, by: float = 0.0) -> Trajectory:
     network = small_denoiser(torch.float64)
     moved(network.network, by)
     groups = [made.group(n) for n in numbers]
@@ -54,7 +54,7 @@ def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "PER_SHARD", 4)
 
 
-def filled(folder: Path, made: MadeBy | None = None, by: float = 0.0) -> Store:
+def filled(folder: Path, made: TrajectoryOrigin | None = None, by: float = 0.0) -> Store:
     store = Store.create(folder, made or made_by())
     for numbers in store.missing():
         store.write(numbers, trajectories(store.made, numbers, by))
@@ -349,7 +349,7 @@ def test_a_step_is_a_function_of_the_seed_and_its_number(reference: str, tmp_pat
     """To the bit, though a resumed run has met other trajectories before; so nothing has to be saved."""
     stored, objective = chosen(tmp_path, by=2e-3), replace(OBJECTIVE, reference=reference)
     learner, _ = at_work(objective, feedback=stored)
-    assert learner.things == {}
+    assert learner.stateful == {}
     whole, rest = steps_of(stored, 0, 7, objective, accumulation=2), steps_of(stored, 4, 7, objective, accumulation=2)
     for one, other in zip(flat(whole[4:]), flat(rest), strict=True):
         assert torch.equal(one.pair.winner, other.pair.winner) and torch.equal(one.pair.t, other.pair.t)
@@ -367,7 +367,7 @@ def test_two_processes_take_what_one_takes(tmp_path: Path) -> None:
         return sorted((int(i), int(t)) for b in batches for i, t in zip(b.index, b.pair.t, strict=True))
 
     one = steps_of(stored, 0, 4, accumulation=4, batch=3)
-    two = [steps_of(stored, 0, 4, accumulation=2, batch=3, processes=Alone(rank, 2)) for rank in (0, 1)]
+    two = [steps_of(stored, 0, 4, accumulation=2, batch=3, processes=OneProcess(rank, 2)) for rank in (0, 1)]
     for step in range(4):
         assert keys(one[step]) == sorted(keys(two[0][step]) + keys(two[1][step]))
     assert keys(two[0][0]) != keys(two[1][0])

@@ -432,7 +432,7 @@ def test_another_run_is_refused_before_anything_is_encoded(inputs: Inputs, tmp_p
     capsys.readouterr()
     new = ["--cache", str(tmp_path / "new"), "--reference-draws", "3", "--reference-cache", str(tmp_path / "errors")]
     assert run(inputs, out, "--resume", *new, "--learning-rate", "1e-5") == 2
-    told = refused(capsys, "belongs to another run", "optimiser.learning_rate was 0.001 and is now 1e-05")
+    told = refused(capsys, "belongs to another run", "optimizer.learning_rate was 0.001 and is now 1e-05")
     assert "weight_decay" not in told and not (tmp_path / "new").exists() and not (tmp_path / "errors").exists()
 
 
@@ -482,7 +482,7 @@ def test_a_lost_shard_is_prepared_again(inputs: Inputs, tmp_path: Path, capsys: 
 def test_options_that_would_do_nothing(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("reference-cache", "reference-seed", "reference-batch"):
         assert run(inputs, tmp_path / "run", f"--{name}", "5") == 2
-        refused(capsys, f"reference.{name.replace('-', '_')}: is about kept errors of the reference, and reference_draws is 0")
+        refused(capsys, f"reference.{name.replace('-', '_')}: is about cached errors of the reference, and reference_draws is 0")
     for name in ("resume", "overwrite"):
         assert run(inputs, tmp_path / "run", "--cache", str(tmp_path / "cache"), "--prepare", f"--{name}") == 2
         refused(capsys, "--prepare always goes on where it stopped")

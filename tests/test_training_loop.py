@@ -31,7 +31,7 @@ from diffalign.learner import Learner
 from diffalign.objectives.diffusion_dpo import DiffusionDPO
 from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
-from diffalign.optimisation import Ema, OptimiserSettings, learning_rate_factor
+from diffalign.optimisation import Ema, OptimizerSettings, learning_rate_factor
 from diffalign.random_state import RandomState, get_random_state, set_random_state
 from diffalign.references import AdapterOff, Frozen
 from diffalign.train import LoopSettings, Trainer
@@ -82,7 +82,7 @@ def make_trainer(
         accelerator=accelerator,
         output=str(output),
         loop=LoopSettings(**{"steps": steps, "checkpoint_every": 2, "validate_every": 2, "ema_decay": ema, **loop}),
-        optimiser=OptimiserSettings(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
+        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=2, schedule="cosine"),
         identity=identity or {"reference": "small"},
         report=report,
     )
@@ -392,7 +392,7 @@ def test_a_resumed_run_reads_from_the_file_what_is_as_large_as_the_model(lora: b
             seen[self.name] = in_the_file(state, tmp_path)
             self.thing.load_state_dict(state)
 
-    trainer._things = {name: Watched(name, thing) for name, thing in trainer._things.items()}
+    trainer._stateful = {name: Watched(name, each) for name, each in trainer._stateful.items()}
     assert trainer.resume()
     assert all(seen[name] and all(seen[name]) for name in ("weights", "optimizer", "ema"))
     gc.collect()
@@ -596,7 +596,7 @@ def test_learning_rate_shapes() -> None:
     """Warm-up 4 of 12 steps: quarters up to 1; linear falls by eighths; cosine is one half in the middle of its fall."""
 
     def factors(kind: str) -> list[float]:
-        return [learning_rate_factor(s, 12, OptimiserSettings(schedule=kind, warmup_steps=4)) for s in range(13)]
+        return [learning_rate_factor(s, 12, OptimizerSettings(schedule=kind, warmup_steps=4)) for s in range(13)]
 
     for kind in ("constant", "linear", "cosine"):
         assert factors(kind)[:5] == [0, 0.25, 0.5, 0.75, 1.0]

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign.learner import Given
+from diffalign.learner import RunContext
 from diffalign.schedule import FlowSchedule, NoiseSchedule
 from diffalign.weights import TrainedWeights
 from pipelines.families.stable_diffusion import UNetDenoiser
@@ -39,10 +39,10 @@ def flow_denoiser(dtype: torch.dtype = torch.float32) -> UNetDenoiser:
     return replace(small_denoiser(dtype), schedule=FlowSchedule())
 
 
-def given(policy: UNetDenoiser, start, source=None, **more) -> Given:
+def given(policy: UNetDenoiser, start, source=None, **more) -> RunContext:
     """What a run would give an objective, on the CPU."""
     weights = TrainedWeights(getattr(policy.network, "module", policy.network))
-    return Given(policy=policy, weights=weights, start=start, latent_shape=SHAPE, pairs=source, **more)
+    return RunContext(policy=policy, weights=weights, start=start, latent_shape=SHAPE, pairs=source, **more)
 
 
 class PairsInMemory:

@@ -38,7 +38,7 @@ from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Transform
 from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.processes import Alone, Processes, failing_together
+from diffalign.processes import OneProcess, Processes, failing_together
 from diffalign.protocols import Encoder
 
 VERSION = 5
@@ -119,7 +119,7 @@ def fill_cache(
     check_settings(dtype, batch_size, shard_items)
     if not 0.0 <= max_unreadable <= 1.0:
         raise UserError(f"max_unreadable is {max_unreadable}; it is a share of the pairs and must be in [0, 1].")
-    folder, processes, shared = CacheFolder(directory), processes or Alone(), part[1] > 1
+    folder, processes, shared = CacheFolder(directory), processes or OneProcess(), part[1] > 1
     expected = cache_fingerprint(table, encoder, transform, dtype)
     reading = {"max_unreadable": max_unreadable, "workers": default_workers() if workers is None else workers}
     filling = _Filling(folder, table, encoder, transform, dtype, reading, progress)

@@ -44,7 +44,7 @@ PLACES = (".", "rows", "images", "prompts", "journal", "errors")
 
 
 @dataclass(frozen=True)
-class Holding:
+class CacheKind:
     """What a cache holds."""
 
     what: str  # in words
@@ -53,12 +53,12 @@ class Holding:
     mending: str = "Delete the folder to make it anew."  # what to do if a file is damaged
 
 
-PAIRS = Holding(
+PAIRS = CacheKind(
     *("encoded pairs", "data", "--cache"),
     "The same command with --cache and --prepare encodes what is lost and keeps the rest; or delete the folder to make it anew.",
 )
-PROMPTS = Holding("encoded prompts", "prompts", "--cache")
-ERRORS = Holding("kept reference errors", "draws", "--reference-cache")
+PROMPTS = CacheKind("encoded prompts", "prompts", "--cache")
+ERRORS = CacheKind("cached reference errors", "draws", "--reference-cache")
 
 
 def write_bytes(stream: BinaryIO, content: bytes | np.ndarray) -> None:
@@ -72,7 +72,7 @@ def write_bytes(stream: BinaryIO, content: bytes | np.ndarray) -> None:
 class CacheFolder:
     """Paths and atomic writes of one cache, which is to hold what ``holds`` says."""
 
-    def __init__(self, directory: str | Path, holds: Holding = PAIRS) -> None:
+    def __init__(self, directory: str | Path, holds: CacheKind = PAIRS) -> None:
         self.root, self.holds = Path(directory), holds
 
     # ------------------------------------------------------------------------------------------------------------ writing

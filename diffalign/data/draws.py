@@ -111,7 +111,7 @@ def _drawn(g: torch.Generator, t: int | float, shape: tuple[int, ...], prompt_dr
 
 
 @dataclass(frozen=True)
-class KeptDraws:
+class FixedDraws:
     """``count`` draws that every row has for good, in place of one for each visit, so that what depends on them can be kept.
 
     Visit v to a row has its draw ``v mod count``. The levels of a row's draws are of as many equally likely parts of

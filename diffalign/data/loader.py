@@ -38,8 +38,8 @@ class EncodedPairs(Protocol):
     def conditioning(self, pair_index: int | None) -> Conditioning: ...
 
 
-class KeptVisits(Protocol):
-    """What the loader asks of draws that are kept (``data.kept_errors.KeptErrors``)."""
+class CachedVisits(Protocol):
+    """What the loader asks of draws whose errors are cached (``data.cached_errors.CachedErrors``)."""
 
     def visited(self, row: int, visit: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]: ...
 
@@ -65,9 +65,9 @@ class PairLoader:
     """Batches by optimizer step: ``steps(start, stop)`` yields lists of ``accumulation`` micro-batches.
 
     ``rows`` restricts training to some rows of the cache (the rest is validation). The global batch of a step is cut into
-    contiguous parts, one per process, so the union over processes does not depend on their number. With ``kept``, pairs visit
-    the draws that were chosen for them (``data.kept_errors``) in place of one for each position. ``device`` is where the batches
-    will go; for a GPU their memory is pinned in the background. ``waiting`` is how long steps have been waited for.
+    contiguous parts, one per process, so the union over processes does not depend on their number. With ``cached_errors``, pairs
+    visit the draws that were chosen for them (``data.cached_errors``) in place of one for each position. ``device`` is where the
+    batches will go; for a GPU their memory is pinned in the background. ``waiting`` is how long steps have been waited for.
 
     Raises:
         UserError: a curriculum is asked for, and the pairs have no scores, are too few for its stages, or differ in shape.
@@ -80,12 +80,12 @@ class PairLoader:
         settings: LoaderSettings,
         rank: int = 0,
         world: int = 1,
-        kept: KeptVisits | None = None,
+        cached_errors: CachedVisits | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not len(rows):
             raise ValueError("there are no pairs to train on")
-        self._pairs, self._rows, self._settings, self._kept = pairs, rows, settings, kept
+        self._pairs, self._rows, self._settings, self._cached_errors = pairs, rows, settings, cached_errors
         self._rank, self._world, self._device = rank, world, torch.device(device)
         self.waiting = Stopwatch()
         if getattr(pairs, "buckets", False):
@@ -145,10 +145,10 @@ class PairLoader:
         positions = range(first, first + s.batch_size)
         rows = [int(self._rows[self._order.row(p)]) for p in positions]
         shape = shape_of(self._pairs, rows[0])  # of all of them
-        if self._kept is None:
+        if self._cached_errors is None:
             draws = [draw(s.seed, p, shape, s.levels, s.prompt_dropout, s.flip) for p in positions]
             return collate(self._pairs, rows, draws, s.latent_mode)
-        visits = [self._kept.visited(row, self._order.visit(p), shape) for row, p in zip(rows, positions, strict=True)]
+        visits = [self._cached_errors.visited(row, self._order.visit(p), shape) for row, p in zip(rows, positions, strict=True)]
         batch = collate(self._pairs, rows, [drawn for drawn, _ in visits], s.latent_mode)
         return replace(batch, known=torch.stack([errors for _, errors in visits]))
 

@@ -22,7 +22,7 @@ from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
 from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.processes import Alone
+from diffalign.processes import OneProcess
 from diffalign.protocols import Encoder
 
 VERSION = 1
@@ -79,7 +79,7 @@ def _fill(folder: CacheFolder, prompts: Sequence[str], encoder: Encoder, **how: 
     started = time.monotonic()
     texts = list(dict.fromkeys(["", *prompts]))
     filler = prompts_to_fill(folder, texts, encoder, **how)
-    filler.fill((0, 1), Alone())
+    filler.fill((0, 1), OneProcess())
     number = {text: i for i, text in enumerate(texts)}
     folder.write_json("texts.json", {"prompts": texts, "order": [number[prompt] for prompt in prompts]})
     folder.write_json("complete.json", {"seconds": round(time.monotonic() - started, 2), **about(filler, len(texts))})

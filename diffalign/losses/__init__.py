@@ -27,7 +27,7 @@ decorator; nothing else needs editing.
 from __future__ import annotations
 
 from diffalign.losses.absolute import asft, hypo, mapo, orpo, sft, simpo
-from diffalign.losses.baselines import Baseline, BatchMean, MismatchedMean, MovingMargin, RunningMean, Zero
+from diffalign.losses.baselines import Baseline, BatchMean, MismatchedMean, MovingMargin, NoBaseline, RunningMean
 from diffalign.losses.batchwise import aot, aot_unpaired, beta_dpo
 from diffalign.losses.divergences import transformed
 from diffalign.losses.pairwise import cdpo, discopop, dpo, exo, hinge, ipo, rdpo, smpo
@@ -44,8 +44,8 @@ __all__ = [
     "Loss",
     "MismatchedMean",
     "MovingMargin",
+    "NoBaseline",
     "RunningMean",
-    "Zero",
     "adpo",
     "adpo_group",
     "aot",

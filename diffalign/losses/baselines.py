@@ -43,7 +43,7 @@ def _wide(values: Tensor) -> Tensor:
     return values.detach().to(widest(values))
 
 
-class Zero:
+class NoBaseline:
     """No baseline at all."""
 
     watches: ClassVar[Watched] = "sides"

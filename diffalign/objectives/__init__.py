@@ -6,10 +6,10 @@ The folder is the registry: ``names()`` lists it, ``load(name)`` imports one. On
     @dataclass(frozen=True)
     class MyDPO:
         about: ClassVar[About] = About("0000.00000", "data set, shared noise", FROZEN_START, "my own", (PAIRS,))
-        cost: ClassVar[Cost] = Cost(learning=2, looking=2)
+        cost: ClassVar[Cost] = Cost(with_gradient=2, forward_only=2)
         beta: float = option(2000.0, "strength of the tie to the reference", gt=0)  # diffalign.settings; becomes --beta
 
-        def learner(self, given: Given) -> Learner: ...  # diffalign.learner
+        def learner(self, given: RunContext) -> Learner: ...  # diffalign.learner
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def register(name: str) -> Callable[[_Class], _Class]:
         lacks = [what for what in ("about", "cost", "learner") if not hasattr(objective, what)]
         if lacks or not dataclasses.is_dataclass(objective) or not isinstance(objective.about, About):
             raise UserError(
-                f"{objective.__name__} is to be a dataclass with about (an About), cost (a Cost) and learner(given); "
+                f"{objective.__name__} is to be a dataclass with about (an About), cost (a Cost) and learner(run); "
                 f"it lacks {', '.join(lacks) or 'that form'}."
             )
         module = ModuleType(name, objective.__doc__ or getattr(sys.modules.get(objective.__module__), "__doc__", None))

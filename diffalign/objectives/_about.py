@@ -18,14 +18,14 @@ NOBODY = "nobody"
 class Cost:
     """Samples through the network for one pair (of pictures, or of transitions)."""
 
-    learning: float  # with a gradient
-    looking: float  # without: references, inversion, sampling
+    with_gradient: float  # with a gradient
+    forward_only: float  # without: references, inversion, sampling
     at_once: float = 2.0  # with a gradient at one time, per element of a micro-batch
 
     @property
     def forwards(self) -> float:
         """In forward passes, a backward pass counting as two."""
-        return 3.0 * self.learning + self.looking
+        return 3.0 * self.with_gradient + self.forward_only
 
 
 @dataclass(frozen=True)

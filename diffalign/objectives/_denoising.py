@@ -20,7 +20,7 @@ from diffalign import losses
 from diffalign.checkpoint import Stateful
 from diffalign.errors import UserError
 from diffalign.health import denoising_health, policy_health
-from diffalign.learner import Given, Kind, Learner, Source
+from diffalign.learner import Kind, Learner, RunContext, Source
 from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.losses.baselines import Baseline
 from diffalign.objectives._about import Cost
@@ -44,7 +44,7 @@ def plainly_noised(batch: PairBatch, policy: Denoiser) -> NoisyPair:
 
 @torch.no_grad()
 def errors_beforehand(batch: PairBatch, start: Predictor, schedule: Schedule, kind: Kind) -> Tensor:
-    """The frozen start's errors [B, 2] at a batch's own draws, to be kept (``data.kept_errors``)."""
+    """The frozen start's errors [B, 2] at a batch's own draws, to be kept (``data.cached_errors``)."""
     if kind == "pictures":  # the same picture stands on both sides
         return errors(start, noised_winners(batch, schedule))[:, None].expand(-1, 2)
     return torch.stack(pair_errors(start, noised(batch, schedule)), dim=1)
@@ -57,11 +57,11 @@ def own_label(batch: PairBatch) -> Tensor:
 def cost_of(loss: losses.Loss) -> Cost:
     """Of a pair of the data set with plain noise: the policy's two samples, and what else the loss has asked."""
     mismatched = loss.baseline is not None and loss.baseline.watches == "mismatched"
-    return Cost(learning=2, looking=(2 if looks_back(loss) else 0) + (4 if mismatched else 0))
+    return Cost(with_gradient=2, forward_only=(2 if looks_back(loss) else 0) + (4 if mismatched else 0))
 
 
 def denoising_learner(
-    given: Given,
+    run: RunContext,
     noising: Noising,
     loss: losses.Loss,
     scale: float,
@@ -70,7 +70,7 @@ def denoising_learner(
     reference: Predictor | None = None,
     baseline: Baseline | None = None,
     label: Relabel = own_label,
-    things: Mapping[str, Stateful] | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
 ) -> Learner:
     """``loss`` on the pairs of ``source`` (the data set's if not given), against ``reference`` (the run's if not given).
 
@@ -79,25 +79,25 @@ def denoising_learner(
     Raises:
         UserError: the loss needs larger batches, or scores that the data do not have.
     """
-    refuse_small_batches(loss, given)
-    if "rewards" in loss.needs and given.score_range is None:
+    refuse_small_batches(loss, run)
+    if "rewards" in loss.needs and run.score_range is None:
         raise UserError(f"The loss {loss.name} needs a judge's scores of both pictures, which these data do not have.")
-    if "rewards" in loss.needs and given.unscored:
+    if "rewards" in loss.needs and run.unscored:
         raise UserError(
-            f"The loss {loss.name} needs a judge's scores of both pictures, and {given.unscored} of the pairs have none: leave "
+            f"The loss {loss.name} needs a judge's scores of both pictures, and {run.unscored} of the pairs have none: leave "
             "them out, or let a judge score them all (--reward)."
         )
     baseline = loss.baseline() if baseline is None and loss.baseline else baseline
-    refuse_lone_samples(baseline, given)
-    at_work = DenoisingLosses(given.policy, given.start, noising, loss, scale, baseline, given.processes)
-    kept = {**(things or {}), **({"baseline": baseline} if baseline else {})}
-    against = reference or given.compared_with
+    refuse_lone_samples(baseline, run)
+    at_work = DenoisingLosses(run.policy, run.start, noising, loss, scale, baseline, run.processes)
+    kept = {**(stateful or {}), **({"baseline": baseline} if baseline else {})}
+    against = reference or run.compared_with
     return Learner(
-        source=source or given.pairs,
+        source=source or run.pairs,
         losses=lambda batch: at_work(replace(batch, label=label(batch)), against),
         validate=lambda batch: at_work.validate(replace(batch, label=label(batch))),
-        things=kept,
-        reference=None if reference else given.reference,
+        stateful=kept,
+        reference=None if reference else run.reference,
     )
 
 
@@ -120,20 +120,20 @@ class DenoisingLosses:
     def __call__(self, batch: PairBatch, reference: Predictor) -> Outcome:
         """Losses [B] of a training batch."""
         pair = self._noising(batch, self._policy)
-        return self._compared(batch, pair, reference if looks_back(self._loss.loss) else None, learning=True)
+        return self._compared(batch, pair, reference if looks_back(self._loss.loss) else None, with_gradient=True)
 
     @torch.no_grad()
     def validate(self, batch: PairBatch) -> Outcome:
         """Losses and health of held-out pairs with plain noise, against the frozen start. The baseline stays as it is."""
         pair = plainly_noised(batch, self._policy)
-        return self._compared(batch, pair, self._start, learning=False)
+        return self._compared(batch, pair, self._start, with_gradient=False)
 
-    def _compared(self, batch: PairBatch, pair: NoisyPair, reference: Predictor | None, learning: bool) -> Outcome:
+    def _compared(self, batch: PairBatch, pair: NoisyPair, reference: Predictor | None, with_gradient: bool) -> Outcome:
         before = pair_errors(reference, pair) if reference else None  # first: its activations never meet the policy's
         now = pair_errors(self._policy, pair)
         policy, past = denoising(*now), denoising(*before) if before else None
         ratio = log_ratio(policy, past) if past else None
-        if learning and ratio:
+        if with_gradient and ratio:
             self._loss.learn(batch.label, ratio, lambda: self._mismatched(pair, reference))
         loss, scale = self._loss(batch.label, policy, past, ratio, batch.scores), self._loss.scale
         health = denoising_health(ratio, now, before, scale) if ratio else policy_health(now, scale)

@@ -20,7 +20,7 @@ from diffalign import losses
 from diffalign.errors import UserError
 from diffalign.losses.baselines import Baseline
 from diffalign.losses.divergences import Divergence
-from diffalign.processes import Alone, Processes
+from diffalign.processes import OneProcess, Processes
 from diffalign.settings import check_options, option
 from diffalign.types import LogLikelihood, LogRatio
 
@@ -136,7 +136,7 @@ class LossAtWork:
         self, loss: losses.Loss, scale: float, baseline: Baseline | None = None, processes: Processes | None = None
     ) -> None:
         self.loss, self.scale, self.baseline = loss, scale, baseline
-        self._processes = processes or Alone()
+        self._processes = processes or OneProcess()
 
     @torch.no_grad()
     def learn(self, label: Tensor, ratio: LogRatio, mismatched: Callable[[], LogRatio]) -> None:

@@ -83,19 +83,19 @@ class TokenLosses:
 
     def __call__(self, batch: TextBatch, reference: LanguageModel) -> Outcome:
         """Losses [B] of a training batch."""
-        return self._compared(batch, reference if looks_back(self._loss.loss) else None, learning=True)
+        return self._compared(batch, reference if looks_back(self._loss.loss) else None, with_gradient=True)
 
     @torch.no_grad()
     def validate(self, batch: TextBatch) -> Outcome:
         """Losses and health of held-out rewrites against the frozen start. The baseline stays as it is."""
-        return self._compared(batch, self._start, learning=False)
+        return self._compared(batch, self._start, with_gradient=False)
 
-    def _compared(self, batch: TextBatch, reference: LanguageModel | None, learning: bool) -> Outcome:
+    def _compared(self, batch: TextBatch, reference: LanguageModel | None, with_gradient: bool) -> Outcome:
         factors = self._counting.factors(batch)
         past = pair_likelihoods(reference, batch, factors) if reference else None
         policy, gold = self._policy_likelihoods(batch, factors)
         ratio = log_ratio(policy, past) if past else None
-        if learning and ratio:
+        if with_gradient and ratio:
             self._loss.learn(batch.label, ratio, lambda: self._mismatched(batch, reference))
         loss = self._loss(batch.label, policy, past, ratio, batch.scores)
         if gold is not None:

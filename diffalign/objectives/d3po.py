@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from diffalign import losses
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import log_ratio, transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
@@ -75,7 +75,7 @@ class D3PO(LossChoice):
     """The objective; ``beta`` is the paper's, for log-densities that are means over the latent's dimensions."""
 
     about: ClassVar[About] = ABOUT
-    learns_from_people: ClassVar[bool] = True  # takes ``Given.feedback``
+    learns_from_people: ClassVar[bool] = True  # takes ``RunContext.feedback``
     loss: str = option("clipped", "clipped is the paper's; others as `diffalign objectives --losses` lists them")
     beta: float = option(0.1, "strength of the tie to the reference", gt=0)
     clip: float = option(0.1, "how far a side's ratio may be from 1 before its gradient is cut; inf is the paper's", gt=0)
@@ -105,30 +105,30 @@ class D3PO(LossChoice):
         """Per pair of trajectories. Learning from a transition takes both sides, with and without the prompt."""
         rows = 1 if self.guidance == 1.0 else 2
         learnt = rows * learnt_steps(self.rollout_steps, self.timestep_fraction)
-        looking = self._passes * self.candidates + (0 if self.reference == "round" else 2 * learnt)
-        return Cost(learning=2 * learnt * self.round_epochs, looking=looking, at_once=2 * rows)
+        forward_only = self._passes * self.candidates + (0 if self.reference == "round" else 2 * learnt)
+        return Cost(with_gradient=2 * learnt * self.round_epochs, forward_only=forward_only, at_once=2 * rows)
 
     @property
     def cost_of_stored(self) -> Cost:
         """The same for a pair that was sampled before."""
-        return replace(self.cost, looking=self.cost.looking - self.candidates * self._passes)
+        return replace(self.cost, forward_only=self.cost.forward_only - self.candidates * self._passes)
 
     @property
     def _passes(self) -> int:
         """Of one trajectory."""
         return self.rollout_steps * (1 if self.guidance == 1.0 else 2)
 
-    def learner(self, given: Given) -> Learner:
+    def learner(self, run: RunContext) -> Learner:
         if self.loss != "clipped":
-            refuse_small_batches(self.chosen(), given)
-        if given.feedback is not None:
-            chosen = given.feedback.source(given, self.sampling, self.reference, self.timestep_fraction)
-            return Learner(chosen, lambda batch: _without_reward(self(batch, given.policy, given.unconditional)))
+            refuse_small_batches(self.chosen(), run)
+        if run.feedback is not None:
+            chosen = run.feedback.source(run, self.sampling, self.reference, self.timestep_fraction)
+            return Learner(chosen, lambda batch: _without_reward(self(batch, run.policy, run.unconditional)))
         plan = RoundPlan(
             self.round_pairs, self.round_epochs, self.same_start, self.reference, self.candidates, self.timestep_fraction
         )
-        source = Rounds(given, self.sampling, plan, dominance)
-        return Learner(source, lambda batch: self(batch, given.policy, given.unconditional), None, source.things)
+        source = Rounds(run, self.sampling, plan, dominance)
+        return Learner(source, lambda batch: self(batch, run.policy, run.unconditional), None, source.stateful)
 
     def __call__(self, batch: TransitionBatch, policy: Denoiser, unconditional: Conditioning | None = None) -> Outcome:
         """Losses [B] of transitions. One policy call; the reference's densities come with the batch."""

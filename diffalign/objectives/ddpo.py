@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import transition
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PROMPTS, About, Cost
@@ -74,8 +74,8 @@ class DDPO:
     def cost(self) -> Cost:
         rows = 2 if self.guidance == 1.0 else 4
         learnt = rows * learnt_steps(self.rollout_steps, self.timestep_fraction)
-        looking = rows * self.rollout_steps * self.candidates / 2
-        return Cost(learning=learnt * self.round_epochs, looking=looking, at_once=rows)
+        forward_only = rows * self.rollout_steps * self.candidates / 2
+        return Cost(with_gradient=learnt * self.round_epochs, forward_only=forward_only, at_once=rows)
 
     def first_own(self, prompts: int) -> int:
         """The round, from 1, in which the first of so many prompts has ``least`` rewards; 1 where rounds are the baseline.
@@ -85,12 +85,12 @@ class DDPO:
         visits = math.ceil(self.least / 2) if self.baseline == "prompt" else 1
         return (visits - 1) * prompts // self.round_pairs + 1
 
-    def learner(self, given: Given) -> Learner:
+    def learner(self, run: RunContext) -> Learner:
         plan = RoundPlan(self.round_pairs, self.round_epochs, False, "round", self.candidates, self.timestep_fraction)
         tracker = PromptRewards(self.tracked, self.least if self.baseline == "prompt" else None)
-        source = Rounds(given, self.sampling, plan, tracker)
-        things = {**source.things, "rewards": tracker}
-        return Learner(source, lambda batch: self(batch, given.policy, given.unconditional), None, things)
+        source = Rounds(run, self.sampling, plan, tracker)
+        stateful = {**source.stateful, "rewards": tracker}
+        return Learner(source, lambda batch: self(batch, run.policy, run.unconditional), None, stateful)
 
     def __call__(self, batch: TransitionBatch, policy: Denoiser, unconditional: Conditioning | None = None) -> Outcome:
         """Losses [B] of transitions of two trajectories. One policy call."""

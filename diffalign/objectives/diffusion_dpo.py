@@ -32,7 +32,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.objectives._about import PAIRS, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, cost_of, denoising_learner, plainly_noised
 from diffalign.objectives._family import LossChoice
@@ -58,9 +58,9 @@ class DiffusionDPO(LossChoice):
     def cost(self) -> Cost:
         return cost_of(self.chosen())
 
-    def learner(self, given: Given) -> Learner:
-        given.require(pairs="preference pairs")
-        return denoising_learner(given, plainly_noised, self.chosen(), self.beta / 2)
+    def learner(self, run: RunContext) -> Learner:
+        run.require(pairs="preference pairs")
+        return denoising_learner(run, plainly_noised, self.chosen(), self.beta / 2)
 
     def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome:
         """Losses [B] of the pairs in ``batch``, with margins, errors and drift. One policy and one reference call."""

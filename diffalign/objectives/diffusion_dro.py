@@ -37,7 +37,7 @@ from typing import ClassVar
 
 from diffalign import losses
 from diffalign.health import denoising_health
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives import _pieces
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
@@ -83,22 +83,22 @@ class DiffusionDRO(LossChoice):
     @property
     def cost(self) -> Cost:
         walking = self.rollout_steps * (1 if self.guidance == 1.0 else 2)
-        return Cost(learning=2, looking=2 + walking / self.walk_every)
+        return Cost(with_gradient=2, forward_only=2 + walking / self.walk_every)
 
-    def learner(self, given: Given) -> Learner:
+    def learner(self, run: RunContext) -> Learner:
         """Raises UserError for a buffer smaller than a micro-batch, or a loss that needs scores or a baseline."""
-        given.require(pairs="pictures with prompts (experts), or preference pairs")
+        run.require(pairs="pictures with prompts (experts), or preference pairs")
         if self.loss != "margin":
-            refuse_small_batches(self.chosen(), given)
-        source = PolicySteps(given, self.sampling, self.buffer, self.refresh, self.walk_every)
+            refuse_small_batches(self.chosen(), run)
+        source = PolicySteps(run, self.sampling, self.buffer, self.refresh, self.walk_every)
         dpo = losses.load("dpo")
-        held_out = DenoisingLosses(given.policy, given.start, plainly_noised, dpo, self.beta / 2)
+        held_out = DenoisingLosses(run.policy, run.start, plainly_noised, dpo, self.beta / 2)
         return Learner(
             source=source,
-            losses=lambda batch: self(batch, given.policy, given.compared_with),
-            validate=held_out.validate if given.kind == PAIRS else None,
-            things=source.things,
-            reference=given.reference,
+            losses=lambda batch: self(batch, run.policy, run.compared_with),
+            validate=held_out.validate if run.kind == PAIRS else None,
+            stateful=source.stateful,
+            reference=run.reference,
         )
 
     def __call__(self, batch: ReplayBatch, policy: Denoiser, reference: Predictor) -> Outcome:

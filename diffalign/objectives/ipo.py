@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffalign import losses
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.objectives._about import PAIRS, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, denoising_learner, plainly_noised
 from diffalign.protocols import Denoiser, Predictor
@@ -34,14 +34,14 @@ class IPO:
 
     about: ClassVar[About] = ABOUT
     beta: float = option(2000.0, "strength of the tie to the reference", gt=0)
-    cost: ClassVar[Cost] = Cost(learning=2, looking=2)
+    cost: ClassVar[Cost] = Cost(with_gradient=2, forward_only=2)
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def learner(self, given: Given) -> Learner:
-        given.require(pairs="preference pairs")
-        return denoising_learner(given, plainly_noised, losses.load("ipo"), self.beta / 2)
+    def learner(self, run: RunContext) -> Learner:
+        run.require(pairs="preference pairs")
+        return denoising_learner(run, plainly_noised, losses.load("ipo"), self.beta / 2)
 
     def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome:
         """Losses [B] of the pairs in ``batch``."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffalign import losses
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import errors
 from diffalign.losses.unpaired import Utility, kto_unpaired
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
@@ -59,7 +59,7 @@ class KTO:
         check_options(self)
 
     def _baseline(self) -> losses.Baseline:
-        return {"batch": losses.BatchMean, "mismatched": losses.MismatchedMean, "none": losses.Zero}[self.baseline]()
+        return {"batch": losses.BatchMean, "mismatched": losses.MismatchedMean, "none": losses.NoBaseline}[self.baseline]()
 
     def _loss(self) -> losses.Loss:
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
@@ -68,20 +68,20 @@ class KTO:
     @property
     def cost(self) -> Cost:
         """Of a pair; half of it of a lone picture. Each of two mismatched samples asks both models."""
-        return Cost(learning=2, looking=2 + (4 if self.baseline == "mismatched" else 0))
+        return Cost(with_gradient=2, forward_only=2 + (4 if self.baseline == "mismatched" else 0))
 
-    def learner(self, given: Given) -> Learner:
-        given.require(pairs="pictures with a verdict, or preference pairs")
-        if given.kind == PAIRS:
-            return denoising_learner(given, plainly_noised, self._loss(), self.beta, baseline=self._baseline())
+    def learner(self, run: RunContext) -> Learner:
+        run.require(pairs="pictures with a verdict, or preference pairs")
+        if run.kind == PAIRS:
+            return denoising_learner(run, plainly_noised, self._loss(), self.beta, baseline=self._baseline())
         z = self._baseline()
-        refuse_lone_samples(z, given)
+        refuse_lone_samples(z, run)
         return Learner(
-            source=given.pairs,
-            losses=lambda batch: self.unpaired(batch, given.policy, given.compared_with, z, given.processes),
+            source=run.pairs,
+            losses=lambda batch: self.unpaired(batch, run.policy, run.compared_with, z, run.processes),
             validate=None,
-            things={"baseline": z},
-            reference=given.reference,
+            stateful={"baseline": z},
+            reference=run.reference,
         )
 
     def unpaired(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffalign import losses
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.objectives._about import PAIRS, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, denoising_learner, plainly_noised
 from diffalign.protocols import Denoiser, Predictor
@@ -40,7 +40,7 @@ class MaPO:
     weight: float = option(0.1, "weight of the ratio term against the denoising error; the paper's beta", gt=0)
     rate: float = option(0.5, "s, which makes a probability exp(-s L) of an error L", gt=0)
     sharpness: float = option(1000.0, "T, the factor on the difference of the two sides", gt=0)
-    cost: ClassVar[Cost] = Cost(learning=2, looking=0)
+    cost: ClassVar[Cost] = Cost(with_gradient=2, forward_only=0)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -48,9 +48,9 @@ class MaPO:
     def _loss(self) -> losses.Loss:
         return losses.load("mapo", weight=self.weight, rate=self.rate)
 
-    def learner(self, given: Given) -> Learner:
-        given.require(pairs="preference pairs")
-        return denoising_learner(given, plainly_noised, self._loss(), self.sharpness)
+    def learner(self, run: RunContext) -> Learner:
+        run.require(pairs="preference pairs")
+        return denoising_learner(run, plainly_noised, self._loss(), self.sharpness)
 
     def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome:
         """Losses [B] of the pairs in ``batch``. One policy call; ``reference`` is not asked."""

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from diffalign.learner import GivenTexts, Learner
+from diffalign.learner import Learner, TextRunContext
 from diffalign.likelihood import completions, token_log_probs
 from diffalign.objectives._about import EXPANSIONS, REWRITES, About, Cost
 from diffalign.objectives._tokens import Counting, Length
@@ -32,15 +32,15 @@ class PromptSFT:
     """The objective."""
 
     about: ClassVar[About] = ABOUT
-    cost: ClassVar[Cost] = Cost(learning=1, looking=0, at_once=1)
+    cost: ClassVar[Cost] = Cost(with_gradient=1, forward_only=0, at_once=1)
     length: Length = option("mean", "mean or sum of the tokens' log-probabilities")
 
     def __post_init__(self) -> None:
         check_options(self)
         Counting(self.length)
 
-    def learner(self, given: GivenTexts) -> Learner:
-        return Learner(given.texts, lambda batch: self(batch, given.policy), lambda batch: self.validate(batch, given.policy))
+    def learner(self, run: TextRunContext) -> Learner:
+        return Learner(run.texts, lambda batch: self(batch, run.policy), lambda batch: self.validate(batch, run.policy))
 
     def __call__(self, batch: TextBatch, policy: LanguageModel) -> Outcome:
         """Losses [B] of the winners in ``batch``. One policy call on B sequences."""

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.learner import GivenTexts, Learner
+from diffalign.learner import Learner, TextRunContext
 from diffalign.objectives._about import REWRITES, About, Cost
 from diffalign.objectives._family import LossAtWork, LossChoice, looks_back, refuse_lone_samples, refuse_small_batches
 from diffalign.objectives._tokens import Counting, Length, TokenLosses
@@ -76,8 +76,8 @@ class SemDPO(LossChoice):
     def cost(self) -> Cost:
         loss = self.chosen()
         mismatched = loss.baseline is not None and loss.baseline.watches == "mismatched"
-        looking = (2 if looks_back(loss) else 0) + (2 if mismatched else 0)
-        return Cost(learning=3 if self.gold_weight else 2, looking=looking, at_once=3 if self.gold_weight else 2)
+        forward_only = (2 if looks_back(loss) else 0) + (2 if mismatched else 0)
+        return Cost(with_gradient=3 if self.gold_weight else 2, forward_only=forward_only, at_once=3 if self.gold_weight else 2)
 
     def factors(self, distances: Tensor, of_all: Tensor | None = None) -> Tensor:
         """W [G] of pairs by their distances [G]; ``of_all`` are those of all pairs to train on, for ``normalise`` data."""
@@ -86,9 +86,9 @@ class SemDPO(LossChoice):
             return weights / weights.mean()
         return weights / semantic_weights(of_all, self.alpha).mean() if self.normalise == "data" else weights
 
-    def learner(self, given: GivenTexts) -> Learner:
+    def learner(self, run: TextRunContext) -> Learner:
         """Raises UserError where the data lack what the settings need."""
-        loss, of_all, data = self.chosen(), given.texts.distances, given.texts.data
+        loss, of_all, data = self.chosen(), run.texts.distances, run.texts.data
         has = {"gold": data.gold, "token_rewards": data.token_rewards}
         known = {"distance": of_all, "scores": data.scores}
         self.refuse_lacking(
@@ -96,18 +96,18 @@ class SemDPO(LossChoice):
             | {name for name, values in known.items() if values is not None and not bool(values.isnan().any())}
         )
         baseline = loss.baseline() if loss.baseline else None
-        refuse_small_batches(loss, given)
-        refuse_lone_samples(baseline, given)
+        refuse_small_batches(loss, run)
+        refuse_lone_samples(baseline, run)
         weigh = (lambda distances: self.factors(distances, of_all)) if self.alpha else None
-        at_work = LossAtWork(loss, self.beta, baseline, given.processes)
-        losses = TokenLosses(given.policy, given.start, at_work, self._counting, self.gold_weight)
+        at_work = LossAtWork(loss, self.beta, baseline, run.processes)
+        losses = TokenLosses(run.policy, run.start, at_work, self._counting, self.gold_weight)
         mismatched = baseline is not None and baseline.watches == "mismatched"
         return Learner(
-            source=replace(given.texts, factors=weigh, mismatched=mismatched),
-            losses=lambda batch: losses(batch, given.compared_with),
+            source=replace(run.texts, factors=weigh, mismatched=mismatched),
+            losses=lambda batch: losses(batch, run.compared_with),
             validate=losses.validate,
-            things={"baseline": baseline} if baseline else {},
-            reference=given.reference,
+            stateful={"baseline": baseline} if baseline else {},
+            reference=run.reference,
         )
 
     def refuse_lacking(self, has: Container[str]) -> None:

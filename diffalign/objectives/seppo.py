@@ -45,7 +45,7 @@ from torch import Tensor
 
 from diffalign import losses
 from diffalign.health import denoising_health
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, plainly_noised
@@ -93,19 +93,19 @@ class SePPO(LossChoice):
 
     @property
     def cost(self) -> Cost:
-        return Cost(learning=2, looking=2 + self.rollout_steps * (1 if self.guidance == 1.0 else 2))
+        return Cost(with_gradient=2, forward_only=2 + self.rollout_steps * (1 if self.guidance == 1.0 else 2))
 
-    def learner(self, given: Given) -> Learner:
+    def learner(self, run: RunContext) -> Learner:
         """Raises UserError for a loss that looks past the log-ratios: the flipper turns no more than one of them."""
-        given.require(pairs="pictures with prompts, or preference pairs")
-        refuse_small_batches(self.chosen(), given)
-        source = SelfSampled(given, self.sampling, self.round_steps, self.checkpoint)
-        plain = DenoisingLosses(given.policy, given.start, plainly_noised, self.chosen(), self.beta / 2)
+        run.require(pairs="pictures with prompts, or preference pairs")
+        refuse_small_batches(self.chosen(), run)
+        source = SelfSampled(run, self.sampling, self.round_steps, self.checkpoint)
+        plain = DenoisingLosses(run.policy, run.start, plainly_noised, self.chosen(), self.beta / 2)
         return Learner(
             source=source,
-            losses=lambda batch: self(batch, given.policy, source.reference),
-            validate=plain.validate if given.kind == PAIRS else None,
-            things={"bank": source.bank},
+            losses=lambda batch: self(batch, run.policy, source.reference),
+            validate=plain.validate if run.kind == PAIRS else None,
+            stateful={"bank": source.bank},
         )
 
     def __call__(self, batch: PairBatch, policy: Denoiser, reference: Predictor) -> Outcome:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from diffalign.health import denoising_health
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.objectives._about import PAIRS, PICTURES, About, Cost
 from diffalign.protocols import Denoiser, Predictor
@@ -32,11 +32,11 @@ class SFT:
     """The objective. It has no settings."""
 
     about: ClassVar[About] = ABOUT
-    cost: ClassVar[Cost] = Cost(learning=1, looking=0, at_once=1)
+    cost: ClassVar[Cost] = Cost(with_gradient=1, forward_only=0, at_once=1)
 
-    def learner(self, given: Given) -> Learner:
-        given.require(pairs="preference pairs, or pictures with prompts")
-        return Learner(given.pairs, lambda b: self(b, given.policy), lambda b: self.validate(b, given.policy, given.start))
+    def learner(self, run: RunContext) -> Learner:
+        run.require(pairs="preference pairs, or pictures with prompts")
+        return Learner(run.pairs, lambda b: self(b, run.policy), lambda b: self.validate(b, run.policy, run.start))
 
     def __call__(self, batch: PairBatch, policy: Denoiser) -> Outcome:
         """Denoising errors [B] of the winners in ``batch``. One policy call on B samples."""

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from diffalign import losses
 from diffalign.errors import UserError
-from diffalign.learner import Given, Learner
+from diffalign.learner import Learner, RunContext
 from diffalign.objectives._about import PAIRS, About, Cost
 from diffalign.objectives._denoising import DenoisingLosses, cost_of, denoising_learner
 from diffalign.objectives._family import LossChoice
@@ -92,12 +92,12 @@ class SmPO(LossChoice):
         """A t drawn uniformly is (n + 1) / 2 of n strides away; in the code of Diffusers 0.20 nearly one more."""
         n, plain = self.inversion_steps, cost_of(self._loss())
         strides = (n + 3) / 2 - 1 / n if self.released == "0.20" else (n + 1) / 2
-        return Cost(learning=2, looking=plain.looking + 2 * (self.renoise + 1) * strides)
+        return Cost(with_gradient=2, forward_only=plain.forward_only + 2 * (self.renoise + 1) * strides)
 
-    def learner(self, given: Given) -> Learner:
+    def learner(self, run: RunContext) -> Learner:
         """Raises UserError where P is to come from scores and there are none."""
-        given.require(pairs="preference pairs")
-        low, high = given.score_range or (None, None)
+        run.require(pairs="preference pairs")
+        low, high = run.score_range or (None, None)
         low, high = (low if self.score_low is None else self.score_low), (high if self.score_high is None else self.score_high)
         if self.smoothing == "scores" and (low is None or high is None):
             raise UserError(
@@ -105,7 +105,7 @@ class SmPO(LossChoice):
                 "`diffalign relabel` wrote (--scores), or take people's labels as they are (--smoothing label --gamma 1)."
             )
         return denoising_learner(
-            given, self.noised, self._loss(), self.beta / 2, label=lambda batch: self.smoothed(batch, low, high)
+            run, self.noised, self._loss(), self.beta / 2, label=lambda batch: self.smoothed(batch, low, high)
         )
 
     def smoothed(self, batch: PairBatch, low: float | None, high: float | None) -> Tensor:

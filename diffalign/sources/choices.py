@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import UserError
-from diffalign.sources.store import MadeBy
+from diffalign.sources.store import TrajectoryOrigin
 
 CHOICES = "choices.jsonl"
 FORMS = '{"chosen": "00012-1", "rejected": "00012-0"} or {"picture": "00012-1", "score": 4}'
@@ -44,7 +44,7 @@ class Choices:
         return sum(label == 0.5 for label in self.labels)
 
 
-def read_choices(path: str | Path, made: MadeBy) -> Choices:
+def read_choices(path: str | Path, made: TrajectoryOrigin) -> Choices:
     """The choices in a file, about the pictures of ``made``.
 
     Raises:
@@ -79,7 +79,7 @@ def _content(path: Path) -> bytes:
 class _Reading:
     """The lines of one file, in turn."""
 
-    def __init__(self, path: Path, made: MadeBy) -> None:
+    def __init__(self, path: Path, made: TrajectoryOrigin) -> None:
         self._path, self._made = path, made
         self._number = {made.picture(number): number for number in range(len(made))}
         self._scores: dict[int, tuple[float, int]] = {}  # of a picture, and the line

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.learner import Given
-from diffalign.references import Past
+from diffalign.learner import RunContext
+from diffalign.references import Snapshot
 from diffalign.sharding import Gathered, is_main
 from diffalign.sources.rollout import Sampling, rollout
 from diffalign.types import PairBatch, against_sampled
@@ -92,19 +92,19 @@ class SelfSampled:
     sampled together, with the batch's own conditioning: for a dropped prompt the empty one.
     """
 
-    def __init__(self, given: Given, sampling: Sampling, round_steps: int, choice: Choice) -> None:
-        self._given, self._sampling, self._round_steps, self._choice = given, sampling, round_steps, choice
-        self.bank, self.reference = Bank(given.weights), Past(given.policy, given.weights)
+    def __init__(self, run: RunContext, sampling: Sampling, round_steps: int, choice: Choice) -> None:
+        self._run, self._sampling, self._round_steps, self._choice = run, sampling, round_steps, choice
+        self.bank, self.reference = Bank(run.weights), Snapshot(run.policy, run.weights)
         self._round: int | None = None
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[PairBatch]]:
-        for step, batches in zip(range(start, stop), self._given.pairs.steps(start, stop), strict=True):
+        for step, batches in zip(range(start, stop), self._run.pairs.steps(start, stop), strict=True):
             round_, within = divmod(step, self._round_steps)
             if within == 0:
                 self._join()
             if round_ != self._round:
                 self._round = round_
-                self.reference.become(self.bank[chosen(self._choice, len(self.bank), round_, self._given.seed)])
+                self.reference.become(self.bank[chosen(self._choice, len(self.bank), round_, self._run.seed)])
             yield self._with_losers(batches, step)
 
     def _join(self) -> None:
@@ -116,20 +116,20 @@ class SelfSampled:
         self.bank.append()
 
     def _with_losers(self, batches: Sequence[PairBatch], step: int) -> Sequence[PairBatch]:
-        given, sizes = self._given, [len(batch) for batch in batches]
-        first = step * given.global_batch + given.processes.rank * sum(sizes)
-        seeds = [_picture_seed(given.seed, first + i) for i in range(sum(sizes))]
+        run, sizes = self._run, [len(batch) for batch in batches]
+        first = step * run.global_batch + run.processes.rank * sum(sizes)
+        seeds = [_picture_seed(run.seed, first + i) for i in range(sum(sizes))]
         conditioning = {name: torch.cat([b.conditioning[name] for b in batches]) for name in batches[0].conditioning}
         made = rollout(
             self.reference,
-            given.policy.schedule,
+            run.policy.schedule,
             conditioning,
             self._sampling,
-            shape=given.latent_shape,
+            shape=run.latent_shape,
             seeds=seeds,
-            unconditional=given.unconditional,
-            batch_size=given.sampling_batch,
-            device=given.device,
+            unconditional=run.unconditional,
+            batch_size=run.sampling_batch,
+            device=run.device,
         )
         losers = made.final.to(batches[0].winner.dtype).split(sizes)
         return [_against(batch, loser) for batch, loser in zip(batches, losers, strict=True)]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
-from diffalign.learner import Given
-from diffalign.references import Past
+from diffalign.learner import RunContext
+from diffalign.references import Snapshot
 from diffalign.sharding import all_on_main
 from diffalign.sources.replay import ReplayBuffer, Replayed
 from diffalign.sources.rollout import Sampling, rollout
@@ -54,31 +54,31 @@ class PolicySteps:
         UserError: the buffer is too small for what is drawn from it.
     """
 
-    def __init__(self, given: Given, sampling: Sampling, buffer: int, refresh: int, walk_every: int = 1) -> None:
-        enough = given.batch_size * (1 if walk_every == 1 else given.accumulation)
+    def __init__(self, run: RunContext, sampling: Sampling, buffer: int, refresh: int, walk_every: int = 1) -> None:
+        enough = run.batch_size * (1 if walk_every == 1 else run.accumulation)
         if buffer and buffer < enough:
             of = "a micro-batch" if walk_every == 1 else "the micro-batches of a step"
             raise UserError(f"A buffer of {buffer} trajectories is less than {of} of {enough}; 0 means as many.")
-        self._given, self._sampling, self._refresh, self._walk_every = given, sampling, refresh, walk_every
+        self._run, self._sampling, self._refresh, self._walk_every = run, sampling, refresh, walk_every
         self._exact = buffer in (0, enough)  # every sample has a trajectory of its own
         self._buffer = ReplayBuffer(buffer or enough)
-        self._delayed = Past(given.policy, given.weights)
-        self.buffer = EveryonesBuffer(self._buffer, given)
+        self._delayed = Snapshot(run.policy, run.weights)
+        self.buffer = GatheredBuffer(self._buffer, run)
 
     @property
-    def things(self) -> dict[str, Any]:
+    def stateful(self) -> dict[str, Any]:
         """What must be saved."""
         return {"buffer": self.buffer, "delayed": self._delayed}
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[ReplayBatch]]:
-        for step, batches in zip(range(start, stop), self._given.pairs.steps(start, stop), strict=True):
+        for step, batches in zip(range(start, stop), self._run.pairs.steps(start, stop), strict=True):
             if step % self._refresh == 0:
                 self._delayed.keep()
             yield self._replayed(batches, step)
 
     def _replayed(self, batches: Sequence[PairBatch], step: int) -> Sequence[ReplayBatch]:
-        given, out = self._given, []
-        first = step * given.global_batch + given.processes.rank * sum(len(b) for b in batches)
+        run, out = self._run, []
+        first = step * run.global_batch + run.processes.rank * sum(len(b) for b in batches)
         walks = step % self._walk_every == 0 or not len(self._buffer)
         made = self._walked(batches, first) if walks else None
         for number, batch in enumerate(batches):
@@ -93,31 +93,31 @@ class PolicySteps:
         return out
 
     def _walked(self, batches: Sequence[PairBatch], first: int) -> Any:
-        given = self._given
+        run = self._run
         conditioning = {name: torch.cat([b.conditioning[name] for b in batches]) for name in batches[0].conditioning}
         return rollout(
             self._delayed,
-            given.policy.schedule,
+            run.policy.schedule,
             conditioning,
             self._sampling,
-            shape=given.latent_shape,
-            seeds=[_seed(given.seed, "trajectory", first + i) for i in range(sum(len(b) for b in batches))],
-            unconditional=given.unconditional,
-            batch_size=given.sampling_batch,
-            device=given.device,
+            shape=run.latent_shape,
+            seeds=[_seed(run.seed, "trajectory", first + i) for i in range(sum(len(b) for b in batches))],
+            unconditional=run.unconditional,
+            batch_size=run.sampling_batch,
+            device=run.device,
         )
 
     def _drawn(self, n: int, first: int, own: int) -> Replayed:
         """One step each of ``n`` trajectories: of those from ``own`` on if there are no others to choose from, else of any."""
         held, steps = len(self._buffer), self._sampling.steps
-        draws = [np.random.default_rng([self._given.seed, _STREAMS["step"], first + i]) for i in range(n)]
+        draws = [np.random.default_rng([self._run.seed, _STREAMS["step"], first + i]) for i in range(n)]
         at = torch.tensor([int(draw.integers(steps)) for draw in draws])
         any_of = not self._exact and held > n
         rows = torch.tensor([int(draw.integers(held)) for draw in draws]) if any_of else torch.arange(own, own + n)
         return self._buffer.at(rows, at)
 
 
-class EveryonesBuffer:
+class GatheredBuffer:
     """The buffers of all processes, as one thing to save, which only the process that saves it is given.
 
     Another number of processes deals out what there was, by the samples' places in the step, if each has a trajectory of its own.
@@ -126,8 +126,8 @@ class EveryonesBuffer:
 
     copies_on_load = True
 
-    def __init__(self, buffer: ReplayBuffer, given: Given) -> None:
-        self._buffer, self._processes = buffer, given.processes
+    def __init__(self, buffer: ReplayBuffer, run: RunContext) -> None:
+        self._buffer, self._processes = buffer, run.processes
         self._ranks: list[dict[str, Any]] = []
 
     def collect(self) -> None:

@@ -27,10 +27,10 @@ from torch import Tensor
 from diffalign.data.draws import Order
 from diffalign.errors import UserError
 from diffalign.grids import steps_down
-from diffalign.learner import Given, Prompts
+from diffalign.learner import Prompts, RunContext
 from diffalign.processes import Processes
 from diffalign.protocols import Predictor
-from diffalign.references import Past
+from diffalign.references import Snapshot
 from diffalign.schedule import Schedule
 from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, Trajectory, rollout
@@ -125,20 +125,20 @@ class Rounds:
         UserError: there are no prompts or no judge, or a round is not a whole number of optimizer steps.
     """
 
-    def __init__(self, given: Given, sampling: Sampling, plan: RoundPlan, verdict: Verdict) -> None:
-        given.require(prompts="prompts to sample for", judge="a judge to reward pictures by (--reward)")
-        self._at_once = given.accumulation * given.processes.world  # pairs per optimizer step
+    def __init__(self, run: RunContext, sampling: Sampling, plan: RoundPlan, verdict: Verdict) -> None:
+        run.require(prompts="prompts to sample for", judge="a judge to reward pictures by (--reward)")
+        self._at_once = run.accumulation * run.processes.world  # pairs per optimizer step
         refuse_broken_rounds(plan.pairs, self._at_once)
         if not sampling.stochastic:
             raise UserError("Transitions have a density only where they have noise: eta must be greater than 0.")
-        self._given, self._sampling, self._plan, self._verdict = given, sampling, plan, verdict
-        self._policy = Past(given.policy, given.weights)  # as it was when the round began
-        self._order = Order(len(given.prompts), given.seed)
+        self._run, self._sampling, self._plan, self._verdict = run, sampling, plan, verdict
+        self._policy = Snapshot(run.policy, run.weights)  # as it was when the round began
+        self._order = Order(len(run.prompts), run.seed)
         self._round: int | None = None
         self._judged: JudgedPairs
 
     @property
-    def things(self) -> dict[str, Any]:
+    def stateful(self) -> dict[str, Any]:
         """What must be saved."""
         return {"round": self._policy}
 
@@ -151,20 +151,20 @@ class Rounds:
             if round_ != self._round:
                 self._round, self._judged = round_, self._sampled(round_)
             epoch, nth = divmod(within, per_epoch)
-            share = int(_shuffled(self._given.seed, per_epoch, round_, epoch)[nth]) * self._given.accumulation
-            pairs = range(share, share + self._given.accumulation)
-            yield micro_batches(self._judged, pairs, self._given, step, self._plan.learnt)
+            share = int(_shuffled(self._run.seed, per_epoch, round_, epoch)[nth]) * self._run.accumulation
+            pairs = range(share, share + self._run.accumulation)
+            yield micro_batches(self._judged, pairs, self._run, step, self._plan.learnt)
 
     # ------------------------------------------------------------------------------------------ sampling and judging
 
     def _sampled(self, round_: int) -> JudgedPairs:
         """This process's pairs of a round, in the order of the optimizer steps that they are for."""
-        given, acc, p = self._given, self._given.accumulation, self._given.processes
+        run, acc, p = self._run, self._run.accumulation, self._run.processes
         mine = [s * self._at_once + p.rank * acc + a for s in range(self._plan.pairs // self._at_once) for a in range(acc)]
         positions = [round_ * self._plan.pairs + i for i in mine]
         prompts = [self._order.row(position) for position in positions]
         made = self._trajectories(positions, prompts)
-        rewards = given.judge(made.final, prompts * self._plan.candidates).view(self._plan.candidates, len(mine), -1)
+        rewards = run.judge(made.final, prompts * self._plan.candidates).view(self._plan.candidates, len(mine), -1)
         total = on_one_scale(rewards, p)
         chosen = extremes(total)  # [2, N]
         kept = made.rows((chosen * len(mine) + torch.arange(len(mine))).flatten())
@@ -177,29 +177,29 @@ class Rounds:
 
     def _trajectories(self, positions: Sequence[int], prompts: Sequence[int]) -> Trajectory:
         """All first ones, then all second ones, and so on."""
-        given, seeds, starts = self._given, [], []
+        run, seeds, starts = self._run, [], []
         for side in range(self._plan.candidates):
-            seeds += [_seed(given.seed, "trajectory", side, position) for position in positions]
-            starts += [_seed(given.seed, "start", 0 if self._plan.same_start else side, position) for position in positions]
+            seeds += [_seed(run.seed, "trajectory", side, position) for position in positions]
+            starts += [_seed(run.seed, "start", 0 if self._plan.same_start else side, position) for position in positions]
         return rollout(
             self._policy,
-            given.policy.schedule,
-            stacked(given.prompts, prompts),
+            run.policy.schedule,
+            stacked(run.prompts, prompts),
             self._sampling,
-            shape=given.latent_shape,
+            shape=run.latent_shape,
             seeds=seeds,
             start_seeds=starts,
             index=list(range(len(prompts))) * self._plan.candidates,
-            unconditional=given.unconditional,
-            batch_size=given.sampling_batch,
-            device=given.device,
+            unconditional=run.unconditional,
+            batch_size=run.sampling_batch,
+            device=run.device,
         ).labelled(torch.tensor(list(prompts) * self._plan.candidates))
 
     def _reference_densities(self, made: Trajectory) -> Tensor:
         """[2N, S]. The policy at the round's beginning made the trajectories: its densities are there already."""
         if self._plan.reference == "round":
             return made.log_density
-        return densities(made, self._given.start, self._given, self._sampling, self._plan.learnt)
+        return densities(made, self._run.start, self._run, self._sampling, self._plan.learnt)
 
 
 def on_one_scale(rewards: Tensor, processes: Processes) -> Tensor:
@@ -221,7 +221,7 @@ def extremes(total: Tensor) -> Tensor:
 
 
 def micro_batches(
-    judged: JudgedPairs, pairs: Sequence[int], given: Given, step: int, learnt: float = 1.0
+    judged: JudgedPairs, pairs: Sequence[int], run: RunContext, step: int, learnt: float = 1.0
 ) -> list[TransitionBatch]:
     """The transitions of some ``pairs``, in an order of this step and process, ``batch_size`` at a time.
 
@@ -230,9 +230,9 @@ def micro_batches(
     noisy = judged.first.has_noise[0]
     usable = noisy[: learnt_steps(len(noisy), learnt)].nonzero().flatten().tolist()
     items = [(pair, j) for pair in pairs for j in usable]
-    items = [items[i] for i in _shuffled(given.seed, len(items), step, given.processes.rank)]
-    chunks = [items[i : i + given.batch_size] for i in range(0, len(items), given.batch_size)]
-    return [transitions(judged, chunk, given.prompts) for chunk in chunks]
+    items = [items[i] for i in _shuffled(run.seed, len(items), step, run.processes.rank)]
+    chunks = [items[i : i + run.batch_size] for i in range(0, len(items), run.batch_size)]
+    return [transitions(judged, chunk, run.prompts) for chunk in chunks]
 
 
 def learnt_steps(transitions: int, share: float) -> int:
@@ -291,23 +291,23 @@ def transitions(judged: JudgedPairs, items: Sequence[tuple[int, int]], prompts: 
 
 
 @torch.no_grad()
-def densities(made: Trajectory, predictor: Predictor, given: Given, sampling: Sampling, learnt: float = 1.0) -> Tensor:
+def densities(made: Trajectory, predictor: Predictor, run: RunContext, sampling: Sampling, learnt: float = 1.0) -> Tensor:
     """Log-densities [N, S] of the transitions of ``made`` under another model; 0 where one has no noise, or is not ``learnt``."""
-    predictor = Guided(predictor, given.unconditional, sampling.guidance) if sampling.guidance != 1.0 else predictor
-    schedule, out = given.policy.schedule, torch.zeros_like(made.log_density)
+    predictor = Guided(predictor, run.unconditional, sampling.guidance) if sampling.guidance != 1.0 else predictor
+    schedule, out = run.policy.schedule, torch.zeros_like(made.log_density)
     items = made.has_noise[:, : learnt_steps(made.has_noise.shape[1], learnt)].nonzero()
-    for low in range(0, len(items), given.sampling_batch):
-        rows, at = items[low : low + given.sampling_batch].T
-        out[rows, at] = _density(made, rows, at, predictor, schedule, given, sampling.eta).to(out)
+    for low in range(0, len(items), run.sampling_batch):
+        rows, at = items[low : low + run.sampling_batch].T
+        out[rows, at] = _density(made, rows, at, predictor, schedule, run, sampling.eta).to(out)
     return out
 
 
 def _density(
-    made: Trajectory, rows: Tensor, at: Tensor, predictor: Predictor, schedule: Schedule, given: Given, eta: float
+    made: Trajectory, rows: Tensor, at: Tensor, predictor: Predictor, schedule: Schedule, run: RunContext, eta: float
 ) -> Tensor:
     shown = made.x[rows, at], made.x[rows, at + 1], made.t[rows, at], made.t_previous[rows, at]
-    x_t, x_next, t, t_previous = placed(shown, given.device)
-    conditioning = placed(stacked(given.prompts, made.index[rows].tolist()), given.device)
+    x_t, x_next, t, t_previous = placed(shown, run.device)
+    conditioning = placed(stacked(run.prompts, made.index[rows].tolist()), run.device)
     return schedule.log_density(x_next, x_t, predictor(x_t, t, conditioning), t, t_previous, eta).cpu()
 
 

@@ -1,6 +1,6 @@
 """Trajectories on disk, with what made them, so that people can look at their pictures before anybody learns from them.
 
-    rollout.json                       what made them (``MadeBy``), readable
+    rollout.json                       what made them (``TrajectoryOrigin``), readable
     trajectories/00000.safetensors     a bounded number of them each, written aside and renamed: a shard is whole or not there
 
 Twenty steps of SD1.5 are 1.4 MB, a thousand of them 1.4 GB; rows are read through memory maps, one by one. What is kept is the
@@ -37,7 +37,7 @@ _KEPT = tuple(f.name for f in fields(Trajectory) if f.name != "prediction")
 
 
 @dataclass(frozen=True)
-class MadeBy:
+class TrajectoryOrigin:
     """Everything that the trajectories of a store depend on. ``per_prompt`` pictures belong to each entry of ``prompts``."""
 
     sampling: Sampling
@@ -65,10 +65,10 @@ class MadeBy:
         return {"version": VERSION, **plain(asdict(self))}
 
     @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> MadeBy:
+    def from_plain(values: Mapping[str, Any]) -> TrajectoryOrigin:
         """Raises KeyError or TypeError if a value is missing or unknown."""
-        known = {f.name: values[f.name] for f in fields(MadeBy)}
-        return MadeBy(**{**known, "sampling": Sampling(**values["sampling"]), "prompts": tuple(values["prompts"])})
+        known = {f.name: values[f.name] for f in fields(TrajectoryOrigin)}
+        return TrajectoryOrigin(**{**known, "sampling": Sampling(**values["sampling"]), "prompts": tuple(values["prompts"])})
 
 
 def schedule_fingerprint(schedule: Schedule) -> dict[str, Any]:
@@ -79,14 +79,14 @@ def schedule_fingerprint(schedule: Schedule) -> dict[str, Any]:
 class Store:
     """The trajectories in a folder. ``made`` says what made them; they are numbered group by group."""
 
-    def __init__(self, folder: Path, made: MadeBy, per_shard: int) -> None:
+    def __init__(self, folder: Path, made: TrajectoryOrigin, per_shard: int) -> None:
         self.folder, self.made, self._per_shard = folder, made, per_shard
         self._open: dict[int, Any] = {}
 
     # ------------------------------------------------------------------------------------------------------------ writing
 
     @classmethod
-    def create(cls, folder: str | Path, made: MadeBy, batch_size: int = 1) -> Store:
+    def create(cls, folder: str | Path, made: TrajectoryOrigin, batch_size: int = 1) -> Store:
         """A store to write into: a new one, or the one that is there, whole or in part, if it was made so.
 
         Shards hold a whole number of batches of ``batch_size``, so that a killed run which goes on makes the very batches that
@@ -156,7 +156,7 @@ class Store:
         return self.folder / SHARDS / f"{shard:05d}.safetensors"
 
 
-def _read_about(folder: Path) -> tuple[MadeBy, int]:
+def _read_about(folder: Path) -> tuple[TrajectoryOrigin, int]:
     path = folder / ABOUT
     if not path.is_file():
         raise UserError(f"There are no trajectories in {folder} (no {ABOUT}): `diffalign rollout --out {folder}` makes them.")
@@ -164,12 +164,12 @@ def _read_about(folder: Path) -> tuple[MadeBy, int]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != VERSION:
             raise UserError(f"{path} is of version {values['version']}, and this diffalign reads version {VERSION}.")
-        return MadeBy.from_plain(values), int(values["per_shard"])
+        return TrajectoryOrigin.from_plain(values), int(values["per_shard"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}).") from error
 
 
-def _refuse_others(folder: Path, known: MadeBy, asked: MadeBy) -> None:
+def _refuse_others(folder: Path, known: TrajectoryOrigin, asked: TrajectoryOrigin) -> None:
     found, wanted = ({k: v for k, v in made.to_plain().items() if k != "called"} for made in (known, asked))
     if told := differences(found, wanted):
         raise UserError(

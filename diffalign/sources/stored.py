@@ -22,7 +22,7 @@ from torch import Tensor
 from diffalign.data.draws import Order
 from diffalign.differences import differences
 from diffalign.errors import UserError
-from diffalign.learner import Given
+from diffalign.learner import RunContext
 from diffalign.sources.choices import CHOICES, Choices, read_choices
 from diffalign.sources.rollout import Sampling, Trajectory
 from diffalign.sources.rounds import JudgedPairs, RoundReference, TransitionBatch, densities, micro_batches
@@ -69,9 +69,11 @@ class Stored:
         made = {name: value for name, value in self.store.made.to_plain().items() if name != "called"}
         return {"made": made, "choices": self.choices.sha256}
 
-    def source(self, given: Given, sampling: Sampling, reference: RoundReference = "round", learnt: float = 1.0) -> StoredPairs:
+    def source(
+        self, run: RunContext, sampling: Sampling, reference: RoundReference = "round", learnt: float = 1.0
+    ) -> StoredPairs:
         """The pairs, as micro-batches. Raises UserError if ``sampling`` is not how the trajectories were made."""
-        return StoredPairs(self, given, sampling, reference, learnt)
+        return StoredPairs(self, run, sampling, reference, learnt)
 
 
 def located(where: str | Path) -> tuple[Path, Path]:
@@ -83,20 +85,22 @@ def located(where: str | Path) -> tuple[Path, Path]:
 class StoredPairs:
     """``TransitionBatch`` from stored trajectories."""
 
-    def __init__(self, stored: Stored, given: Given, sampling: Sampling, reference: RoundReference, learnt: float = 1.0) -> None:
-        given.require(prompts="the prompts of the stored trajectories")
-        _check(stored, given, sampling)
-        self._stored, self._given, self._sampling = stored, given, sampling
+    def __init__(
+        self, stored: Stored, run: RunContext, sampling: Sampling, reference: RoundReference, learnt: float = 1.0
+    ) -> None:
+        run.require(prompts="the prompts of the stored trajectories")
+        _check(stored, run, sampling)
+        self._stored, self._run, self._sampling = stored, run, sampling
         self._reference, self._learnt = reference, learnt
-        self._order = Order(len(stored.choices), given.seed)
+        self._order = Order(len(stored.choices), run.seed)
         self._under_start: dict[int, Tensor] = {}  # [S] by trajectory
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[TransitionBatch]]:
-        accumulation, processes = self._given.accumulation, self._given.processes
+        accumulation, processes = self._run.accumulation, self._run.processes
         for step in range(start, stop):
             first = (step * processes.world + processes.rank) * accumulation
             chosen = [self._order.row(first + a) for a in range(accumulation)]
-            yield micro_batches(self._judged(chosen), range(accumulation), self._given, step, self._learnt)
+            yield micro_batches(self._judged(chosen), range(accumulation), self._run, step, self._learnt)
 
     def _judged(self, which: Sequence[int]) -> JudgedPairs:
         choices = self._stored.choices
@@ -119,12 +123,12 @@ class StoredPairs:
             return made.log_density
         for row, number in enumerate(numbers):
             if number not in self._under_start:
-                found = densities(made.rows([row]), self._given.start, self._given, self._sampling, self._learnt)
+                found = densities(made.rows([row]), self._run.start, self._run, self._sampling, self._learnt)
                 self._under_start[number] = found[0]
         return torch.stack([self._under_start[number] for number in numbers])
 
 
-def _check(stored: Stored, given: Given, sampling: Sampling) -> None:
+def _check(stored: Stored, run: RunContext, sampling: Sampling) -> None:
     """Raises UserError where the run's chain is not the stored one."""
     made, folder = stored.store.made, stored.store.folder
     if differing := differences(asdict(made.sampling), asdict(sampling)):
@@ -134,7 +138,7 @@ def _check(stored: Stored, given: Given, sampling: Sampling) -> None:
         )
     if not sampling.stochastic:
         raise UserError(f"The trajectories in {folder} have no noise and so no density: roll out with eta greater than 0.")
-    if differing := differences(made.schedule, schedule_fingerprint(given.policy.schedule)):
+    if differing := differences(made.schedule, schedule_fingerprint(run.policy.schedule)):
         raise UserError(f"The noise schedule of this run is not that of the trajectories in {folder}: {differing}.")
-    if tuple(given.prompts.prompts) != made.prompts:
+    if tuple(run.prompts.prompts) != made.prompts:
         raise ValueError("the prompts that the run gives are not those of the stored trajectories")

@@ -137,7 +137,7 @@ def _dry_run(name: str, settings: Any, check_output: Callable[[], None]) -> int:
     if not found.unknown:
         print("\n".join(memory_presets.advice(settings, sizing)))
     looked = dry_run.look(settings)
-    looked.ask(check_output)
+    looked.check(check_output)
     for line in looked.unchecked:
         print(f"Not checked: {line}")
     if looked.mistakes:

@@ -28,15 +28,15 @@ class NetworkDenoiser(ABC):
         """``x_t`` [B, C, H, W], ``t`` [B] -> prediction [B, C, H, W]; inputs are cast to the base weights' dtype, and the
         answer is given in the wider of that and ``x_t``'s."""
         dtype = working_dtype(self.network)
-        prediction = self.ask(x_t.to(dtype), t, conditioning)
+        prediction = self.predict(x_t.to(dtype), t, conditioning)
         return prediction.to(torch.promote_types(prediction.dtype, x_t.dtype))
 
     @abstractmethod
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the network: ``x_t`` is in its dtype, the conditioning is not yet."""
 
     def can_do_without(self, name: str) -> bool:
-        """Whether ``ask`` takes a conditioning without this tensor, as if every token counted."""
+        """Whether ``predict`` takes a conditioning without this tensor, as if every token counted."""
         return name in self.OPTIONAL
 
     def with_network(self, network: nn.Module) -> Self:

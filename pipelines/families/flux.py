@@ -66,7 +66,7 @@ class FluxDenoiser(NetworkDenoiser):
     """The transformer, asked with ``encoder_hidden_states`` [B, L, D], ``pooled_projections`` [B, P] and, of [dev], ``guidance``
     [B]; its time is t / T."""
 
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states, pooled = (conditioning[name].to(x_t.dtype) for name in ("encoder_hidden_states", "pooled_projections"))
         said = self.network(
             hidden_states=packed(x_t),

@@ -49,7 +49,7 @@ class PixArtDenoiser(NetworkDenoiser):
     factor: int  # pixels of a latent's side
     told_of_size: bool  # whether it takes the size of the original and the ratio of the crop
 
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         said = self.network(
             x_t,
             encoder_hidden_states=conditioning["encoder_hidden_states"].to(x_t.dtype),

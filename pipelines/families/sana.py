@@ -55,7 +55,7 @@ class SanaDenoiser(NetworkDenoiser):
     whole_levels: bool  # whether it is told the whole part of a level
     time_scale: float
 
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self.network(
             x_t,
             encoder_hidden_states=conditioning["encoder_hidden_states"].to(x_t.dtype),

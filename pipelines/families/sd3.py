@@ -63,7 +63,7 @@ class SD3Denoiser(NetworkDenoiser):
     """How many of the L are zeros at the end, in T5's place."""
     patch: int = 2
 
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states, pooled = (conditioning[name].to(x_t.dtype) for name in ("encoder_hidden_states", "pooled_projections"))
         told = with_few_zeros(states, self.zeros, x_t.shape[-2] * x_t.shape[-1] // self.patch**2)
         return self.network(hidden_states=x_t, timestep=t, pooled_projections=pooled, **told).sample

@@ -45,7 +45,7 @@ class SDXLDenoiser(NetworkDenoiser):
 
     factor: int  # pixels of a latent's side
 
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states, pooled = (conditioning[name].to(x_t.dtype) for name in ("encoder_hidden_states", "text_embeds"))
         time_ids = framing_of(conditioning, x_t, self.factor)  # float32: sizes above 256 are not exact in bfloat16
         added = {"text_embeds": pooled, "time_ids": time_ids}

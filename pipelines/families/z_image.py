@@ -56,7 +56,7 @@ class ZImageDenoiser(NetworkDenoiser):
 
     OPTIONAL = (LENGTHS,)
 
-    def ask(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         texts = list(conditioning["encoder_hidden_states"].to(x_t.dtype).unbind())
         if LENGTHS in conditioning:
             texts = [row[:length] for row, length in zip(texts, conditioning[LENGTHS].tolist(), strict=True)]

@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffalign.optimisation import OptimiserSettings, build_optimizer, build_schedule
+from diffalign.optimisation import OptimizerSettings, build_optimizer, build_schedule
 from diffalign.written_aside import folder_aside
 from pipelines import sampling
 from pipelines.families import load_pipeline
@@ -328,7 +328,7 @@ class JudgeInTraining:
 
     def fit(self, steps: int, learning_rate: float, next_loss: Callable[[], Tensor], say: Say) -> None:
         """AdamW with a warm-up and a cosine down to nothing."""
-        settings = OptimiserSettings(
+        settings = OptimizerSettings(
             learning_rate=learning_rate, beta2=0.98, weight_decay=0.05, schedule="cosine", warmup_steps=steps // 20
         )
         parameters = [*self.clip.parameters(), *self.head.parameters()]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from diffalign.optimisation import OptimiserSettings, build_optimizer, build_schedule
+from diffalign.optimisation import OptimizerSettings, build_optimizer, build_schedule
 from diffalign.written_aside import folder_aside
 from pipelines.tiny import model, scenes
 
@@ -188,7 +188,7 @@ def train(output: Path, config: WriterTraining, say: Say = print) -> None:
     tokenizer, start = build_tokenizer(), time.perf_counter()
     writer = build_writer(tokenizer).train()
     end = tokenizer.eos_token_id
-    settings = OptimiserSettings(
+    settings = OptimizerSettings(
         learning_rate=config.learning_rate, beta2=0.98, weight_decay=0.05, schedule="cosine", warmup_steps=config.steps // 20
     )
     optimizer = build_optimizer(writer.parameters(), settings)

@@ -20,12 +20,12 @@ from torch import Tensor
 from diffalign.data.hold_out import shortfall, split_rows
 from diffalign.data.texts import EncodedRewrites, Ragged, TextLoader
 from diffalign.errors import UserError
-from diffalign.learner import GivenTexts
+from diffalign.learner import TextRunContext
 from diffalign.likelihood import token_log_probs
 from diffalign.objectives._about import EXPANSIONS
 from diffalign.processes import Processes
 from diffalign.protocols import LanguageModel
-from diffalign.references import AdapterOff, Frozen, Past
+from diffalign.references import AdapterOff, Frozen, Snapshot
 from diffalign.types import Texts
 from diffalign.weights import TrainedWeights
 from pipelines import devices
@@ -358,10 +358,10 @@ def make_trainable(settings: PromptTrainSettings, writer: Writer) -> None:
     writer.attach_lora(lora.rank, lora.lora_alpha, targets, lora.dropout, settings.seed)
 
 
-# --------------------------------------------------------------------------------------------------------------- given
+# ------------------------------------------------------------------------------------------------------- run context
 
 
-def given(settings: PromptTrainSettings, prepared: Prepared, processes: Processes) -> GivenTexts:
+def run_context(settings: PromptTrainSettings, prepared: Prepared, processes: Processes) -> TextRunContext:
     """Everything an objective may ask for."""
     batch = settings.batch
     loader = TextLoader(
@@ -374,11 +374,11 @@ def given(settings: PromptTrainSettings, prepared: Prepared, processes: Processe
         processes.world,
     )
     renewed = settings.loop.round_reference == "round"
-    return GivenTexts(
+    return TextRunContext(
         policy=prepared.writer,
         weights=prepared.weights,
         start=prepared.reference,
         texts=loader,
-        reference=Past(prepared.writer, prepared.weights) if renewed else None,
+        reference=Snapshot(prepared.writer, prepared.weights) if renewed else None,
         processes=processes,
     )

@@ -87,7 +87,7 @@ class PromptTrainSettings:
     lora: LoraSettings
     data: RewriteSettings
     batch: BatchSettings
-    optimiser: Any  # diffalign.optimisation.OptimiserSettings
+    optimizer: Any  # diffalign.optimisation.OptimizerSettings
     loop: Any  # diffalign.train.LoopSettings
     compute: ComputeSettings
     show: ShowSettings
@@ -113,14 +113,14 @@ TOP_LEVEL = {
 def sections(objective: type) -> dict[str, type]:
     """The sections of a configuration for one objective, in the order they are shown."""
     from diffalign.train import LoopSettings
-    from pipelines.optimizers import OptimiserSettings  # with all optimizers known to it
+    from pipelines.optimizers import OptimizerSettings  # with all optimizers known to it
 
     return {
         "objective": objective,
         "lora": LoraSettings,
         "data": RewriteSettings,
         "batch": BatchSettings,
-        "optimiser": OptimiserSettings,
+        "optimizer": OptimizerSettings,
         "loop": LoopSettings,
         "compute": ComputeSettings,
         "show": ShowSettings,

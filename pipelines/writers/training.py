@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from diffalign import objectives
 from diffalign.data.texts import validation_batches
 from diffalign.optimisation import require_bitsandbytes
-from diffalign.processes import Together, failing_together
+from diffalign.processes import ManyProcesses, failing_together
 from diffalign.random_state import random_numbers_as_they_were
 from diffalign.train import Finished, Trainer
 from pipelines import run, shares
@@ -42,20 +42,20 @@ FAR = 0.1
 
 def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, accelerator: Accelerator, report: Any) -> Trainer:
     """The trainer of a run."""
-    everyone = Together(accelerator)
-    given = ingredients.given(settings, prepared, everyone)
+    everyone = ManyProcesses(accelerator)
+    context = ingredients.run_context(settings, prepared, everyone)
     return Trainer(
-        learner=settings.objective.learner(given),
+        learner=settings.objective.learner(context),
         policy=prepared.writer,
         validation=validation_batches(prepared.data, prepared.validation_rows, settings.batch.batch_size),
         accelerator=accelerator,
         output=settings.output,
         loop=settings.loop,
-        optimiser=settings.optimiser,
+        optimizer=settings.optimizer,
         identity=run_identity(name, settings, prepared, everyone.world),
         report=report,
         weights=prepared.weights,
-        waiting=given.texts.waiting,
+        waiting=context.texts.waiting,
     )
 
 
@@ -109,7 +109,7 @@ def train(
     everyone, shown = shares.started(), []
     with failing_together(everyone):
         check_output(settings.output, resume=resume, overwrite=overwrite)
-        if settings.optimiser.eight_bit:
+        if settings.optimizer.eight_bit:
             require_bitsandbytes()
         if settings.show.prompts:
             shown = [prompt.text for prompt in held_out_prompts(settings.show.prompts, settings.show.prompt_count)]

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from diffalign.data.cache_files import ERRORS, Busy, CacheFolder
 from diffalign.data.cache_values import Shards
-from diffalign.data.draws import Draw, KeptDraws
+from diffalign.data.draws import Draw, FixedDraws
 from diffalign.data.loader import EncodedPairs, MadeWhenAsked, collate, shape_of
 from diffalign.data.pairs import Progress
 from diffalign.differences import plain
 from diffalign.errors import UserError
-from diffalign.processes import Alone, Processes, failing_together, turns
+from diffalign.processes import OneProcess, Processes, failing_together, turns
 from diffalign.types import PairBatch
 
 VERSION = 1
@@ -40,10 +40,10 @@ Ask = Callable[[PairBatch], Tensor]
 """The reference's errors [B, 2] of winner and loser."""
 
 
-class KeptErrors:
+class CachedErrors:
     """Draws of every pair, and the reference's errors at them, read through a memory map."""
 
-    def __init__(self, draws: KeptDraws, errors: np.ndarray, fingerprint: Mapping[str, Any], seconds: float) -> None:
+    def __init__(self, draws: FixedDraws, errors: np.ndarray, fingerprint: Mapping[str, Any], seconds: float) -> None:
         self.draws, self.fingerprint, self.seconds = draws, dict(fingerprint), seconds
         self._errors = errors
 
@@ -56,9 +56,9 @@ class KeptErrors:
         return self.draws.draw(row, number, shape), torch.from_numpy(np.array(self._errors[row, number]))
 
 
-def keep_errors(
+def cache_errors(
     pairs: EncodedPairs,
-    draws: KeptDraws,
+    draws: FixedDraws,
     ask: Ask,
     directory: str | Path,
     depends_on: Mapping[str, Any],
@@ -68,7 +68,7 @@ def keep_errors(
     progress: Progress | None = None,
     renew: bool = False,
     busy: Busy | None = None,
-) -> KeptErrors:
+) -> CachedErrors:
     """Ask for whatever is not yet in ``directory``; a complete folder is only opened. All processes must call it.
 
     Args:
@@ -81,7 +81,7 @@ def keep_errors(
         StaleCacheError: the folder holds errors made under other circumstances; the first that differ are named.
         UserError: the disk is full, the folder holds something else, or an error is not finite.
     """
-    processes, folder = processes or Alone(), CacheFolder(directory, ERRORS)
+    processes, folder = processes or OneProcess(), CacheFolder(directory, ERRORS)
     fingerprint = plain({"version": VERSION, **depends_on, "draws": draws.describe(), "pairs": len(pairs)})
     with failing_together(processes):
         if renew and processes.rank == 0:
@@ -91,7 +91,7 @@ def keep_errors(
         _fill_together(folder, fingerprint, _Filling(folder, pairs, draws, ask, batch_size, progress), processes, busy)
     folder.refuse_stale(fingerprint)
     errors = Shards(folder).load("errors.npy")
-    return KeptErrors(draws, errors, fingerprint, folder.read_json("complete.json")["seconds"])
+    return CachedErrors(draws, errors, fingerprint, folder.read_json("complete.json")["seconds"])
 
 
 def _fill_together(
@@ -112,7 +112,7 @@ class _Filling:
     """Rows into shards."""
 
     def __init__(
-        self, folder: CacheFolder, pairs: EncodedPairs, draws: KeptDraws, ask: Ask, batch_size: int, progress: Progress | None
+        self, folder: CacheFolder, pairs: EncodedPairs, draws: FixedDraws, ask: Ask, batch_size: int, progress: Progress | None
     ) -> None:
         self._folder, self._pairs, self._draws, self._ask = folder, pairs, draws, ask
         self._batch_size, self._progress = batch_size, progress

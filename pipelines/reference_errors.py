@@ -15,12 +15,12 @@ from torch import Tensor
 
 from diffalign.data.cache import PairCache
 from diffalign.data.cache_files import Busy
-from diffalign.data.draws import KeptDraws
-from diffalign.data.kept_errors import KeptErrors, keep_errors, with_known
+from diffalign.data.cached_errors import CachedErrors, cache_errors, with_known
+from diffalign.data.draws import FixedDraws
 from diffalign.data.loader import LoaderSettings
 from diffalign.data.pairs import Progress
 from diffalign.objectives._denoising import errors_beforehand
-from diffalign.processes import Together
+from diffalign.processes import ManyProcesses
 from diffalign.references import AdapterOff, Frozen
 from diffalign.types import PairBatch
 from diffalign.weights import without_dropout
@@ -36,7 +36,7 @@ PAIRS = 8
 def is_enough(settings: TrainSettings) -> bool:
     """Whether training can do without the reference: its errors are kept, or only validation asks it and it would be a copy."""
     objective = settings.objective
-    asked_by_nobody = objective.about.draws_ahead and objective.cost.looking == 0
+    asked_by_nobody = objective.about.draws_ahead and objective.cost.forward_only == 0
     return settings.reference.reference_draws > 0 or (settings.adapter == "full" and asked_by_nobody)
 
 
@@ -54,7 +54,7 @@ def pairs_at_once(settings: TrainSettings) -> int:
     return max(settings.batch.batch_size, least)
 
 
-class Asked:
+class ReferenceErrors:
     """The network as it is before the first step."""
 
     def __init__(
@@ -72,13 +72,13 @@ class Asked:
 
     def known(self, batches: Sequence[PairBatch]) -> Sequence[PairBatch]:
         """Batches of validation with its errors."""
-        return with_known(batches, self, Together(self._accelerator))
+        return with_known(batches, self, ManyProcesses(self._accelerator))
 
-    def keep(self, base_digest: str, progress: Progress, renew: bool = False, busy: Busy | None = None) -> KeptErrors:
+    def cache(self, base_digest: str, progress: Progress, renew: bool = False, busy: Busy | None = None) -> CachedErrors:
         """Its errors at the draws of all pairs, from the folder or asked now; ``renew`` is about a folder of the run's own."""
         settings, visits = self._settings, self._visits
         own = settings.reference
-        draws = KeptDraws(
+        draws = FixedDraws(
             own.reference_draws, own.reference_seed, visits.levels, visits.prompt_dropout, visits.flip, visits.latent_mode
         )
         depends_on = {
@@ -93,6 +93,6 @@ class Asked:
         }
         how: dict[str, Any] = {"batch_size": pairs_at_once(settings), "progress": progress, "busy": busy}
         how["renew"] = renew and own.reference_cache is None
-        return keep_errors(
-            self._cache, draws, self, folder_of(settings), depends_on, processes=Together(self._accelerator), **how
+        return cache_errors(
+            self._cache, draws, self, folder_of(settings), depends_on, processes=ManyProcesses(self._accelerator), **how
         )

@@ -16,11 +16,11 @@ from threads import Process, in_threads
 from torch import Tensor
 from worlds import PairsInMemory, flow_denoiser, small_denoiser
 
-from diffalign.data import kept_errors
+from diffalign.data import cached_errors
 from diffalign.data.buckets import BucketOrder
 from diffalign.data.cache_files import CacheFolder
-from diffalign.data.draws import Curriculum, KeptDraws, Order
-from diffalign.data.kept_errors import KeptErrors, keep_errors, with_known
+from diffalign.data.cached_errors import CachedErrors, cache_errors, with_known
+from diffalign.data.draws import Curriculum, FixedDraws, Order
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.errors import StaleCacheError, UserError
 from diffalign.levels import LevelDistribution, Levels
@@ -37,8 +37,8 @@ SHAPE = (4, 8, 8)
 ABOUT = {"reference": "r", "precision": "float32", "encoded": {"data": "d"}, "schedule": {"T": 1000}}
 
 
-def draws(count: int = 3, **more: Any) -> KeptDraws:
-    return KeptDraws(count, 0, more.pop("levels", Levels()), **more)
+def draws(count: int = 3, **more: Any) -> FixedDraws:
+    return FixedDraws(count, 0, more.pop("levels", Levels()), **more)
 
 
 class Asked:
@@ -55,9 +55,9 @@ class Asked:
         return errors_beforehand(batch, Frozen(self.start), self.start.schedule, self.kind)
 
 
-def kept(folder: Path, ask: Asked | None = None, pairs: Any = None, of: KeptDraws | None = None, **more: Any) -> KeptErrors:
+def kept(folder: Path, ask: Asked | None = None, pairs: Any = None, of: FixedDraws | None = None, **more: Any) -> CachedErrors:
     how = {"batch_size": 4, "depends_on": ABOUT, **more}
-    return keep_errors(pairs or PAIRS_OF["pairs"](12), of or draws(), ask or Asked(), folder, **how)
+    return cache_errors(pairs or PAIRS_OF["pairs"](12), of or draws(), ask or Asked(), folder, **how)
 
 
 # --------------------------------------------------------------------------------------------------------------- draws
@@ -147,10 +147,10 @@ def test_visits_to_a_row_that_comes_again_in_an_epoch() -> None:
 class Told:
     """Kept draws whose errors say which they are."""
 
-    def __init__(self, of: KeptDraws, rows: int) -> None:
+    def __init__(self, of: FixedDraws, rows: int) -> None:
         self.draws = of
         codes = np.stack(np.meshgrid(np.arange(rows), np.arange(of.count), indexing="ij"), axis=-1).astype(np.float32)
-        self.visited = KeptErrors(of, codes, {}, 0.0).visited
+        self.visited = CachedErrors(of, codes, {}, 0.0).visited
 
 
 class InBuckets(PairsInMemory):
@@ -163,7 +163,7 @@ class InBuckets(PairsInMemory):
 
 
 def test_a_pair_that_fills_a_batch_alone_has_another_draw_at_each_place() -> None:
-    loader = PairLoader(InBuckets(14), range(14), LoaderSettings(4), kept=Told(draws(8), 14))
+    loader = PairLoader(InBuckets(14), range(14), LoaderSettings(4), cached_errors=Told(draws(8), 14))
     steps = [batch for (batch,) in loader.steps(0, 10)]  # two epochs
     alone = [batch for batch in steps if batch.index.tolist() == [13] * 4]
     assert len(alone) == 2
@@ -207,7 +207,7 @@ def test_it_is_asked_once(tmp_path: Path) -> None:
 
 
 def test_an_interruption_costs_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_errors, "LEAST", 1)
+    monkeypatch.setattr(cached_errors, "LEAST", 1)
     pairs, whole = PAIRS_OF["pairs"](150), tmp_path / "whole"  # shards of three rows
     kept(whole, Asked(), pairs)
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +225,7 @@ def test_what_another_run_has_completed_meanwhile_is_not_asked_again(
 ) -> None:
     """It ends after this one has looked, and before this one has the lock."""
     locked, late = CacheFolder.locked, [Asked() for _ in range(world)]
-    first: list[KeptErrors] = []
+    first: list[CachedErrors] = []
 
     def waiting(folder: CacheFolder, shared: bool = False, busy: object = None) -> Any:
         if not first:
@@ -241,7 +241,7 @@ def test_what_another_run_has_completed_meanwhile_is_not_asked_again(
 
 @pytest.mark.parametrize("harm", ["empty", "header", "cut", "other"])
 def test_a_torn_shard_is_asked_again(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_errors, "LEAST", 1)
+    monkeypatch.setattr(cached_errors, "LEAST", 1)
     kept(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         kept(tmp_path / "torn", Asked(fails_after=5))  # one call for each shard, a row's three draws
@@ -290,7 +290,7 @@ def test_of_many_differences_the_first_are_named_and_the_way_out(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_used_says_how_to_choose_another(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"folder for kept reference errors cannot .* Name another one \(--reference-cache\)"):
+    with pytest.raises(UserError, match=r"folder for cached reference errors cannot .* Name another one \(--reference-cache\)"):
         kept(tmp_path / "file")
     with pytest.raises(UserError, match=r"is not a cache of diffalign; name an empty or a new folder \(--reference-cache\)"):
         kept(tmp_path)
@@ -305,7 +305,7 @@ def test_an_error_that_is_no_number_is_named(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_errors, "LEAST", 1)
+    monkeypatch.setattr(cached_errors, "LEAST", 1)
     pairs, asks = PAIRS_OF["pairs"](20), [Asked() for _ in range(3)]
     in_threads(3, lambda process: kept(tmp_path / "three", asks[process.rank], pairs, processes=process))
     assert [ask.samples for ask in asks] == [21, 21, 18]  # shards of one row, three draws each
@@ -319,7 +319,7 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def loaded(folder: Path, case: Case, rows: Sequence[int] = range(10), make: Any = small_denoiser) -> PairLoader:
     pairs, levels = PAIRS_OF[case.kind](12), make().schedule.levels()
     table = kept(folder, Asked(case.kind, make), pairs, draws(levels=levels))
-    return PairLoader(pairs, rows, LoaderSettings(case.batch, seed=SEED, levels=levels), kept=table)
+    return PairLoader(pairs, rows, LoaderSettings(case.batch, seed=SEED, levels=levels), cached_errors=table)
 
 
 CASES = {

@@ -12,7 +12,7 @@ import torch
 from family_runs import assert_equal, on_disk, weights, write_pairs
 
 from diffalign.errors import StaleCacheError, UserError
-from pipelines import reference_beforehand
+from pipelines import reference_errors
 from pipelines.families._denoiser import NetworkDenoiser
 from pipelines.families._family import Family
 from pipelines.run import settings_of
@@ -122,12 +122,12 @@ def test_it_is_asked_many_at_a_time_and_how_many_makes_no_other_errors(
 )
 def test_how_many_are_asked_at_a_time(options: dict, pairs_at_once: int, tmp_path: Path) -> None:
     given = {"model": "m", "pairs": "p", "output": tmp_path, "prompts": None, "reference_draws": 1, **options}
-    assert reference_beforehand.pairs_at_once(settings_of("diffusion-dpo", None, given)) == pairs_at_once
+    assert reference_errors.pairs_at_once(settings_of("diffusion-dpo", None, given)) == pairs_at_once
 
 
-def test_encoded_pairs_are_no_kept_errors(folders: Path, pairs: Path, tmp_path: Path) -> None:
+def test_encoded_pairs_are_no_cached_errors(folders: Path, pairs: Path, tmp_path: Path) -> None:
     run(folders, pairs, tmp_path / "plain", steps=1)
-    named = r"holds encoded pairs, not kept reference errors: name another folder \(--reference-cache\)"
+    named = r"holds encoded pairs, not cached reference errors: name another folder \(--reference-cache\)"
     with pytest.raises(UserError, match=named):
         run(folders, pairs, tmp_path / "out", reference_draws=2, reference_cache=folders / "stable_diffusion-cache", steps=1)
 
@@ -164,7 +164,7 @@ def test_a_resumed_run_is_the_whole_one(adapter: str, folders: Path, pairs: Path
     last.rmdir()
     run(folders, pairs, tmp_path / "cut", resume=True, **how)
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    with pytest.raises(UserError, match="kept_errors"):
+    with pytest.raises(UserError, match="cached_errors"):
         run(folders, pairs, tmp_path / "cut", resume=True, adapter=adapter)
 
 
