@@ -5,7 +5,7 @@
 
 Runs ``tests/test_families_all.py`` and writes down which of its runs passed. A run trains a miniature of the genuine classes for
 two steps through ``diffalign train``, goes on after a checkpoint to the bit, and has the result loaded by plain Diffusers. A cell
-names the kinds of training whose run passed, so nothing is in the table that was not seen to work.
+names the objectives whose run passed, so nothing is in the table that was not seen to work.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 import pytest
 
 from diffalign import objectives
-from pipelines import families
+from pipelines.families._registry import registry
 from pipelines.markdown import Table
 
 TESTS = Path(__file__).parent.parent / "tests" / "test_families_all.py"
 MARKS = "<!-- families -->", "<!-- end of families -->"
-KINDS = {"lora": "LoRA", "full": "full"}
+ADAPTERS = {"lora": "LoRA", "full": "full fine-tuning"}
 REMARK = (
-    "Each entry is a run of `tests/test_families_all.py` that passed (`python benchmarks/families.py` writes this table): "
-    "trained, resumed to the bit, saved, and loaded by plain Diffusers."
+    "*All* are {objectives}. Every one is a run of `tests/test_families_all.py` that passed (`python benchmarks/families.py` "
+    "writes this table): trained, resumed to the bit, saved, and loaded by plain Diffusers."
 )
 
 
@@ -49,14 +49,17 @@ class Outcomes:
 
 
 def table(runs: dict[tuple[str, str], dict[str, bool]]) -> Table:
-    """A row for each objective, a column for each family."""
-    columns = families.names()
-    rows = [[name, *(_cell(runs.get((name, family), {})) for family in columns)] for name in objectives.names(of_prompts=False)]
-    return Table("", ["objective", *columns], rows, REMARK)
+    """A row for each family, with the objectives whose runs passed by kind of adapter."""
+    every = objectives.names(of_prompts=False)
+    rows = []
+    for family, declared in registry().items():
+        passed = [[name for name in every if runs.get((name, family), {}).get(adapter)] for adapter in ADAPTERS]
+        rows.append([family, ", ".join(declared.PIPELINES), *(_cell(names, every) for names in passed)])
+    return Table("", ["family", "pipelines of Diffusers", *ADAPTERS.values()], rows, REMARK.format(objectives=", ".join(every)))
 
 
-def _cell(found: dict[str, bool]) -> str:
-    return ", ".join(word for kind, word in KINDS.items() if found.get(kind)) or "-"
+def _cell(passed: list[str], every: list[str]) -> str:
+    return "all" if passed == every else ", ".join(passed) or "-"
 
 
 def written(text: str, fresh: str) -> str:

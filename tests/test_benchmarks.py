@@ -126,9 +126,11 @@ def test_the_table_of_families_says_what_passed_and_nothing_else(monkeypatch: py
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("families")
     try:
-        found = module.table({("smpo", "sdxl"): {"lora": True, "full": False}, ("sft", "sdxl"): {"lora": True, "full": True}})
-        cells = {row[0]: dict(zip(found.headings, row, strict=True)) for row in found.rows}
-        assert cells["smpo"]["sdxl"] == "LoRA" and cells["sft"]["sdxl"] == "LoRA, full" and cells["sft"]["pixart"] == "-"
+        passed = {("smpo", "sdxl"): {"lora": True, "full": False}, ("sft", "sdxl"): {"lora": True, "full": True}}
+        passed |= {(name, "flux"): {"lora": True, "full": name != "sft"} for name in objectives.names(of_prompts=False)}
+        cells = {row[0]: row[2:] for row in module.table(passed).rows}
+        assert cells["sdxl"] == ["sft, smpo", "sft"] and cells["pixart"] == ["-", "-"]
+        assert cells["flux"][0] == "all" and "sft" not in cells["flux"][1].split(", ") and "smpo" in cells["flux"][1]
         first, last = module.MARKS
         assert module.written(f"a {first} old {last} b", "new") == f"a {first}\nnew\n{last} b"
         with pytest.raises(ValueError, match="found 0"):
@@ -141,9 +143,9 @@ def test_the_documented_table_has_every_family_and_objective() -> None:
     page = (BENCHMARKS.parent / "docs" / "families.md").read_text(encoding="utf-8")
     lines = page.split("<!-- families -->")[1].split("<!-- end of families -->")[0].strip().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert rows[0] == ["objective", *families.names()]
-    assert [row[0] for row in rows[2:]] == objectives.names(of_prompts=False)
-    assert {cell for row in rows[2:] for cell in row[1:]} <= {"LoRA, full", "LoRA", "full", "-"}
+    assert [row[0] for row in rows[2:]] == families.names()
+    assert {cell for row in rows[2:] for cell in row[2:]} == {"all"}  # an exception belongs into the text
+    assert f"*All* are {', '.join(objectives.names(of_prompts=False))}. " in page
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
