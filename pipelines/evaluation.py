@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffalign.written_aside import write_file
 from pipelines import grids, outputs, report_page, sampling
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
+from pipelines.sampling import SamplerSettings
 from reward_models._judge import Scorer
 from reward_models.base import DetailedJudge, Judge, JudgeError, ParticularJudge
 
@@ -42,19 +43,6 @@ FEW_PROMPTS = 50
 
 Load = Callable[[str], Any]
 """Model as the user named it -> a Diffusers pipeline."""
-"""Called with (system, pictures done, pictures in all)."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How both models sample; see ``pipelines.sampling.sample``."""
-
-    steps: int = 25
-    guidance_scale: float | None = None
-    sampler: str = sampling.AUTO
-    batch_size: int = 16
-    height: int | None = None
-    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,20 +81,16 @@ def evaluate(
     load: Load,
     seed: int = 0,
     images_per_prompt: int = 1,
-    steps: int = 25,
-    guidance_scale: float | None = None,
-    sampler: str = sampling.AUTO,
-    batch_size: int = 16,
-    height: int | None = None,
-    width: int | None = None,
     tie_tolerance: float = 0.0,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **sampler_options: Any,
 ) -> Summary:
     """Sample, judge, compare and report. Writes into ``output`` the files of ``OWNED``; ``summary.json`` comes last.
 
-    ``guidance_scale`` None means what the base wants (``sampling.guidance_of``), for both models. The models are loaded
-    one after the other, so one at a time is in memory. ``tie_tolerance`` is in units of each judge's score.
+    ``sampler_options`` are the fields of ``sampling.SamplerSettings`` and hold for both models; a guidance scale or a sampler
+    that is left open is the one that the base wants. The models are loaded one after the other, so one at a time is in memory.
+    ``tie_tolerance`` is in units of each judge's score.
 
     Raises:
         UserError: an unknown judge or sampler, prompts that a judge cannot judge by, a model that cannot be loaded, an
@@ -115,19 +99,18 @@ def evaluate(
     start = time.perf_counter()
     asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
     panel = load_panel(judges, asked)
-    sampling.check_size(height=height, width=width)
-    how = Sampling(steps, guidance_scale, sampling.sampler_name(sampler), batch_size, height, width)
+    sampler_settings = SamplerSettings(**sampler_options)
     folder = outputs.check_folder(output, overwrite)
     load(tuned)  # a model that cannot be loaded is better found out before the base has sampled for an hour
     seeds = sampling.picture_seeds(len(asked), images_per_prompt, seed)
     jobs = [_Job(asked[i // images_per_prompt], s) for i, s in enumerate(seeds)]
-    how, scores = _run_both((base, tuned), load, how, jobs, panel, folder, progress)
+    sampler_settings, scores = _run_both((base, tuned), load, sampler_settings, jobs, panel, folder, progress)
     values = {
         "base": base,
         "tuned": tuned,
         "prompts": len(asked),
         "images_per_prompt": images_per_prompt,
-        **asdict(how),
+        **asdict(sampler_settings),
         "seed": seed,
         "tie_tolerance": tie_tolerance,
         "seconds": 0.0,
@@ -169,24 +152,23 @@ def load_panel(judges: Sequence[Judge | str] | Mapping[str, Judge], prompts: Seq
 def _run_both(
     names: tuple[str, str],
     load: Load,
-    how: Sampling,
+    settings: SamplerSettings,
     jobs: list[_Job],
     panel: dict[str, Judge],
     folder: Path,
     progress: Progress | None,
-) -> tuple[Sampling, dict[str, dict[str, _Scores]]]:
-    """Each model's scores by system and judge, and the sampling with guidance scale and sampler filled in."""
+) -> tuple[SamplerSettings, dict[str, dict[str, _Scores]]]:
+    """Each model's scores by system and judge, and the sampler settings as they were resolved for the base."""
     scores: dict[str, dict[str, _Scores]] = {}
     for system, name in zip(SYSTEMS, names, strict=True):
         _release_memory()
         pipe = load(name)
         if system == "base":
-            guidance = sampling.guidance_of(pipe) if how.guidance_scale is None else how.guidance_scale
-            how = replace(how, guidance_scale=guidance, sampler=sampling.sampler_of(pipe, how.sampler))
+            settings = settings.resolved(pipe)
             outputs.clear(folder, OWNED)
-        scores[system] = _run(pipe, system, how, jobs, panel, folder, progress)
+        scores[system] = _run(pipe, system, settings, jobs, panel, folder, progress)
         del pipe
-    return how, scores
+    return settings, scores
 
 
 def _release_memory() -> None:
@@ -199,14 +181,20 @@ def _release_memory() -> None:
 
 
 def _run(
-    pipe: Any, system: str, how: Sampling, jobs: list[_Job], panel: dict[str, Judge], folder: Path, progress: Progress | None
+    pipe: Any,
+    system: str,
+    settings: SamplerSettings,
+    jobs: list[_Job],
+    panel: dict[str, Judge],
+    folder: Path,
+    progress: Progress | None,
 ) -> dict[str, _Scores]:
     """Sample, save and judge batch by batch, so that no more than a batch of pictures is in memory."""
     parts: dict[str, list[_Scores]] = {name: [] for name in panel}
-    for start in range(0, len(jobs), how.batch_size):
-        batch = jobs[start : start + how.batch_size]
+    for start in range(0, len(jobs), settings.batch_size):
+        batch = jobs[start : start + settings.batch_size]
         texts = [job.prompt.text for job in batch]
-        images = sampling.sample(pipe, texts, seeds=[job.seed for job in batch], **asdict(how))
+        images = sampling.sample(pipe, texts, seeds=[job.seed for job in batch], **asdict(settings))
         for i, image in enumerate(images, start):
             outputs.write_png(folder / system / f"{i:05d}.png", image)
         for name, scores in _judged(panel, images, texts).items():

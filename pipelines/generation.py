@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffalign.written_aside import write_file
 from pipelines import grids, outputs, sampling
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt, as_prompts
+from pipelines.sampling import SamplerSettings
 
 METADATA = "metadata.jsonl"
 OWNED = ("[0-9]*.png", "grid.png", METADATA, "generation.json")
@@ -34,35 +36,32 @@ def generate(
     load: Callable[[str], Any],
     images_per_prompt: int = 1,
     seed: int = 0,
-    guidance_scale: float | None = None,
-    batch_size: int = 16,
+    negative_prompt: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    **sampler_options: Any,
 ) -> dict[str, Any]:
     """Sample ``images_per_prompt`` pictures of each prompt into ``output``; returns what ``generation.json`` holds.
 
     Pictures are ``00000.png`` and so on, prompt by prompt, and are those that ``evaluate`` would sample at this seed.
-    ``options`` are those of ``pipelines.sampling.sample``.
+    ``sampler_options`` are the fields of ``pipelines.sampling.SamplerSettings``.
 
     Raises:
         UserError: an output folder that holds something (unless ``overwrite``), a model that cannot be loaded, no prompts, one
-            that is no string, or a number of things below one.
+            that is no string, an unknown sampler, a size that no model has, or a number below one.
     """
     asked = as_prompts(prompts)
-    _check(len(asked), seed, images_per_prompt=images_per_prompt, batch_size=batch_size, steps=options.get("steps", 1))
-    sampling.check_size(height=options.get("height"), width=options.get("width"))
+    _check(len(asked), seed, images_per_prompt)
+    settings = SamplerSettings(**sampler_options)
     start, folder = time.perf_counter(), outputs.check_folder(output, overwrite)
     pipe = load(model)
-    guidance = sampling.guidance_of(pipe) if guidance_scale is None else guidance_scale
-    options["sampler"] = sampling.sampler_of(pipe, options.get("sampler", sampling.AUTO))
+    settings = settings.resolved(pipe)
     seeds = sampling.picture_seeds(len(asked), images_per_prompt, seed)
     rows = [(asked[i // images_per_prompt], s) for i, s in enumerate(seeds)]
-    for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
-        images = sampling.sample(
-            pipe, [p.text for p, _ in part], seeds=[s for _, s in part], guidance_scale=guidance, batch_size=batch_size, **options
-        )
+    for first in range(0, len(rows), settings.batch_size):
+        part = rows[first : first + settings.batch_size]
+        options = {"seeds": [s for _, s in part], "negative_prompt": negative_prompt, **asdict(settings)}
+        images = sampling.sample(pipe, [p.text for p, _ in part], **options)
         if first == 0:  # nothing can be wrong any more: what was there may go
             outputs.clear(folder, OWNED)
         for i, image in enumerate(images, first):
@@ -75,8 +74,8 @@ def generate(
         "model": model,
         "seed": seed,
         "images_per_prompt": images_per_prompt,
-        "guidance_scale": guidance,
-        **options,
+        **{name: value for name, value in asdict(settings).items() if name != "batch_size"},  # which alters no picture
+        **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
         "seconds": round(time.perf_counter() - start, 2),
         "versions": outputs.versions(),
         "pictures": [
@@ -87,12 +86,11 @@ def generate(
     return record
 
 
-def _check(prompts: int, seed: int, **counts: int) -> None:
-    """Raises UserError if there is nothing to sample."""
+def _check(prompts: int, seed: int, images_per_prompt: int) -> None:
+    """Raises UserError if there is nothing to sample, or no such seed."""
     if not prompts:
         raise UserError("There are no prompts.")
-    if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
-        raise UserError(f"There should be one at least: {', '.join(wrong)}.")
+    sampling.check_counts(images_per_prompt=images_per_prompt)
     if seed < 0:
         raise UserError(f"Seeds are 0 and above; it is {seed}.")
 

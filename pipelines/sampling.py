@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,59 @@ FLAGGED = "flagged"
 """Key in a picture's ``info``: the pipeline's own safety checker blacked it out."""
 
 
+PIXELS = 8
+"""Every model's height and width are multiples of this number of pixels; some models need a larger one."""
+
+
+def check_size(step: int = PIXELS, **sides: int | None) -> None:
+    """Raises UserError for a height or width that is no multiple of ``step``, with the nearest that are."""
+    for name, side in sides.items():
+        if side is not None and side % step:
+            low = side // step * step
+            near = f"{low} or {low + step}" if low else f"{step}"
+            raise UserError(f"{name} {side}: sides are multiples of {step} pixels here; nearest is {near}.")
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a pipeline samples.
+
+    Args:
+        steps: steps of the sampler.
+        guidance_scale: scale of classifier-free guidance; None means ``guidance_of(pipe)``.
+        sampler: a key of ``SAMPLERS``.
+        batch_size: pictures sampled together; it alters none.
+        height: in pixels; None means the pipeline's own, as it does for ``width``.
+        width: in pixels.
+
+    Raises:
+        UserError: an unknown sampler, a number below one, or sides that are no multiples of ``PIXELS``.
+    """
+
+    steps: int = 25
+    guidance_scale: float | None = None
+    sampler: str = AUTO
+    batch_size: int = 16
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(steps=self.steps, batch_size=self.batch_size)
+        check_size(height=self.height, width=self.width)
+        sampler_name(self.sampler)
+
+    def resolved(self, pipe: Any) -> SamplerSettings:
+        """The same settings with the guidance scale and the sampler that this pipeline gets."""
+        guidance = guidance_of(pipe) if self.guidance_scale is None else self.guidance_scale
+        return replace(self, guidance_scale=guidance, sampler=sampler_of(pipe, self.sampler))
+
+
+def check_counts(**counts: int) -> None:
+    """Raises UserError for a number that is below one."""
+    if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
+        raise UserError(f"There should be one at least: {', '.join(wrong)}.")
+
+
 def picture_seed(seed: int, *place: int) -> int:
     """The seed of one picture, in [0, 2**32), from the seed of the run and the picture's place (prompt, repeat).
 
@@ -56,20 +110,14 @@ def sample(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    steps: int = 25,
-    guidance_scale: float | None = None,
-    sampler: str = AUTO,
-    batch_size: int = 16,
-    height: int | None = None,
-    width: int | None = None,
     negative_prompt: str | None = None,
     progress: Callable[[int], None] | None = None,
+    **sampler_options: Any,
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, in order. ``pipe`` is a Diffusers text-to-image pipeline.
 
-    ``guidance_scale`` None means ``guidance_of(pipe)``; ``height`` and ``width`` (pixels) None mean the pipeline's own;
-    ``negative_prompt`` is what guidance leads away from, for all of them.
-    ``progress`` is called with the number of pictures just finished. The pipeline comes back as it was, with dropout off
+    ``sampler_options`` are the fields of ``SamplerSettings``; ``negative_prompt``, for all pictures, is what guidance leads away
+    from. ``progress`` is called with the number of pictures just finished. The pipeline comes back as it was, with dropout off
     meanwhile. A picture that the pipeline's safety checker blacked out has ``info["flagged"]`` set.
 
     Raises:
@@ -81,22 +129,22 @@ def sample(
 
     if len(prompts) != len(seeds):
         raise ValueError(f"every picture needs a prompt and a seed; got {len(prompts)} prompts and {len(seeds)} seeds")
-    guidance = guidance_of(pipe) if guidance_scale is None else guidance_scale
-    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    settings = SamplerSettings(**sampler_options).resolved(pipe)
+    size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
     asked = {**_own_size(pipe), **(_square(pipe) if len(size) == 1 else {}), **size, **call_options(type(pipe).__name__)}
     if negative_prompt is not None:
-        _refuse_idle_negative(pipe, guidance)
+        _refuse_idle_negative(pipe, settings.guidance_scale)
     images: list[Image.Image] = []
-    with _scheduler(pipe, sampler), _evaluation_mode(pipe), _no_bars(pipe), _few_zeros(pipe), heap.kept():
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
+    with _scheduler(pipe, settings.sampler), _evaluation_mode(pipe), _no_bars(pipe), _few_zeros(pipe), heap.kept():
+        for start in range(0, len(prompts), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
             with _sizes_explained(asked):
                 out = pipe(
                     prompt=list(prompts[part]),
                     **({} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts[part])}),
                     generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
                     output_type="pil",
                     **asked,
                 )
@@ -104,19 +152,6 @@ def sample(
             if progress is not None:
                 progress(len(out.images))
     return images
-
-
-PIXELS = 8
-"""Every model's sides are multiples of so many pixels; some need more."""
-
-
-def check_size(step: int = PIXELS, **sides: int | None) -> None:
-    """Raises UserError for a height or width that is no multiple of ``step``, with the nearest that are."""
-    for name, side in sides.items():
-        if side is not None and side % step:
-            low = side // step * step
-            near = f"{low} or {low + step}" if low else f"{step}"
-            raise UserError(f"{name} {side}: sides are multiples of {step} pixels here; nearest is {near}.")
 
 
 @contextmanager

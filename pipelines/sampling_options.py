@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from diffalign.errors import UserError
-from pipelines.sampling import AUTO, SAMPLERS, sampler_name
+from pipelines.sampling import SAMPLERS, SamplerSettings, sampler_name
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -18,11 +19,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=whole(1), metavar="N", help="use the first N prompts only")
     parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
     parser.add_argument("--seed", type=whole(0), default=0, help="every picture's seed follows from this one (default 0)")
-    parser.add_argument("--steps", type=whole(1), default=25, help="steps of the sampler (default 25)")
+    parser.add_argument(
+        "--steps", type=whole(1), default=SamplerSettings.steps, help="steps of the sampler (default %(default)s)"
+    )
     parser.add_argument("--guidance-scale", type=_guidance, help="classifier-free guidance (default: what the model wants)")
     one_of = f"one of {', '.join(SAMPLERS)} (default auto: ddim, but as saved for models that follow a flow)"
-    parser.add_argument("--sampler", type=_sampler, default=AUTO, help=one_of)
-    parser.add_argument("--batch-size", type=whole(1), default=16, help="pictures sampled together; alters none (default 16)")
+    parser.add_argument("--sampler", type=_sampler, default=SamplerSettings.sampler, help=one_of)
+    together = "pictures sampled together; alters none (default %(default)s)"
+    parser.add_argument("--batch-size", type=whole(1), default=SamplerSettings.batch_size, help=together)
     parser.add_argument("--height", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
@@ -47,9 +51,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``pipelines.sampling.sample`` takes, from the parsed options."""
-    names = ("steps", "guidance_scale", "sampler", "batch_size", "height", "width")
-    return {name: getattr(args, name) for name in names}
+    """The fields of ``SamplerSettings``, from the parsed options."""
+    return {field.name: getattr(args, field.name) for field in fields(SamplerSettings)}
 
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.prompts import read_prompts
     from pipelines.sampling_options import loading_arguments, sampling_arguments
 
-    away = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     prompts = args.prompt if args.prompt else read_prompts(args.prompts, args.column)
     with Bar(unit="picture") as bar:
         record = generate(
@@ -44,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
             load=partial(load_pipeline, base_lora=args.lora, **loading_arguments(args)),
             images_per_prompt=args.n_per_prompt,
             seed=args.seed,
+            negative_prompt=args.negative_prompt,
             overwrite=args.overwrite,
             progress=bar.advance,
             **sampling_arguments(args),
-            **away,
         )
     if words := find(args.model, config=args.single_file_config).own_words:
         print(words)
