@@ -6,11 +6,11 @@ It needs nothing from elsewhere and works from a folder on disk. Its script reme
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from html import escape
 
+from diffalign.digests import digest_of
 from diffalign.sources.choices import CHOICES
 from diffalign.sources.store import TrajectoryOrigin
 from pipelines.report_page import STYLE
@@ -78,7 +78,7 @@ def render(made: TrajectoryOrigin, files: Sequence[str], side: int) -> str:
     """The page. ``files`` are relative to it, one for each trajectory; ``side`` is their width in pixels."""
     shown = side * max(1, _SMALL // side) if side < _SMALL else min(side, 512)
     groups = "\n".join(_group(made, group, files, shown) for group in range(len(made.prompts)))
-    key = "diffalign " + hashlib.sha256(json.dumps(made.to_plain(), sort_keys=True).encode()).hexdigest()[:16]
+    key = "diffalign " + digest_of(made.to_plain())[:16]
     title = f"{len(made.prompts)} prompts, {made.per_prompt} pictures each"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{title}</title>\n<style>{STYLE}{_OWN_STYLE}</style>"

@@ -14,7 +14,6 @@ Shapes: N = pairs.
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -119,7 +118,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pairs in types that JSON knows; numbers that are not finite are None."""
         frames = {name: getattr(self, name) for name in ("means", "win_rates", "by_category", "ranking")}
-        return _plain(
+        return outputs.json_plain(
             {
                 "baseline": self.baseline,
                 "systems": self.systems,
@@ -130,7 +129,8 @@ class Comparison:
                 "correlations": {over: self.correlations.loc[over].to_dict("index") for over in ("differences", "scores")},
                 "notes": self.notes,
                 "provenance": self.provenance,
-            }
+            },
+            other=str,
         )
 
     def __str__(self) -> str:
@@ -244,15 +244,3 @@ def _scaled(difference: np.ndarray) -> np.ndarray:
     finite = np.where(np.isfinite(difference), difference, np.nan)
     spread = np.nanstd(finite) if np.isfinite(finite).any() else 0.0
     return finite / spread if spread > 0 else np.full(len(finite), np.nan)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from diffalign.differences import flatten
 from diffalign.written_aside import file_aside, write_file
 from pipelines.families._names import LORA_FILE, PEFT_FILE
 
@@ -63,8 +64,8 @@ def write_model_card(
         _loading(folder, base, is_lora, pipeline_class, base_loras, left_out),
         _pictures(folder, curves),
         "" if not scores else _scores(scores),
-        "## Data\n\n" + table(("field", "value"), flat(data)),
-        "## Configuration\n\n" + table(("field", "value"), flat(recipe)),
+        "## Data\n\n" + table(("field", "value"), flatten(data).items()),
+        "## Configuration\n\n" + table(("field", "value"), flatten(recipe).items()),
     ]
     write_file(folder / CARD, "\n".join(part for part in parts if part))
     return folder / CARD
@@ -166,27 +167,18 @@ def _beside(folder: Path, picture: Path) -> str:
 
 def _scores(scores: Mapping[str, Any]) -> str:
     judges = scores.get("judges", scores)
-    about = flat({name: value for name, value in scores.items() if name != "judges"}) if "judges" in scores else ()
-    rest = table(("field", "value"), list(about))
+    about = flatten({name: value for name, value in scores.items() if name != "judges"}) if "judges" in scores else {}
+    rest = table(("field", "value"), about.items())
     return f"## Scores\n\n{_judge_table(judges)}" + (f"\n{rest}" if rest.count("\n") > 2 else "")
 
 
 def _judge_table(judges: Mapping[str, Any]) -> str:
-    rows = {judge: dict(flat(value)) if isinstance(value, Mapping) else {"value": value} for judge, value in judges.items()}
+    rows = {judge: flatten(value) if isinstance(value, Mapping) else {"value": value} for judge, value in judges.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     return table(("judge", *columns), [(judge, *(row.get(column, "") for column in columns)) for judge, row in rows.items()])
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted names."""
-    for name, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def table(head: Sequence[str], rows: Iterator[tuple[Any, ...]] | Sequence[tuple[Any, ...]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -9,7 +9,6 @@ reference               the frozen start: the adapter switched off, or a second 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from diffalign.data.open import open_pairs
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.data.table import PairTable
 from diffalign.data.transform import Transform
+from diffalign.digests import digest_of
 from diffalign.errors import UserError
 from diffalign.learner import RunContext
 from diffalign.levels import LevelDistribution, Levels
@@ -90,7 +90,7 @@ class Prepared:
         parts = [cache.fingerprint for cache in (self.cache, self.prompts) if cache is not None]
         parts += [self.feedback.fingerprint()] if self.feedback else []
         plain = parts[0] if len(parts) == 1 else parts
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(plain)[:16]
 
     def stats(self) -> dict[str, Any]:
         """Counts for the card."""

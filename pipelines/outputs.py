@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from diffalign.errors import UserError
 from diffalign.written_aside import write_file
@@ -72,7 +74,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Readable JSON; numbers that are not finite become null, since JSON has no word for them."""
-    write_file(path, json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json.dumps(json_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -108,11 +110,17 @@ def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _plain(value: Any) -> Any:
+def json_plain(value: Any, other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """The value in types that JSON knows: lists for tuples, Python's numbers for NumPy's, None for those that are not finite.
+
+    ``other`` converts what is left over; by default it stays as it is, and ``json.dumps`` refuses it.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): json_plain(v, other) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [json_plain(v, other) for v in value]
+    if isinstance(value, np.generic):
+        return json_plain(value.item(), other)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else other(value)

@@ -47,7 +47,7 @@ def name_of(judge: OwnJudge) -> str:
     return judge.info.name if isinstance(judge, Scorer) else getattr(judge, "__name__", type(judge).__name__)
 
 
-def digest_of(judge: OwnJudge) -> str:
+def judge_digest(judge: OwnJudge) -> str:
     """16 hexadecimal digits for what decides its numbers, as far as that can be seen: what a judge says it is made of;
     of anything else its compiled code and the numbers in it, not what it calls, nor what it has gathered since."""
     if isinstance(judge, Scorer) and all(part.says_what_it_is for part in judge.parts):
@@ -63,7 +63,7 @@ def provenance_of(judge: Scorer) -> dict[str, Any]:
     """What it says of itself; of one that does not say what decides its numbers with a digest of its code, so that work that was
     cut off does not go on with another judge of that name."""
     said = all(part.says_what_it_is for part in judge.parts)
-    return judge.provenance() if said else {**judge.provenance(), "code": digest_of(judge)}
+    return judge.provenance() if said else {**judge.provenance(), "code": judge_digest(judge)}
 
 
 def _seen(function: Any) -> Any:

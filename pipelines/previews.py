@@ -6,8 +6,6 @@ comparison after training goes through the pipeline. A run learns the same with 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
+from diffalign.digests import digest_of
 from diffalign.errors import UserError
 from diffalign.optimisation import Ema
 from diffalign.processes import ManyProcesses, failing_together
@@ -57,7 +56,7 @@ def encoded(settings: TrainSettings, encoder: Any, **how: Any) -> PromptCache | 
     """The previews' prompts, encoded, beside the data's cache."""
     if not (texts := prompts_of(settings)):
         return None
-    name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    name = digest_of(texts)[:16]
     return build_prompt_cache(texts, encoder, settings.cache_folder / f"{FOLDER}-{name}", **how)
 
 

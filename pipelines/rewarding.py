@@ -104,7 +104,7 @@ def pair_scores(
         UserError: a picture cannot be judged.
     """
     (scorer,) = judge.values()
-    folder = directory / f"scores-{own_judges.digest_of(scorer)}"
+    folder = directory / f"scores-{own_judges.judge_digest(scorer)}"
     how = {"processes": processes, "progress": progress, "stage": "judging", "at_once": JUDGED_AT_ONCE}
     found = kept_values(lambda part: _judged(table, rows[part.start : part.stop], judge), len(rows), folder, **how)
     return torch.from_numpy(found)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.differences import flatten
 from diffalign.errors import UserError
 from diffalign.written_aside import write_file
 from pipelines import config
@@ -125,15 +125,8 @@ def begin_tracking(accelerator: Accelerator, settings: Any) -> None:
 
 def hyperparameters(settings: Any) -> dict[str, Any]:
     """The configuration as trackers take one: names with dots in them, numbers, switches and texts."""
-
-    def flat(tree: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{before}{name}.")
-            else:
-                yield before + name, value if isinstance(value, bool | int | float | str) else _text(value)
-
-    return dict(flat(config.as_tree(settings), ""))
+    settings_by_name = flatten(config.as_tree(settings))
+    return {name: v if isinstance(v, bool | int | float | str) else _text(v) for name, v in settings_by_name.items()}
 
 
 def _text(value: Any) -> str:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import reward_models
+from diffalign.digests import digest_of
 from diffalign.errors import UserError
 from diffalign.written_aside import write_file
 from pipelines import outputs
 from pipelines.comparison_table import KEYS
 from pipelines.counterparts import numbered
-from pipelines.own_judges import digest_of, provenance_of
+from pipelines.own_judges import judge_digest, provenance_of
 from pipelines.picture_prompts import NAMED, pictures_with_prompts, prompts_and_pictures_of_dataset
 from pipelines.score_journal import Journal
 from reward_models._pictures import ENDINGS, Pictures, list_folder
@@ -313,8 +314,8 @@ def score_sheet(
 
 def _purpose(sheet: Sheet, parts: Sequence[Any], batch_size: int) -> str:
     """What a journal is the journal of."""
-    judges = [part.fingerprint if part.says_what_it_is else digest_of(part) for part in parts]
-    return hashlib.sha256(json.dumps([sheet.fingerprint(), judges, batch_size]).encode()).hexdigest()
+    judges = [part.fingerprint if part.says_what_it_is else judge_digest(part) for part in parts]
+    return digest_of([sheet.fingerprint(), judges, batch_size])
 
 
 def _batches(

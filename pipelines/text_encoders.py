@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from diffalign.digests import digest_of
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class TextEncoder:
 
         dtype = str(next(self._network.parameters()).dtype)
         parts = [digest(self._network), tokenizer_digest(self._tokenizer), dtype, vars(self.recipe)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return digest_of(parts)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """[N, D] float32 of length one, on the CPU; one forward pass.

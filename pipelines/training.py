@@ -153,7 +153,7 @@ def settings_identity(name: str, settings: TrainSettings, world: int) -> dict[st
 
 def own_judge_identity(judge: OwnJudge | None) -> dict[str, Any]:
     """That of a judge without a name that settings could have."""
-    return {} if judge is None else {"judge": f"{own_judges.name_of(judge)} {own_judges.digest_of(judge)}"}
+    return {} if judge is None else {"judge": f"{own_judges.name_of(judge)} {own_judges.judge_digest(judge)}"}
 
 
 def pairs_per_step(settings: TrainSettings, world: int) -> int:

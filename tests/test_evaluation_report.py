@@ -78,7 +78,7 @@ def test_files_are_all_there(report):
 def test_summary_holds_what_is_promised(report):
     summary, folder, _ = report
     values = json.loads((folder / "summary.json").read_text())
-    assert values == outputs._plain(summary.values)
+    assert values == outputs.json_plain(summary.values)
     settings = {
         k: values[k] for k in ("base", "tuned", "prompts", "images_per_prompt", "steps", "guidance_scale", "seed", "sampler")
     }

@@ -206,11 +206,11 @@ def test_a_judge_is_known_by_what_it_does() -> None:
             return [0.0] * len(prompts)
 
     several = [scaled(1.0), scaled(-1.0), partial(redness), Bright(), Darker(), reward_models.load("jpeg"), Calls(), redness]
-    digests = [own_judges.digest_of(judge) for judge in several]
+    digests = [own_judges.judge_digest(judge) for judge in several]
     assert len(set(digests)) == len(digests)
-    assert [own_judges.digest_of(judge) for judge in (scaled(1.0), Bright())] == [digests[0], digests[3]]
+    assert [own_judges.judge_digest(judge) for judge in (scaled(1.0), Bright())] == [digests[0], digests[3]]
     several[6](PICTURES, PROMPTS)
-    assert own_judges.digest_of(several[6]) == digests[6]
+    assert own_judges.judge_digest(several[6]) == digests[6]
 
 
 def test_a_run_does_not_go_on_with_another_function(tmp_path: Path) -> None:

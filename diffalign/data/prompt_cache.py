@@ -5,8 +5,6 @@ It is kept and filled as the cache of pairs is: encoded once, resumable shard by
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from diffalign.data.cache_prompts import about, prompts_to_fill
 from diffalign.data.cache_values import Shards, check_settings
 from diffalign.data.pairs import Progress
 from diffalign.differences import plain
+from diffalign.digests import digest_of
 from diffalign.errors import UserError
 from diffalign.processes import OneProcess
 from diffalign.protocols import Encoder
@@ -31,7 +30,7 @@ VERSION = 1
 
 def prompt_fingerprint(prompts: Sequence[str], encoder: Encoder, dtype: str = "float16") -> dict[str, Any]:
     """Everything that the content of a cache of prompts depends on, as plain values."""
-    named = {"count": len(prompts), "sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()}
+    named = {"count": len(prompts), "sha256": digest_of(list(prompts))}
     return plain({"version": VERSION, "dtype": dtype, "encoder": dict(encoder.fingerprint()), "prompts": named})
 
 

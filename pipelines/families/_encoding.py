@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.digests import digest_of
 from pipelines.families._quiet import quietly
 
 
@@ -45,8 +46,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     for changing in ("truncation", "padding"):  # set anew by every call
         rules.pop(changing, None)
-    text = json.dumps([rules, tokenizer.pad_token_id], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_of([rules, tokenizer.pad_token_id])
 
 
 def tokenized(tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> Any:
@@ -80,10 +80,10 @@ def about_t5(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
 def about_language_model(text_encoder: nn.Module, tokenizer: Any) -> dict[str, Any]:
     """What the states of a language model (Gemma, Qwen) depend on."""
     about = {**text_encoder.config.to_dict(), "dtype": None, "transformers_version": None, "architectures": None}
-    settings = json.dumps({name: value for name, value in about.items() if not name.startswith("_")}, sort_keys=True, default=str)
+    settings = {name: value for name, value in about.items() if not name.startswith("_")}
     return {
         "text_encoder": digest(text_encoder),
-        "text_settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "text_settings": digest_of(settings)[:16],
         "tokenizer": tokenizer_digest(tokenizer),
     }
 

@@ -6,7 +6,6 @@ pipeline whose weights take no memory, from which PEFT then tells what each laye
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import json
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.digests import file_digest
 from diffalign.errors import UserError
 from pipelines import lora_layouts, low_rank, peft_layers
 from pipelines.families._names import METADATA
@@ -177,12 +177,6 @@ def merge_into(pipe: Any, loras: tuple[BaseLora, ...], keep: frozenset[str]) -> 
         lora = read_lora(checked(base), parts, type(pipe))
         for component in lora.keys() - keep:
             low_rank.merge(lora[component], getattr(pipe, component), base.path)
-
-
-def file_digest(path: str | Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked(base: BaseLora) -> str:

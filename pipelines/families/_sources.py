@@ -9,7 +9,6 @@ was trained on top of). Those, and any that a run names as part of its base, are
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from diffalign.digests import file_digest
 from diffalign.errors import UserError
 from pipelines.families._hub import LORA_ON_HUB, index_on_hub, lora_on_hub
 from pipelines.families._marks import Marks, marks_of
@@ -88,8 +88,7 @@ def find_loras(where: str | os.PathLike[str]) -> tuple[BaseLora, ...]:
         raise UserError(f"There is no LoRA at {where}: {found}. Name a .safetensors file, or a folder with one.")
     file = files[0].absolute()
     hub = f"{hub}/{file.name}" if hub and not hub.endswith(file.name) else hub
-    with open(file, "rb") as opened:
-        found = BaseLora(str(file), hashlib.file_digest(opened, "sha256").hexdigest(), hub)
+    found = BaseLora(str(file), file_digest(file), hub)
     return (*recorded_loras(file.parent), found) if file.name == LORA_FILE else (found,)
 
 

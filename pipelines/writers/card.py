@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffalign.differences import flatten
 from diffalign.written_aside import write_file
 from pipelines import config
-from pipelines.export import CARD, flat, public, table
+from pipelines.export import CARD, public, table
 from pipelines.writers.sampling import MAX_REWRITE_TOKENS
 from pipelines.writers.settings import PromptTrainSettings
 from pipelines.writers.writer import Writer
@@ -34,8 +35,8 @@ def write(settings: PromptTrainSettings, summary: Mapping[str, Any], curves: Pat
         f"## Training\n\n![Training curves]({curves.name})\n" if curves else "",
         _numbers("Weights by meaning (of the winners that it was trained on)", summary["weights"]),
         _numbers("Held-out rewrites, at the end", summary["validation"]),
-        "## Data\n\n" + table(("field", "value"), flat({"source": summary["rewrites"], **summary["rows"]})),
-        "## Configuration\n\n" + table(("field", "value"), flat(config.as_tree(settings))),
+        "## Data\n\n" + table(("field", "value"), flatten({"source": summary["rewrites"], **summary["rows"]}).items()),
+        "## Configuration\n\n" + table(("field", "value"), flatten(config.as_tree(settings)).items()),
     ]
     path = settings.output / CARD
     write_file(path, "\n".join(part for part in parts if part))
@@ -90,4 +91,4 @@ def _rewritten(rows: list[Mapping[str, str]]) -> str:
 
 
 def _numbers(title: str, values: Mapping[str, float] | None) -> str:
-    return "" if not values else f"## {title}\n\n" + table(("field", "value"), flat(values))
+    return "" if not values else f"## {title}\n\n" + table(("field", "value"), flatten(values).items())

@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffalign.digests import file_digest
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,15 +99,9 @@ def identity_of_data(files: Sequence[Path], root: Path | None, used: Iterable[by
     count = min(max(HASHED_BYTES // BLOCK // max(len(files), 1), FEWEST_BLOCKS), BLOCKS)
     found: list[object] = []
     for file in files:
-        digest = sha256_of(file) if whole else _sha256(_blocks(file, count))
+        digest = file_digest(file) if whole else _sha256(_blocks(file, count))
         found.append([file.name if root is None else _name(file, root), file.stat().st_size, digest])
     return found if whole else [*found, [_sha256(used)]]
-
-
-def sha256_of(file: Path) -> str:
-    """Of the whole content, a piece at a time."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sha256(pieces: Iterable[bytes | pa.Buffer]) -> str:
@@ -141,7 +136,7 @@ def _size(path: str | Path) -> int | None:
 
 def _read(path: Path, name: str, size: int, whole: bool) -> list[object]:
     try:
-        return [name, size, sha256_of(path) if whole else _sha256(_blocks(path, FEWEST_BLOCKS))]
+        return [name, size, file_digest(path) if whole else _sha256(_blocks(path, FEWEST_BLOCKS))]
     except OSError:
         return [name]
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import identity_of_paths, sha256_of
+from diffalign.data.readers._files import identity_of_paths
 from diffalign.data.tabs import tab_separated
+from diffalign.digests import file_digest
 from diffalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class ListingRows:
     def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
         """The file by its content, which reading took longer than hashing; pictures as ``identities`` has them."""
         paths = {str(value) for cells in self.cells(tuple(dict.fromkeys(images))) for value in cells if value}
-        listed = [self._path.name, self._path.stat().st_size, sha256_of(self._path)]
+        listed = [self._path.name, self._path.stat().st_size, file_digest(self._path)]
         return [[listed], identity_of_paths(sorted(paths), self.base)]
 
     def _checked(self, header: list[str]) -> list[str]:
