@@ -21,7 +21,7 @@ import pytest
 
 from diffalign import objectives
 from pipelines.families._registry import registry
-from pipelines.markdown import Table
+from pipelines.text_tables import Table
 
 TESTS = Path(__file__).parent.parent / "tests" / "test_families_all.py"
 MARKS = "<!-- families -->", "<!-- end of families -->"

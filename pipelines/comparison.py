@@ -27,6 +27,7 @@ from pipelines import comparison_numbers as numbers
 from pipelines import markdown, outputs
 from pipelines.comparison_notes import notes_on
 from pipelines.comparison_table import Judge, Pairs, Rows, judges_of, one_of, pair_up, read
+from pipelines.text_tables import in_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,10 +104,9 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The report as text; what it rests on is in ``provenance``."""
-        in_line = markdown.in_cell
-        head = [f"# {in_line(markdown.title(self))}", "", in_line(markdown.headline(self)), ""]
+        head = [f"# {in_cell(markdown.title(self))}", "", in_cell(markdown.headline(self)), ""]
         tables = [table.to_markdown() + "\n" for table in markdown.tables(self)]
-        notes = ["## Notes", "", *(f"- {in_line(note)}" for note in self.notes)] if self.notes else []
+        notes = ["## Notes", "", *(f"- {in_cell(note)}" for note in self.notes)] if self.notes else []
         return "\n".join([*head, *tables, *notes]).rstrip() + "\n"
 
     def plot(self) -> Figure:

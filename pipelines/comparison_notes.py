@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.comparison_numbers import MACRO
 from pipelines.comparison_table import Judge, Pairs, Rows
 from pipelines.counterparts import name_of
-from pipelines.markdown import count
+from pipelines.text_tables import count
 
 if TYPE_CHECKING:
     import pandas as pd

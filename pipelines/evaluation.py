@@ -23,6 +23,7 @@ from pipelines import grids, outputs, report_page, sampling
 from pipelines.progress import Progress
 from pipelines.prompts import Prompt
 from pipelines.sampling import SamplerSettings
+from pipelines.text_tables import number
 from reward_models._judge import Scorer
 from reward_models.base import DetailedJudge, Judge, JudgeError, ParticularJudge
 
@@ -342,7 +343,7 @@ def _extremes(gain: np.ndarray) -> tuple[list[int], list[int]]:
 
 def _sheet(folder: Path, pairs: Sequence[report_page.Pair], judge: str, header: str) -> Image.Image:
     sides = [[Image.open(folder / getattr(pair, side)) for pair in pairs] for side in SYSTEMS]
-    scores = [tuple(report_page.number(x) for x in pair.scores[judge]) for pair in pairs]
+    scores = [tuple(number(x) for x in pair.scores[judge]) for pair in pairs]
     return grids.side_by_side(*sides, [pair.prompt for pair in pairs], scores, columns=3, header=header)
 
 

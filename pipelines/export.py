@@ -13,6 +13,7 @@ from typing import Any
 from diffalign.differences import flatten
 from diffalign.written_aside import file_aside, write_file
 from pipelines.families._names import LORA_FILE, PEFT_FILE
+from pipelines.text_tables import table_lines
 
 CARD = "README.md"
 SAMPLES = "samples.png"
@@ -179,12 +180,9 @@ def _judge_table(judges: Mapping[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return public(value).replace("|", "\\|").replace("\n", " ")
+    """A Markdown table of values as ``public`` words them."""
+    lines = table_lines(head, [[public(value) for value in row] for row in rows], padded=False)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def public(value: Any) -> str:

@@ -1,68 +1,15 @@
-"""A comparison in words: tables as Markdown, for terminals and files, and as HTML, for notebooks; the same cells in both."""
+"""A comparison in words: its title, its headline and its tables, which are shown as Markdown and as HTML with the same cells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines.report_page import interval, p_value, percent
+from pipelines.text_tables import Table, count, interval, p_value, percent
 
 if TYPE_CHECKING:
     from pipelines.comparison import Comparison
-
-_CELL = 'style="text-align:left;white-space:nowrap;padding:.2rem .9rem .2rem 0"'
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under headings, with a title and a remark on how to read it."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    remark: str = ""
-
-    def __post_init__(self) -> None:
-        ragged = [row for row in self.rows if len(row) != len(self.headings)]
-        assert not ragged, f"{self.title}: {len(self.headings)} headings and the row {ragged[0]}"
-
-    def to_markdown(self) -> str:
-        lines = [f"## {in_cell(self.title)}", ""] if self.title else []
-        lines += table_lines(self.headings, self.rows)
-        return "\n".join([*lines, "", self.remark] if self.remark else lines)
-
-    def to_html(self) -> str:
-        title = f"<h3>{escape(self.title)}</h3>" if self.title else ""
-        head = "".join(f"<th {_CELL}>{escape(h)}</th>" for h in self.headings)
-        body = "".join("<tr>" + "".join(f"<td {_CELL}>{escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
-        remark = f"<p><small>{escape(self.remark)}</small></p>" if self.remark else ""
-        wide = f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        return title + wide + remark
-
-
-def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line for the headings, one below them, one for each row; columns are padded to be read as they stand."""
-    cells = [[in_cell(cell) for cell in row] for row in (headings, *rows)]
-    widths = [max(3, *(len(row[k]) for row in cells)) for k in range(len(headings))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return lines
-
-
-def count(n: int, noun: str) -> str:
-    """A number and what it counts, which takes an s."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def in_cell(text: str) -> str:
-    """Text that stays in its cell: neither a bar, a line's end nor a tag may end it."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-# ------------------------------------------------------------------------------------------------- a comparison, table by table
 
 
 def title(c: Comparison) -> str:

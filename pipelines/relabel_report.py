@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.markdown import table_lines
 from pipelines.relabel_verdict import HUMAN
+from pipelines.text_tables import table_lines
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,11 +6,13 @@ The page needs nothing from elsewhere: styles are in it, pictures lie beside it,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from pipelines.text_tables import change, interval, number, p_value, percent, table_lines
 
 Values = Mapping[str, Any]
 
@@ -27,31 +29,6 @@ class Pair:
     scores: Mapping[str, tuple[float, float]]
 
 
-def number(x: float) -> str:
-    """A score, short enough for a table."""
-    if not math.isfinite(x):
-        return "not judged" if math.isnan(x) else str(x)
-    return f"{x:.3f}" if abs(x) < 10 else f"{x:.2f}" if abs(x) < 1000 else f"{x:.4g}"
-
-
-def change(x: float) -> str:
-    """A difference of scores: one that counts is never written as nothing."""
-    return f"{x:.2g}" if 0 < abs(x) < 0.01 else number(x)
-
-
-def percent(x: float) -> str:
-    return "not known" if math.isnan(x) else f"{100 * x:.1f} %"
-
-
-def interval(low: float, high: float, shown: Callable[[float], str] = number) -> str:
-    """From where to where; of one prompt alone that is not known."""
-    return "-" if math.isnan(low) or math.isnan(high) else f"{shown(low)} to {shown(high)}"
-
-
-def p_value(p: float) -> str:
-    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
-
-
 # -------------------------------------------------------------------------------------------------------------- terminal
 
 
@@ -60,10 +37,7 @@ HEADINGS = ("judge", "base", "tuned", "tuned - base (95 %)", "win rate (95 %)", 
 
 def as_text(values: Values, output: Path) -> str:
     """Markdown: what was compared, one row per judge, details, notes, and where the report is."""
-    rows = [HEADINGS, *(_cells(name, judge) for name, judge in values["judges"].items())]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(HEADINGS))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    lines = table_lines(HEADINGS, [_cells(name, judge) for name, judge in values["judges"].items()])
     details = [
         f"{name}: {key} {number(d['base'])} -> {number(d['tuned'])}"
         for name, judge in values["judges"].items()

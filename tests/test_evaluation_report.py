@@ -14,7 +14,7 @@ from PIL import Image
 
 import reward_models
 from diffalign.errors import UserError
-from pipelines import cli, evaluation, outputs, report_page
+from pipelines import cli, evaluation, outputs, report_page, text_tables
 from pipelines.evaluation import evaluate
 from pipelines.generation import generate
 from pipelines.prompts import Prompt
@@ -278,7 +278,7 @@ def test_commands_report_mistakes_in_one_paragraph(tmp_path, capsys):
     ("x", "shown"), [(2.34e-4, "0.00023"), (-0.0051, "-0.0051"), (0.0, "0.000"), (0.0123, "0.012"), (12.3, "12.30")]
 )
 def test_a_difference_that_counts_is_not_written_as_nothing(x, shown):
-    assert report_page.change(x) == shown
+    assert text_tables.change(x) == shown
     judged = {
         "description": "",
         "base": {"mean": 0.7},

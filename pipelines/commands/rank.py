@@ -85,7 +85,7 @@ def ranked_table(table: pd.DataFrame, judges: list[str], per_prompt: bool = Fals
 
 
 def _text(ranked: pd.DataFrame, judges: list[str]) -> str:
-    from pipelines.markdown import table_lines
+    from pipelines.text_tables import table_lines
 
     many = ranked["prompt"].nunique() > 1
     rows = [

@@ -153,8 +153,7 @@ def _told_of(table: pd.DataFrame, args: argparse.Namespace) -> str:
 def means(table: pd.DataFrame) -> str:
     """A line for each judge: mean with its interval over prompts, lowest, highest, and how many could not be judged."""
     from diffalign.evaluate import mean_with_interval
-    from pipelines.markdown import table_lines
-    from pipelines.report_page import interval
+    from pipelines.text_tables import interval, table_lines
 
     rows = []
     for judge in table.attrs["judges"]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.markdown import table_lines
-from pipelines.report_page import interval
 from pipelines.semantics import Embedding
+from pipelines.text_tables import interval, table_lines
 from pipelines.writers.drift import Drift
 
 if TYPE_CHECKING:
