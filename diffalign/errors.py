@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 INTERRUPTED_STATUS = 130
 """Exit status of a command that was stopped by Ctrl-C, or of training that left a checkpoint on a signal."""
 
@@ -16,3 +19,12 @@ class StaleCacheError(UserError):
 
 class NonFiniteLossError(UserError):
     """Training met a loss that is not a finite number; names the step, the timesteps and the margins."""
+
+
+def did_you_mean(name: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> str:
+    """The hint that follows an error about an unknown name: `` Did you mean 'ddpo'?``, or nothing where no known name is alike.
+
+    ``n`` names at most; ``cutoff``, in [0, 1], is how much alike they have to be (``difflib.get_close_matches``).
+    """
+    near = difflib.get_close_matches(name, list(known), n, cutoff)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

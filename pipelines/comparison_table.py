@@ -8,7 +8,6 @@ Shapes: M = rows of the table, K = different (prompt, sample), S = systems, N = 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import reward_models
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
@@ -121,9 +120,9 @@ def _judge(name: str, facts: Mapping[str, Any] | None, tie_tolerance: float) -> 
 def one_of(name: str, known: Sequence[str], what: str) -> str:
     """The name, if it is known. Raises ``UserError`` that tells the nearest."""
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UserError(f"The table has no {what} {name!r}.{hint} It has {', '.join(known)}.")
+        raise UserError(
+            f"The table has no {what} {name!r}.{did_you_mean(str(name), known, n=3, cutoff=0.5)} It has {', '.join(known)}."
+        )
     return name
 
 

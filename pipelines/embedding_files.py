@@ -6,7 +6,6 @@ Transformers reads; a folder, or an id of the hub.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 from pipelines.text_encoders import Recipe
 
 if TYPE_CHECKING:
@@ -58,10 +57,8 @@ def find(name: str, revision: str | None) -> Source:
 
 def _missing(name: str) -> str:
     names = [*CLIPS, "tiny"]
-    near = difflib.get_close_matches(name, names, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
     return (
-        f"There is no embedding {name!r} (seen from {Path.cwd()}).{meant} "
+        f"There is no embedding {name!r} (seen from {Path.cwd()}).{did_you_mean(name, names)} "
         f"An embedding is {', '.join(names)}, a folder with a text encoder, or an id of the hub (org/name)."
     )
 

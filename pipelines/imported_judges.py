@@ -9,7 +9,6 @@ never are. What stands there is a judge, or a class or function that returns one
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from reward_models._judge import Scorer
@@ -77,8 +76,7 @@ def _parameters(make: Any, place: str) -> dict[str, inspect.Parameter]:
 def _check_options(takes: dict[str, inspect.Parameter], told: Sequence[str] | dict[str, Any], place: str) -> None:
     anything = any(p.kind == p.VAR_KEYWORD for p in takes.values())
     for wrong in () if anything else [option for option in told if option not in takes]:
-        near = difflib.get_close_matches(wrong, takes, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(wrong, takes)
         raise UserError(f"--judge-options: {place} has no option {wrong!r}.{hint} It has: {', '.join(takes) or 'none'}.")
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     needed = [n for n, p in takes.items() if p.default is p.empty and p.kind not in variable and n not in told]
@@ -101,14 +99,13 @@ def _found(place: str) -> Any:
     found = _of_file(Path(where).expanduser()) if where.endswith(".py") else _of_module(where)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise UserError(f"--judges: {where} has no {attribute}{_near(part, found)}.")
+            raise UserError(f"--judges: {where} has no {attribute}.{_hint(part, found)}")
         found = getattr(found, part)
     return found
 
 
-def _near(name: str, within: Any) -> str:
-    near = difflib.get_close_matches(name, [one for one in vars(within) if not one.startswith("_")], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _hint(name: str, within: Any) -> str:
+    return did_you_mean(name, [attribute for attribute in vars(within) if not attribute.startswith("_")])
 
 
 def _of_module(name: str) -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from diffalign import objectives
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 from pipelines import recipes
-from pipelines.markdown import Table
+from pipelines.text_tables import Table
 from pipelines.writers.settings import COMMANDS
 
 WIDTH = 130
@@ -118,9 +117,7 @@ def _helped(field: dataclasses.Field) -> str:
 
 def _refuse_unknown(name: str, known: Sequence[str], what: str) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise UserError(f"No {what} is called {name!r}; there are: {', '.join(known)}.{hint}")
+        raise UserError(f"No {what} is called {name!r}; there are: {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 # --------------------------------------------------------------------------------------------------------------- text

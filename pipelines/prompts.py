@@ -7,7 +7,6 @@ and the test prompts of Pick-a-Pic (Kirstain et al. 2023, arXiv:2305.01569) for 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 
 from diffalign.data.pairs import is_broken
 from diffalign.data.tabs import tab_separated
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 
 SETS: dict[str, str] = {
     "parti": "parti_prompts.tsv",
@@ -114,8 +113,7 @@ def _find(where: str | Path) -> Path:
         return Path(__file__).parent / "prompt_sets" / SETS[where]
     path = Path(where).expanduser()
     if not path.exists():
-        near = difflib.get_close_matches(str(where).lower(), NAMES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(where).lower(), NAMES)
         if " " in str(where).strip() and path.suffix.lower() not in FORMATS:
             hint = " If it is a prompt: --prompts names a list; a single prompt is given by --prompt, where a command has it."
         raise UserError(f"There is no prompt file {str(where)!r}.{hint} Lists that have a name are: {', '.join(NAMES)}.")

@@ -164,7 +164,7 @@ def test_what_other_programs_call_a_setting_names_ours(name: str, ours: str) -> 
 
 
 def test_an_objective_by_its_short_name_is_suggested(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"Did you mean diffusion-dpo\?"):
+    with pytest.raises(UserError, match=r"Did you mean 'diffusion-dpo'\?"):
         objectives.load("dpo")
     for words, near in ((["train", "dpo"], "diffusion-dpo"), (["trian"], "train")):
         with pytest.raises(SystemExit):
@@ -326,5 +326,5 @@ def test_every_recipe_is_valid_and_says_where_it_comes_from(objective: str) -> N
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="Did you mean tiny"):
+    with pytest.raises(UserError, match="Did you mean 'tiny'"):
         recipes.load("diffusion-dpo", "tinny")

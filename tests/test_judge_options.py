@@ -201,7 +201,7 @@ def test_a_judge_of_ones_own_is_named_by_its_place(where: str, own: Path) -> Non
     [
         (["m=my_own_judge:Red"], "Python finds no module my_own_judge. Of a file .* mine=path/to/my_own_judge.py:NAME"),
         (["m=no/where.py:Red"], "there is no file no/where.py"),
-        (["m=my_own_judges:Redd"], "my_own_judges has no Redd; did you mean Red"),
+        (["m=my_own_judges:Redd"], "my_own_judges has no Redd. Did you mean 'Red'"),
         (["m=open_clip:ViT-B-32"], "found 'open_clip:ViT-B-32'; a judge of your own is MODULE:NAME or FILE.py:NAME"),
         (["m=broken.py:Red"], r"broken.py cannot be imported: ZeroDivisionError: .*broken.py, line 3"),
         (["m=my_own_judges:nothing"], "my_own_judges:nothing is int; a judge of your own is a reward_models.PointwiseJudge"),

@@ -196,7 +196,7 @@ def test_the_shipped_configurations(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["devices", "fsdp2"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
     assert cli.main(["devices", "fsdp"]) == 2
-    assert "Did you mean fsdp2?" in capsys.readouterr().err
+    assert "Did you mean 'fsdp2'?" in capsys.readouterr().err
     assert "ACCELERATE_USE_FSDP" not in environment("ddp")
     told = environment("fsdp2")
     deep = environment("zero2")

@@ -134,7 +134,7 @@ def given(**options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("diffusion-dop", {}, "No objective is called 'diffusion-dop'. Did you mean diffusion-d"),
+        ("diffusion-dop", {}, "No objective is called 'diffusion-dop'. Did you mean 'diffusion-d"),
         ("diffusion-dpo", {"seed": -1}, "seed: should be from 0"),
         ("diffusion-dpo", {"tracker": "nonsense"}, "tracker is 'nonsense'; Accelerate knows"),
         ("diffusion-dpo", {"pairs": Dataset.from_dict({"prompt": ["a"]})}, "pairs was given a Dataset.*save data first"),

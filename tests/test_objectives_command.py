@@ -28,8 +28,8 @@ from diffalign.objectives.sft import SFT
 from diffalign.objectives.smpo import SmPO
 from diffalign.references import Frozen, Snapshot
 from pipelines import cli, recipes
-from pipelines.markdown import Table
 from pipelines.objective_tables import WIDTH, to_text
+from pipelines.text_tables import Table
 from pipelines.writers.settings import COMMANDS
 
 
@@ -128,8 +128,8 @@ def test_a_loss_in_full(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["diffusion-dp"], "No objective is called 'diffusion-dp'; there are: d3po, .* Did you mean diffusion-dpo\\?"),
-        (["--losses", "exoo"], "No loss is called 'exoo'; there are: adpo, .* Did you mean exo\\?"),
+        (["diffusion-dp"], "No objective is called 'diffusion-dp'; there are: d3po, .* Did you mean 'diffusion-dpo'\\?"),
+        (["--losses", "exoo"], "No loss is called 'exoo'; there are: adpo, .* Did you mean 'exo'\\?"),
         (["sft", "--markdown"], "--markdown prints the tables; without it, NAME is explained in full."),
     ],
 )

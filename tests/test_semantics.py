@@ -505,7 +505,7 @@ def test_a_sentence_embedding_from_the_hub(hub: Path, bert: Path) -> None:
 
 def test_names_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no embedding 'clipp' .*Did you mean clip\? An embedding is clip, clip-h, tiny, a folder"
+        UserError, match=r"no embedding 'clipp' .*Did you mean 'clip'\? An embedding is clip, clip-h, tiny, a folder"
     ):
         load_embedding("clipp")
     with pytest.raises(UserError, match=r"no embedding '.*/gone'"):

@@ -70,7 +70,7 @@ def load(name: str) -> ModuleType:
     """The module of an objective. Raises UserError that lists the known ones."""
     if name not in names(None):
         near = nearest(name, names())
-        hint = f" Did you mean {near}?" if near else ""
+        hint = f" Did you mean {near!r}?" if near else ""
         raise UserError(f"No objective is called {name!r}.{hint} There are: {', '.join(names())}.")
     return _BROUGHT.get(name) or importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 

@@ -6,11 +6,10 @@ configurations for ``accelerate launch`` in place of runs; ``diffalign devices N
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import UserError
+from diffalign.errors import UserError, did_you_mean
 
 
 def names(objective: str) -> list[str]:
@@ -27,10 +26,9 @@ def load(objective: str, name: str) -> dict[str, Any]:
 
 def path(objective: str, name: str) -> Path:
     """The file of a recipe. Raises UserError that names the nearest one."""
-    if name not in names(objective):
-        close = difflib.get_close_matches(name, names(objective), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise UserError(f"{objective} has no recipe {name!r}; there are: {', '.join(names(objective)) or 'none'}.{hint}")
+    if name not in (known := names(objective)):
+        listed = ", ".join(known) or "none"
+        raise UserError(f"{objective} has no recipe {name!r}; there are: {listed}.{did_you_mean(name, known)}")
     return _folder(objective) / f"{name}.yaml"
 
 
