@@ -1,199 +1,372 @@
-"""The model card: what a result is, how to load it, and how it was made."""
+"""A result of training for other programs: as a LoRA in their layout, or merged, as a whole pipeline or as one file.
+
+Everything starts from the result's folder, which remembers its base (``diffalign.json``). A LoRA that was trained on top of
+others is joined with them into one LoRA of all their ranks, unless it is asked for alone. A prompt writer becomes a folder of
+Transformers or PEFT.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from diffalign.differences import flatten
-from diffalign.written_aside import file_aside, write_file
-from pipelines.families._names import LORA_FILE, PEFT_FILE
-from pipelines.text_tables import table_lines
+import torch
+from torch import Tensor, nn
 
-CARD = "README.md"
-SAMPLES = "samples.png"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from diffalign.errors import UserError
+from diffalign.written_aside import file_aside
+from pipelines import lora_layouts, low_rank, model_spec, peft_layers, single_file
+from pipelines.families import _lora, _loras
+from pipelines.families._files import installed_into, sort_header
+from pipelines.families._names import INDEX_FILE, LORA_FILE, METADATA, NOTE_FILE
+from pipelines.families._origin import Origin
+from pipelines.families._quiet import quietly
+from pipelines.families._reading import read, torch_dtype
+from pipelines.families._registry import registry
+from pipelines.families._sources import find
+from pipelines.low_rank import Layers, Lora
+from pipelines.sampling import SAMPLING_FILE
+from pipelines.writers._sources import is_writer
+
+LAYOUTS = ("diffusers", *lora_layouts.LAYOUTS, "single-file")
 
 
-def write_model_card(
-    output: str | Path,
-    *,
-    objective: str,
-    base: str,
-    recipe: Mapping[str, Any],
-    data: Mapping[str, Any],
-    base_loras: Sequence[str] = (),
-    scores: Mapping[str, Any] | None = None,
-    paper: str | None = None,
-    curves: str | Path | None = None,
-    licence: str | None = None,
-    adapter: str | None = None,
-    pipeline_class: str = "StableDiffusionPipeline",
-    left_out: Sequence[str] = (),
-) -> Path:
-    """Write ``README.md`` into the folder of a finished model, and return its path.
+SINGLE_FILES = ("stable_diffusion", "sdxl")
+"""Families that are written as one file."""
 
-    ``adapter`` is 'lora' or 'none' (the whole pipeline); None goes by the files in ``output``. ``samples.png`` is shown if it is
-    there. Absolute paths are cut to their last part: a card is meant to be given away.
+
+@dataclass(frozen=True)
+class Export:
+    """What to write.
 
     Args:
-        base: the checkpoint that was aligned: a hub id, a path, or 'tiny'.
-        base_loras: files of the LoRAs that were part of what was aligned, in the order they were merged.
-        recipe: the resolved configuration; may be nested.
-        data: what the preference data were (source, counts, fingerprint ...); may be nested.
-        scores: what was measured; its entry ``judges`` (or all of it) has one entry per judge, a mapping of column to number,
-            or to a pair of numbers, an interval.
-        paper: citation of the objective.
-        curves: a picture of the training curves; copied into ``output`` if it lies elsewhere.
-        licence: identifier of the base model's licence, if known.
-        left_out: parts of the pipeline that there are none of, which whoever loads it has to say.
+        result: a folder that ``diffalign train`` or ``diffalign prompts sft|train`` wrote.
+        output: a file that ends in .safetensors; for ``diffusers`` a folder.
+        layout: one of ``LAYOUTS``.
+        merge: of ``diffusers``: the whole pipeline (of a writer: the whole model), with the LoRA merged into its weights.
+        scale: how strong the LoRA is made, 1 being as it was trained. LoRAs below it keep their strength.
+        alone: without the LoRAs that it was trained on top of, to be loaded together with them.
+        dtype: of the tensors; None is float32, for LoRAs and for models.
+        base: the base model, if not the one on record.
+        title: for the header of the file; None is the name of the result's folder.
+        checkpoint: what the run had learnt by a checkpoint, a step or ``latest``, in place of its end.
+    """
+
+    result: str
+    output: Path
+    layout: str = "diffusers"
+    merge: bool = False
+    scale: float = 1.0
+    alone: bool = False
+    dtype: str | None = None
+    base: str | None = None
+    title: str | None = None
+    overwrite: bool = False
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how to use it."""
+
+    path: Path
+    text: str
+
+
+def export(asked: Export) -> Exported:
+    """Write a result in another layout. Nothing half-written is left.
 
     Raises:
-        UserError: the card could not be written; an older one stays.
+        UserError: a result or a base that cannot be read, options that do not go together, a network that has no such layout,
+            an output that is in the way.
     """
-    folder = Path(output)
-    is_lora = (folder / LORA_FILE).is_file() if adapter is None else adapter == "lora"
-    parts = [
-        _front_matter(objective, base, licence, is_lora, folder),
-        _introduction(objective, base, is_lora, paper),
-        _below(base_loras, is_lora),
-        _loading(folder, base, is_lora, pipeline_class, base_loras, left_out),
-        _pictures(folder, curves),
-        "" if not scores else _scores(scores),
-        "## Data\n\n" + table(("field", "value"), flatten(data).items()),
-        "## Configuration\n\n" + table(("field", "value"), flatten(recipe).items()),
-    ]
-    write_file(folder / CARD, "\n".join(part for part in parts if part))
-    return folder / CARD
+    if asked.checkpoint is not None:
+        return _of_checkpoint(asked)
+    if is_writer(asked.result):
+        return _writer(asked)
+    origin = find(asked.result, base=asked.base)
+    whole = asked.merge or asked.layout == "single-file"
+    _check(asked, origin, whole)
+    dtype = torch_dtype(asked.dtype or "float32")
+    made = _whole(asked, origin, dtype) if whole or not origin.adapter else _lora_of(asked, origin, dtype)
+    return replace(made, text=f"{made.text} {origin.own_words}.") if origin.own_words else made
 
 
-def _front_matter(objective: str, base: str, licence: str | None, is_lora: bool, folder: Path) -> str:
-    import yaml
-
-    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if _is_hub_id(base):
-        fields |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
-    if licence:
-        fields["license"] = licence
-    fields["tags"] = [
-        "diffusers",
-        "text-to-image",
-        "preference-alignment",
-        "diffalign",
-        objective,
-        *(["lora"] if is_lora else []),
-    ]
-    if (folder / SAMPLES).is_file():
-        fields["thumbnail"] = SAMPLES
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+def _lora_of(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
+    parts = _loras.hollow_parts(replace(origin, adapter=None, base_loras=()))
+    lora, below = _own(asked, origin, parts), _below(origin, parts)
+    together = lora if asked.alone or not below else low_rank.with_one_alpha(low_rank.joined(below, lora))
+    if asked.layout == "diffusers":
+        return _diffusers(asked, origin, together, parts, dtype, joined=bool(below) and not asked.alone)
+    return _foreign(asked, origin, together, parts, dtype)
 
 
-def _is_hub_id(base: str) -> bool:
-    return bool(_HUB_ID.fullmatch(base)) and not base.startswith(".") and not Path(base).exists()
+def _of_checkpoint(asked: Export) -> Exported:
+    """By way of the result that the run would have been, in a folder that is gone afterwards."""
+    from pipelines.from_checkpoint import result_of_checkpoint
+
+    run = Path(asked.result).expanduser()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / run.absolute().name  # whose name is the title, if there is no other
+        step = result_of_checkpoint(run, asked.checkpoint, result, asked.base)
+        base = None if is_writer(result) else asked.base  # on record: the whole model, whatever training began with
+        done = export(replace(asked, result=str(result), base=base, checkpoint=None))
+    return replace(done, text=f"{done.text} It is the checkpoint of step {step}.")
 
 
-def _introduction(objective: str, base: str, is_lora: bool, paper: str | None) -> str:
-    what, name = "LoRA for" if is_lora else "version of", public(base)
-    lines = [f"# {name}, aligned by {objective}", "", f"This is a {what} `{name}`, trained on preferences with diffalign."]
-    return "\n".join([*lines, f"The method is `{objective}`{f': {paper}' if paper else ''}.", ""])
-
-
-def _below(base_loras: Sequence[str], is_lora: bool) -> str:
-    if not base_loras:
-        return ""
-    names = ", ".join(f"`{PurePath(lora).name}` of `{PurePath(lora).parent.name}`" for lora in base_loras)
-    which = "It works only together with that, as below." if is_lora else "That is part of these weights."
-    return f"What was aligned is the base with a LoRA merged into it: {names}. {which}\n"
-
-
-def _stacked(name: str, base_loras: Sequence[str]) -> list[str]:
-    """Lines that load several LoRAs, to act together."""
-    folders = [(PurePath(lora).parent.name, PurePath(lora).name) for lora in base_loras] + [(name, LORA_FILE)]
-    lines = [
-        f'pipe.load_lora_weights("{folder}", weight_name="{file}", adapter_name="lora_{i}")'
-        for i, (folder, file) in enumerate(folders)
-    ]
-    names = json.dumps([f"lora_{i}" for i in range(len(folders))])
-    return [*lines, f"pipe.set_adapters({names})"]
-
-
-def _loading(
-    folder: Path, base: str, is_lora: bool, pipeline_class: str, base_loras: Sequence[str], left_out: Sequence[str]
-) -> str:
-    without = "".join(f", {part}=None" for part in left_out)
-    name, imports = folder.absolute().name, [f"from diffusers import {pipeline_class}"]
-    if is_lora and base_loras:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}"{without})', *_stacked(name, base_loras)]
-        note = (
-            f"`{public(base)}` stands for the base model, the folders for those of the LoRAs, `{name}` being this one. "
-            "`diffalign export` makes one LoRA of them, or one model."
+def _check(asked: Export, origin: Origin, whole: bool) -> None:
+    """Everything that can be known to be wrong before anything is read."""
+    out = asked.output
+    if asked.layout not in LAYOUTS:
+        raise UserError(f"There is no layout {asked.layout!r}; the layouts are {', '.join(LAYOUTS)}.")
+    if not (asked.scale == asked.scale and 0 < abs(asked.scale) < float("inf")):
+        raise UserError(f"The scale of a LoRA is a number other than 0; got {asked.scale}.")
+    if not origin.adapter:
+        _check_without_lora(asked, origin)
+    if asked.layout == "single-file" and origin.family not in SINGLE_FILES:
+        raise UserError(
+            f"A single file in the original layout is written for Stable Diffusion 1.x, 2.x and XL; this is a "
+            f"{origin.pipeline_class}. Export the whole pipeline instead: --to diffusers --merge."
         )
-    elif is_lora:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{public(base)}"{without})']
-        if (folder / PEFT_FILE).is_file():  # a pipeline without a loader of its own
-            imports.append("from peft import PeftModel")
-            lines.append(f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{name}")')
-        else:
-            lines.append(f'pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")')
-        note = f"`{public(base)}` stands for the base model, `{name}` for this folder."
+    if asked.merge and asked.layout in lora_layouts.LAYOUTS:
+        raise UserError(
+            f"A merged model has no LoRA to write in {asked.layout}'s layout: --to diffusers or single-file, or no --merge."
+        )
+    if asked.alone and whole:
+        raise UserError("A merged model has all LoRAs in it; --alone is for LoRAs.")
+    if asked.alone and not origin.base_loras:
+        raise UserError(f"{asked.result} was not trained on top of another LoRA, so it is alone already: leave --alone out.")
+    if asked.layout == "diffusers":
+        one = "single-file" if asked.merge or not origin.adapter else "kohya or --to comfyui"
+        _check_folder(asked, "Diffusers' layout", f", or --to {one}")
+    elif out.suffix != ".safetensors":
+        raise UserError(f"The layout {asked.layout} is one file, whose name ends in .safetensors; got {out}.")
+    elif out.exists() and (out.is_dir() or not asked.overwrite):
+        raise UserError(f"{out} is there already. Name another, or add --overwrite to replace it.")
+    _check_elsewhere(asked)
+
+
+def _check_folder(asked: Export, what: str, otherwise: str = "") -> None:
+    """Whether the output can be a folder; ``otherwise`` is what to do where a file is wanted."""
+    out = asked.output
+    if out.is_file():
+        raise UserError(f"{out} is a file; {what} is a folder.")
+    if out.suffix.lower() == ".safetensors":
+        raise UserError(f"{what} is a folder, and {out} is the name of a file: give --out {out.with_suffix('')}{otherwise}.")
+    if out.is_dir() and any(out.iterdir()) and not asked.overwrite:
+        raise UserError(f"{out} is not empty. Name another, or add --overwrite to replace files of the same names in it.")
+
+
+def _check_elsewhere(asked: Export) -> None:
+    if asked.output.resolve() == Path(asked.result).expanduser().resolve():
+        raise UserError(f"{asked.output} is the result itself; name another place.")
+
+
+def _check_without_lora(asked: Export, origin: Origin) -> None:
+    if asked.layout in lora_layouts.LAYOUTS:
+        raise UserError(
+            f"{asked.result} is a whole {origin.pipeline_class} and no LoRA, so {asked.layout}'s layout has nothing to hold. "
+            "--to single-file writes it as one file, --to diffusers as a folder."
+        )
+    if asked.scale != 1.0:
+        raise UserError(f"{asked.result} is a whole {origin.pipeline_class}; a scale is for LoRAs.")
+
+
+# --------------------------------------------------------------------------------------------------------------- writers
+
+
+def _writer(asked: Export) -> Exported:
+    """A language model: whole, or its LoRA as PEFT keeps it, with those in it that it was trained on top of."""
+    from pipelines.writers.writer import Writer
+
+    _check_writer(asked)
+    writer = Writer.load(asked.result, dtype=asked.dtype or "float32", base=asked.base)
+    if asked.merge or not writer.origin.adapters:
+        writer.save(asked.output)
+        how = f'a whole language model. In Transformers: AutoModelForCausalLM.from_pretrained("{asked.output}")'
     else:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{name}"{without})']
-        note = f"`{name}` stands for this folder."
-    code = "\n".join([*imports, "", *lines, 'picture = pipe("a prompt").images[0]'])
-    return f"## Use\n\n```python\n{code}\n```\n\n{note}\n"
+        writer.save_adapter(asked.output)
+        how = f'{_counted({"": writer.merged.layers})}. In PEFT: AutoPeftModelForCausalLM.from_pretrained("{asked.output}")'
+    return Exported(asked.output, f"{asked.output}: {how}; here: --writer {asked.output}.")
 
 
-def _pictures(folder: Path, curves: str | Path | None) -> str:
-    lines = []
-    if (folder / SAMPLES).is_file():
-        lines.append(f"## Samples\n\n![Samples at fixed seeds]({SAMPLES})\n")
-    if curves is not None:
-        lines.append(f"## Training\n\n![Training curves]({_beside(folder, Path(curves))})\n")
-    return "\n".join(lines)
+def _check_writer(asked: Export) -> None:
+    """What is asked for must be a folder of Transformers' or PEFT's; both are called ``diffusers`` here."""
+    given = {"--to": asked.layout != "diffusers", "--scale": asked.scale != 1.0, "--alone": asked.alone, "--title": asked.title}
+    if odd := [name for name, it_is in given.items() if it_is]:
+        raise UserError(
+            f"{asked.result} is a prompt writer, a language model; {', '.join(odd)} {'is' if len(odd) == 1 else 'are'} for image "
+            "models. With --merge a writer is written as a whole model for Transformers, without as a LoRA for PEFT."
+        )
+    if asked.dtype and not asked.merge:
+        raise UserError("--dtype is of a writer's whole model (--merge); its LoRA is float32.")
+    _check_folder(asked, "A writer")
+    _check_elsewhere(asked)
 
 
-def _beside(folder: Path, picture: Path) -> str:
-    """The picture's path as seen from ``folder``, after copying it there if it lies elsewhere."""
-    if picture.resolve().is_relative_to(folder.resolve()):
-        return picture.resolve().relative_to(folder.resolve()).as_posix()
-    with file_aside(folder / picture.name) as aside:
-        shutil.copyfile(picture, aside)
-    return picture.name
+# ----------------------------------------------------------------------------------------------------------------- LoRAs
 
 
-def _scores(scores: Mapping[str, Any]) -> str:
-    judges = scores.get("judges", scores)
-    about = flatten({name: value for name, value in scores.items() if name != "judges"}) if "judges" in scores else {}
-    rest = table(("field", "value"), about.items())
-    return f"## Scores\n\n{_judge_table(judges)}" + (f"\n{rest}" if rest.count("\n") > 2 else "")
+def _own(asked: Export, origin: Origin, parts: Mapping[str, nn.Module]) -> Lora:
+    """The result's own LoRA, as strong as asked."""
+    cls = _pipeline_class(origin)
+    return low_rank.scaled(_loras.read_lora(Path(origin.adapter) / LORA_FILE, parts, cls), asked.scale)
 
 
-def _judge_table(judges: Mapping[str, Any]) -> str:
-    rows = {judge: flatten(value) if isinstance(value, Mapping) else {"value": value} for judge, value in judges.items()}
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    return table(("judge", *columns), [(judge, *(row.get(column, "") for column in columns)) for judge, row in rows.items()])
+def _below(origin: Origin, parts: Mapping[str, nn.Module]) -> Lora:
+    """The LoRAs that the result was trained on top of, as one; empty if there are none."""
+    out: Lora = {}
+    for base in origin.base_loras:
+        out = low_rank.joined(out, _loras.read_lora(_loras.checked(base), parts, _pipeline_class(origin)))
+    return out
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table of values as ``public`` words them."""
-    lines = table_lines(head, [[public(value) for value in row] for row in rows], padded=False)
-    return "".join(f"{line}\n" for line in lines)
+def _pipeline_class(origin: Origin) -> type:
+    import diffusers
+
+    return getattr(diffusers, origin.pipeline_class)
 
 
-def public(value: Any) -> str:
-    """A value as text: four digits of a float, no folders of the machine it was made on."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
-        return (" to " if numbers else ", ").join(public(v) for v in value)
-    if isinstance(value, PurePath) or (isinstance(value, str) and os.path.isabs(value)):
-        return PurePath(value).name
-    return str(value)
+def _diffusers(
+    asked: Export, origin: Origin, lora: Lora, parts: Mapping[str, nn.Module], dtype: torch.dtype, joined: bool
+) -> Exported:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {}
+    for component, layers in lora.items():
+        tensors |= {f"{component}.{name}": value for name, value in peft_layers.weights(layers).items()}
+        header |= {f"{component}.{key}": value for key, value in _plain(_peft_config(layers, parts[component])).items()}
+    note: dict[str, Any] = {"kind": "lora", "family": origin.family, "base_model": origin.model}
+    if origin.base_loras and not joined:
+        note["base_loras"] = [base.note() for base in origin.base_loras]
+    if origin.without:
+        note["without"] = list(origin.without)
+    if origin.config:
+        note["config"] = origin.config
+    with installed_into(asked.output) as folder:
+        metadata = {"format": "pt", METADATA: json.dumps(header, indent=2, sort_keys=True)}
+        save_file(_stored(tensors, dtype), folder / LORA_FILE, metadata=metadata)
+        sort_header(folder / LORA_FILE)
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        if alone := _part_without_loader(origin):
+            layers = lora[alone]
+            _lora.write_as_peft(folder, _stored(peft_layers.weights(layers), dtype), _peft_config(layers, parts[alone]))
+    how = f'pipe.load_lora_weights("{asked.output}", weight_name="{LORA_FILE}")'
+    if alone:
+        how = (
+            f'pipe.{alone} = peft.PeftModel.from_pretrained(pipe.{alone}, "{asked.output}"), for its pipeline has no LoRA loader'
+        )
+    return Exported(asked.output, f"{asked.output}: {_counted(lora)}. In Diffusers: {how}")
+
+
+def _part_without_loader(origin: Origin) -> str:
+    """The network, where its pipeline has no loader for LoRA, so that PEFT's own has to do; otherwise nothing."""
+    return "" if _lora.loads_with_diffusers(_pipeline_class(origin)) else registry()[origin.family].NETWORK
+
+
+def _peft_config(layers: Layers, network: nn.Module) -> Any:
+    return peft_layers.config(layers, [n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))])
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """As it stands in a file's header, where there are no sets."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def _foreign(asked: Export, origin: Origin, lora: Lora, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> Exported:
+    tensors = lora_layouts.written(lora, parts, asked.layout)
+    network = parts[lora_layouts.network_of(parts)]
+    rank, alpha = peft_layers.most_common(lora[lora_layouts.network_of(parts)])
+    header = model_spec.of_lora(
+        parts, _prediction(origin), title=_title(asked), resolution=_resolution(origin, network), rank=rank, alpha=alpha
+    )
+    alphas = {name: value for name, value in tensors.items() if name.endswith(lora_layouts.ALPHA)}
+    _write_file(asked.output, {**_stored(tensors, dtype), **alphas}, header)  # alphas stay exact
+    return Exported(asked.output, f"{asked.output}: {_counted(lora)} in {asked.layout}'s layout.")
+
+
+def _counted(lora: Lora) -> str:
+    rank, alpha = peft_layers.most_common(next(iter(lora.values())))
+    return f"a LoRA of {sum(map(len, lora.values()))} layers, rank {rank}, alpha {alpha:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------- whole models
+
+
+def _whole(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
+    pipe = read(replace(origin, adapter=None), dtype=torch.float32, others=torch.float32, whole=True)
+    if origin.adapter:
+        for component, layers in _own(asked, origin, _loras.parts_of(pipe)).items():
+            low_rank.merge(layers, getattr(pipe, component), origin.adapter)
+    if asked.layout == "single-file":
+        network = getattr(pipe, registry()[origin.family].NETWORK)
+        tensors = single_file.tensors(pipe)
+        resolution = network.config.sample_size * pipe.vae_scale_factor
+        prediction = pipe.scheduler.config.get("prediction_type", "")
+        header = model_spec.of_checkpoint(network, prediction, title=_title(asked), resolution=resolution)
+        _write_file(asked.output, _stored(tensors, dtype), header)
+        return Exported(asked.output, f"{asked.output}: the whole model in one file, {len(tensors)} tensors.")
+    with installed_into(asked.output, last=INDEX_FILE) as folder, quietly():
+        pipe.to(dtype=dtype).save_pretrained(folder)
+        note = {"kind": "pipeline", "family": origin.family, "base_model": origin.model}
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        advice = Path(origin.place) / SAMPLING_FILE
+        if advice.is_file():
+            shutil.copyfile(advice, folder / SAMPLING_FILE)
+    return Exported(
+        asked.output, f'{asked.output}: the whole model. In Diffusers: DiffusionPipeline.from_pretrained("{asked.output}")'
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- details
+
+
+def _title(asked: Export) -> str:
+    return asked.title or Path(asked.result).expanduser().resolve().name
+
+
+def _prediction(origin: Origin) -> str:
+    return _scheduler(origin).get("prediction_type", "")
+
+
+def _scheduler(origin: Origin) -> Mapping[str, Any]:
+    """The scheduler's configuration, where it can be had without reading the model."""
+    import diffusers
+
+    if origin.configured_at is None:
+        return origin.marks.of_scheduler
+    return {**diffusers.DDIMScheduler.load_config(origin.configured_at, subfolder="scheduler"), **origin.marks.of_scheduler}
+
+
+def _resolution(origin: Origin, network: nn.Module) -> int:
+    """Pixels on a side that the network was made for."""
+    import diffusers
+
+    size = network.config.get("sample_size") or 128  # FLUX does not say; it was made for a million pixels
+    if origin.configured_at is None:
+        return 8 * size
+    channels = diffusers.AutoencoderKL.load_config(origin.configured_at, subfolder="vae")["block_out_channels"]
+    return size * 2 ** (len(channels) - 1)
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", dtype).contiguous().clone() for name, value in tensors.items()}
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Beside the place, then into it.
+
+    Raises:
+        UserError: it could not be written; what was there is untouched.
+    """
+    from safetensors.torch import save_file
+
+    with file_aside(path) as aside:
+        save_file(dict(tensors), aside, metadata=dict(header))
+        sort_header(aside)

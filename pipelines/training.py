@@ -32,13 +32,13 @@ from diffalign.weights import TrainedWeights
 from pipelines import config, devices, families, ingredients, memory_presets, own_judges, previews, run, shares
 from pipelines.curves import draw_curves
 from pipelines.evaluation import evaluate, load_panel
-from pipelines.export import SAMPLES, write_model_card
 from pipelines.families import _quantised
 from pipelines.families._origin import BaseLora
 from pipelines.families._sources import find_loras
 from pipelines.image_settings import EvaluationSettings, TrainSettings, remarks
 from pipelines.ingredients import Prepared
 from pipelines.judge_options import load_judges
+from pipelines.model_card import SAMPLES, write_model_card
 from pipelines.outputs import write_json
 from pipelines.own_judges import OwnJudge
 from pipelines.progress import Bar

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pipelines import families
 from pipelines.cli import main
 from pipelines.commands import export as command
-from pipelines.exporting import LAYOUTS
+from pipelines.export import LAYOUTS
 from pipelines.families._names import LORA_FILE, NOTE_FILE
 from pipelines.families._quiet import quietly
 

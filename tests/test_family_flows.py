@@ -25,7 +25,7 @@ from diffalign.solvers import Guided
 from diffalign.sources.rollout import Sampling, chain, rollout
 from pipelines import cli, families, sampling
 from pipelines.evaluation import evaluate
-from pipelines.exporting import Export, export
+from pipelines.export import Export, export
 from pipelines.families import _reading, flux
 from pipelines.generation import generate
 from pipelines.image_settings import EvaluationSettings

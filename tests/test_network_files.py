@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.errors import UserError
 from pipelines import cli, families
-from pipelines.exporting import Export, export
+from pipelines.export import Export, export
 from pipelines.families._denoiser import working_dtype
 from pipelines.training import align
 

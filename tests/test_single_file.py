@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from diffalign.errors import UserError
 from pipelines import families, single_file
 from pipelines.cli import main
-from pipelines.exporting import Export, export
+from pipelines.export import Export, export
 from pipelines.families._quiet import quietly
 from pipelines.tiny import model as tiny
 from pipelines.training import align

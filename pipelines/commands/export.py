@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write, and say how to use it; 0 when everything is written."""
-    from pipelines.exporting import Export, export
+    from pipelines.export import Export, export
 
     asked = Export(
         args.result,

@@ -9,7 +9,7 @@ from typing import Any
 from diffalign.differences import flatten
 from diffalign.written_aside import write_file
 from pipelines import config
-from pipelines.export import CARD, public, table
+from pipelines.model_card import CARD, public, table
 from pipelines.writers.sampling import MAX_REWRITE_TOKENS
 from pipelines.writers.settings import PromptTrainSettings
 from pipelines.writers.writer import Writer

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffalign.errors import UserError
 from pipelines import families
-from pipelines.export import write_model_card
+from pipelines.model_card import write_model_card
 
 RECIPE = {
     "steps": 200,
