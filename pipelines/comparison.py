@@ -26,7 +26,7 @@ from diffalign.errors import UserError
 from pipelines import comparison_numbers as numbers
 from pipelines import markdown, outputs
 from pipelines.comparison_notes import notes_on
-from pipelines.comparison_table import Judge, Pairs, Rows, judges_of, one_of, pair_up, read
+from pipelines.comparison_table import JudgeColumn, Pairs, ScoreRows, judges_of, one_of, pair_up, read
 from pipelines.text_tables import in_cell
 
 if TYPE_CHECKING:
@@ -212,7 +212,12 @@ def _check_settings(n_boot: int, level: float) -> None:
 
 
 def _provenance(
-    table: pd.DataFrame, rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], by: str | None, boot: Mapping[str, Any]
+    table: pd.DataFrame,
+    rows: ScoreRows,
+    judges: Sequence[JudgeColumn],
+    paired: Sequence[Pairs],
+    by: str | None,
+    boot: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the numbers rest on; facts that the table holds about a judge are carried over."""
     from importlib import metadata

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.comparison_numbers import MACRO
-from pipelines.comparison_table import Judge, Pairs, Rows
+from pipelines.comparison_table import JudgeColumn, Pairs, ScoreRows
 from pipelines.counterparts import name_of
 from pipelines.text_tables import count
 
@@ -20,7 +20,7 @@ MANY_TIES = 0.05
 
 
 def notes_on(
-    rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], win_rates: pd.DataFrame, by_category: pd.DataFrame
+    rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], win_rates: pd.DataFrame, by_category: pd.DataFrame
 ) -> list[str]:
     """What a reader should know before believing the numbers."""
     return [
@@ -36,7 +36,7 @@ def rough(prompts: int) -> str:
     return f"below {FEW_PROMPTS} the intervals are rough" if prompts < FEW_PROMPTS else ""
 
 
-def _notes_on_pairing(rows: Rows, paired: Sequence[Pairs]) -> list[str]:
+def _notes_on_pairing(rows: ScoreRows, paired: Sequence[Pairs]) -> list[str]:
     notes = []
     for p in paired:
         prompts = len(set(rows.prompt[p.a]))
@@ -68,7 +68,7 @@ def _notes_on_pairing(rows: Rows, paired: Sequence[Pairs]) -> list[str]:
     return notes
 
 
-def _paired_by_order(rows: Rows, p: Pairs) -> int:
+def _paired_by_order(rows: ScoreRows, p: Pairs) -> int:
     """Pairs that the prompt alone does not make, as there are several pictures of it or it is not known, nor seed or name."""
     system, picture, seed, text = (rows.columns[key] for key in ("system", "picture", "seed", "prompt"))
     of_prompt = Counter(zip(system, rows.prompt))
@@ -95,7 +95,7 @@ def _notes_on_scores(row: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _notes_on_judges(judges: Sequence[Judge]) -> list[str]:
+def _notes_on_judges(judges: Sequence[JudgeColumn]) -> list[str]:
     lower = [judge.name for judge in judges if not judge.higher_is_better]
     unknown = [judge.name for judge in judges if not judge.known]
     notes = []
@@ -109,7 +109,7 @@ def _notes_on_judges(judges: Sequence[Judge]) -> list[str]:
     return notes
 
 
-def _notes_on_categories(rows: Rows, paired: Sequence[Pairs], by_category: pd.DataFrame) -> list[str]:
+def _notes_on_categories(rows: ScoreRows, paired: Sequence[Pairs], by_category: pd.DataFrame) -> list[str]:
     if by_category.empty:
         return []
     notes = []

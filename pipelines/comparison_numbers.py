@@ -16,7 +16,7 @@ import numpy as np
 
 from diffalign import evaluate as statistics
 from diffalign import multiple_comparisons
-from pipelines.comparison_table import Judge, Pairs, Rows
+from pipelines.comparison_table import JudgeColumn, Pairs, ScoreRows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ _CATEGORY_COLUMNS = (
 _RANKING_COLUMNS = ("judge", "system", "rank", "rank_low", "rank_high", "first", "strength", "low", "high", "elo", "games")
 
 
-def means(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
+def means(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
     base = rows.grid[:, rows.systems.index(paired[0].baseline)]
     partnered = base[np.isin(base, np.concatenate([p.a for p in paired]))]
     used = {paired[0].baseline: partnered, **{p.system: p.b for p in paired}}
@@ -54,11 +54,11 @@ def means(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], boot: Ma
     return _frame(out)
 
 
-def win_rates(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
+def win_rates(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
     return _frame([_win_row(rows, judge, pairs, boot) for judge in judges for pairs in paired])
 
 
-def _win_row(rows: Rows, judge: Judge, pairs: Pairs, boot: Mapping[str, Any]) -> dict[str, Any]:
+def _win_row(rows: ScoreRows, judge: JudgeColumn, pairs: Pairs, boot: Mapping[str, Any]) -> dict[str, Any]:
     a, b, prompts = rows.scores[judge.name][pairs.a], rows.scores[judge.name][pairs.b], rows.prompt[pairs.a]
     won = statistics.win_rate(judge.sign * a, judge.sign * b, groups=prompts, tie_tolerance=judge.tie_tolerance, **boot)
     change = statistics.paired_difference(a, b, groups=prompts, **boot)
@@ -98,7 +98,7 @@ def _won(won: statistics.WinRate) -> dict[str, Any]:
     }
 
 
-def _preference(judge: Judge, difference: np.ndarray) -> np.ndarray:
+def _preference(judge: JudgeColumn, difference: np.ndarray) -> np.ndarray:
     """The probability [N] that the judge's own model gives to the system's picture; NaN where it defines none.
 
     P(b before a) = sigmoid(sharpness * (s_b - s_a)), as PickScore, HPSv2 and ImageReward were trained.
@@ -111,11 +111,11 @@ def _preference(judge: Judge, difference: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- categories
 
 
-def by_category(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
+def by_category(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
     return _frame([row for j in judges for p in paired for row in _category_rows(rows, j, p, boot)], _CATEGORY_COLUMNS)
 
 
-def _category_rows(rows: Rows, judge: Judge, pairs: Pairs, boot: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _category_rows(rows: ScoreRows, judge: JudgeColumn, pairs: Pairs, boot: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per category in order of appearance, and the macro average; nothing where no pair has a category."""
     categories = rows.categories_of(pairs)
     out = []
@@ -163,12 +163,12 @@ def _macro(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ more than two systems
 
 
-def ranking(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
+def ranking(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
     """Without rows where there are two systems only."""
     return _frame([row for j in judges for row in _ranks(rows, j, boot)] if len(paired) > 1 else [], _RANKING_COLUMNS)
 
 
-def _ranks(rows: Rows, judge: Judge, boot: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _ranks(rows: ScoreRows, judge: JudgeColumn, boot: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Strengths of all systems from all their pairs, strongest first; intervals from the prompts drawn anew."""
     wins = _wins_by_prompt(rows, judge)  # [G, S, S]
     if len(wins) == 0:
@@ -193,7 +193,7 @@ def _ranks(rows: Rows, judge: Judge, boot: Mapping[str, Any]) -> list[dict[str, 
     ]
 
 
-def _wins_by_prompt(rows: Rows, judge: Judge) -> np.ndarray:
+def _wins_by_prompt(rows: ScoreRows, judge: JudgeColumn) -> np.ndarray:
     """How often system i beat system j on each prompt, ties half, [G, S, S]; prompts without a game are left out."""
     there = rows.grid >= 0
     score = np.where(there, judge.sign * rows.scores[judge.name][rows.grid], np.nan)  # [K, S]
@@ -212,7 +212,7 @@ def _wins_by_prompt(rows: Rows, judge: Judge) -> np.ndarray:
 # ------------------------------------------------------------------------------- agreement of the judges, and the pairs
 
 
-def correlations(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs]) -> pd.DataFrame:
+def correlations(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs]) -> pd.DataFrame:
     import pandas as pd
 
     a, b = np.concatenate([p.a for p in paired]), np.concatenate([p.b for p in paired])
@@ -222,7 +222,7 @@ def correlations(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs]) -
     return pd.concat(frames, names=["over", "judge"])
 
 
-def pairs_frame(rows: Rows, judges: Sequence[Judge], paired: Sequence[Pairs]) -> pd.DataFrame:
+def pairs_frame(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs]) -> pd.DataFrame:
     import pandas as pd
 
     def frame(pairs: Pairs) -> pd.DataFrame:

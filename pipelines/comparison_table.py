@@ -30,7 +30,9 @@ _INDEX = "Unnamed: "  # what pandas calls the index that to_csv wrote
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeColumn:
+    """A judge whose scores are a column of the table, and how that column is to be read."""
+
     name: str
     higher_is_better: bool
     sharpness: float | None
@@ -44,8 +46,8 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The table, checked."""
+class ScoreRows:
+    """The checked table as arrays."""
 
     systems: list[str]
     grid: np.ndarray  # [K, S] row of the table, -1 where a system has no such picture
@@ -73,7 +75,7 @@ class Pairs:
     baseline_alone: int
 
 
-def judges_of(table: pd.DataFrame, wanted: str | Sequence[str] | None, by: str | None, tie_tolerance: Any) -> list[Judge]:
+def judges_of(table: pd.DataFrame, wanted: str | Sequence[str] | None, by: str | None, tie_tolerance: Any) -> list[JudgeColumn]:
     """Those that are wanted, or all. Raises ``UserError`` where the table has no such scores."""
     from pandas.api import types
 
@@ -110,9 +112,9 @@ def judges_of(table: pd.DataFrame, wanted: str | Sequence[str] | None, by: str |
     return [_judge(name, table.attrs.get("judges", {}).get(name), float(tolerances.get(name, 0.0))) for name in names]
 
 
-def _judge(name: str, facts: Mapping[str, Any] | None, tie_tolerance: float) -> Judge:
+def _judge(name: str, facts: Mapping[str, Any] | None, tie_tolerance: float) -> JudgeColumn:
     known = facts or {}
-    return Judge(
+    return JudgeColumn(
         name, bool(known.get("higher_is_better", True)), known.get("sharpness"), tie_tolerance, "higher_is_better" in known
     )
 
@@ -126,7 +128,7 @@ def one_of(name: str, known: Sequence[str], what: str) -> str:
     return name
 
 
-def read(table: pd.DataFrame, judges: Sequence[Judge], by: str | None) -> Rows:
+def read(table: pd.DataFrame, judges: Sequence[JudgeColumn], by: str | None) -> ScoreRows:
     """The table, if every picture in it is told apart and there are two systems. Raises ``UserError`` otherwise."""
     missing = [c for c in _NEEDED if c not in table.columns]
     if missing:
@@ -145,7 +147,7 @@ def read(table: pd.DataFrame, judges: Sequence[Judge], by: str | None) -> Rows:
     grid = np.full((key.max() + 1, len(systems)), -1)
     grid[key, [systems.index(str(s)) for s in table["system"]]] = np.arange(len(table))
     columns = {c: _objects(table, c) for c in KEYS}
-    return Rows(
+    return ScoreRows(
         systems=systems,
         grid=grid,
         prompt=_prompts(columns["prompt"], columns["prompt_id"]),
@@ -179,7 +181,7 @@ def _prompts(texts: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.array([seen.setdefault(("text", text) if text else ("id", i), len(seen)) for text, i in zip(texts, ids)])
 
 
-def pair_up(rows: Rows, baseline: str, system: str) -> Pairs:
+def pair_up(rows: ScoreRows, baseline: str, system: str) -> Pairs:
     """Pictures with a partner.
 
     Raises:
@@ -203,7 +205,7 @@ def pair_up(rows: Rows, baseline: str, system: str) -> Pairs:
     return pairs
 
 
-def _example(rows: Rows, of_system: np.ndarray) -> str:
+def _example(rows: ScoreRows, of_system: np.ndarray) -> str:
     row = of_system[of_system >= 0][0]
     without = "" if rows.columns["prompt"][row] else " (without a prompt)"
     return f"prompt_id {rows.columns['prompt_id'][row]}, sample {rows.columns['sample'][row]}{without}"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data.pairs import Progress, RowProblem, UnreadableImage
 from diffalign.data.table import PairTable, StoredPair
 from diffalign.errors import UserError
-from pipelines.relabel_files import ENDINGS, Picture, TableWriter, is_parquet
-from pipelines.relabel_report import Agreement, Relabelled, agreement
+from pipelines.relabel_files import ENDINGS, PictureCell, TableWriter, is_parquet
+from pipelines.relabel_report import JudgeAgreement, Relabelled, agreement
 from pipelines.relabel_scores import BATCHES_AT_ONCE, check_scorers, key, opened, parts, reason_without, score_shown
 from pipelines.relabel_verdict import JudgedPair, Verdict, check_columns
 
@@ -179,7 +179,7 @@ class _Work:
     # ----------------------------------------------------------------------------------------------------------------- rows
 
     def rows(self, pairs: Sequence[JudgedPair]) -> Iterator[dict[str, Any]]:
-        """As they are written, pictures as ``Picture``; those that are dropped are counted only."""
+        """As they are written, pictures as ``PictureCell``; those that are dropped are counted only."""
         for pair in pairs:
             self._prompts.append(pair.prompt)
             self._ties.append(pair.tie)
@@ -189,7 +189,7 @@ class _Work:
                 self._dropped[reason] += 1
                 continue
             self.written += 1
-            pictures = map(Picture, pair.stored.images, pair.content)
+            pictures = map(PictureCell, pair.stored.images, pair.content)
             label = self.verdict.label(pair)
             self._changed += label != pair.human
             yield {
@@ -218,7 +218,7 @@ class _Work:
             changed=self._changed,
         )
 
-    def _agreement(self, name: str) -> Agreement:
+    def _agreement(self, name: str) -> JudgeAgreement:
         import numpy as np
 
         sign = 1.0 if self.judges[name].info.higher_is_better else -1.0

@@ -30,8 +30,8 @@ def is_parquet(out: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A cell: where the picture is, and its bytes; None if they cannot be had."""
+class PictureCell:
+    """A picture in a row: where it is stored, and its bytes; None if they cannot be read."""
 
     source: ImageSource
     content: bytes | None
@@ -102,7 +102,7 @@ class _Parquet:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            cells = {name: cell.content if isinstance(cell, Picture) else cell for name, cell in row.items()}
+            cells = {name: cell.content if isinstance(cell, PictureCell) else cell for name, cell in row.items()}
             self._rows.append(cells)
             self._bytes += sum(len(cells[name] or b"") for name in self._pictures)
         if self._bytes >= _ROW_GROUP:
@@ -175,7 +175,7 @@ class _Listing:
                 self._file.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
 
     def _cell(self, cell: Any) -> Any:
-        if not isinstance(cell, Picture):
+        if not isinstance(cell, PictureCell):
             return None if isinstance(cell, float) and math.isnan(cell) else cell
         if cell.source.path is None:
             raise UserError("A picture is inside of the data, and a list holds paths only; write .parquet.")

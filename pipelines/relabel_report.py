@@ -21,8 +21,11 @@ LISTED = 10  # of what cannot be used, in the text
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """A judge and the human. ``quarters``: from the closest pairs to the clearest, (margin from, to, pairs, conflicts)."""
+class JudgeAgreement:
+    """How often a judge agrees with the human.
+
+    ``quarters``: (margin from, to, pairs, conflicts) of each quarter of the pairs, the closest pairs first.
+    """
 
     judge: str
     judged: int  # pairs with both scores
@@ -38,7 +41,7 @@ class Relabelled:
     description: str
     pairs: int  # that could be used
     ties: int
-    agreements: tuple[Agreement, ...]
+    agreements: tuple[JudgeAgreement, ...]
     unreadable: tuple[tuple[str, str], ...]  # pictures; their pairs are written without scores
     unusable: tuple[tuple[str, str], ...]  # rows; not written
     dropped: dict[str, int]  # by reason
@@ -89,14 +92,14 @@ def problem_lines(unreadable: Sequence[tuple[str, str]], unusable: Sequence[tupl
             yield from [f"  ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
 
 
-def _agreement_row(a: Agreement) -> list[str]:
+def _agreement_row(a: JudgeAgreement) -> list[str]:
     if (r := a.rate) is None:
         return [a.judge, str(a.judged), "0", *["-"] * 4]
     decided = str(r.wins + r.ties + r.losses)
     return [a.judge, str(a.judged), decided, f"{r.rate:.1%}", f"{r.low:.1%} to {r.high:.1%}", str(r.losses), str(r.ties)]
 
 
-def agreement(judge: str, scores: NDArray, ties: Sequence[bool], prompts: Sequence[str]) -> Agreement:
+def agreement(judge: str, scores: NDArray, ties: Sequence[bool], prompts: Sequence[str]) -> JudgeAgreement:
     """Of N pairs, ``scores`` [N, 2] of the human's winner and loser, the higher the better; NaN where there is none."""
     import numpy as np
 
@@ -106,10 +109,10 @@ def agreement(judge: str, scores: NDArray, ties: Sequence[bool], prompts: Sequen
     counts = ~np.array(ties) & judged
     winner, loser = scores[counts].T
     if len(winner) == 0:
-        return Agreement(judge, int(judged.sum()), None, ())
+        return JudgeAgreement(judge, int(judged.sum()), None, ())
     groups = [prompt for prompt, counted in zip(prompts, counts, strict=True) if counted]
     rate = win_rate(loser, winner, groups=groups, n_boot=REPLICATES)
-    return Agreement(judge, int(judged.sum()), rate, _quarters(winner - loser))
+    return JudgeAgreement(judge, int(judged.sum()), rate, _quarters(winner - loser))
 
 
 def _quarters(margins: NDArray) -> tuple[tuple[float, float, int, int], ...]:

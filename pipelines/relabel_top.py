@@ -20,7 +20,7 @@ from diffalign.data.pairs import Progress, RowProblem, UnreadableImage
 from diffalign.data.table import PairTable, Shown
 from diffalign.errors import UserError
 from pipelines.relabel import check_output
-from pipelines.relabel_files import Picture, TableWriter
+from pipelines.relabel_files import PictureCell, TableWriter
 from pipelines.relabel_report import problem_lines
 from pipelines.relabel_scores import BATCHES_AT_ONCE, check_scorers, key, known, opened, parts, reason_without, score_shown
 
@@ -146,7 +146,7 @@ class _Candidate:
 def _row(candidate: _Candidate, judges: Mapping[str, Scorer], by: str) -> dict[str, Any]:
     shown = candidate.shown
     cells = {f"{name}_score": known(score) for name, score in zip(judges, candidate.scores, strict=True)}
-    picture = Picture(shown.image, shown.image.read_bytes())
+    picture = PictureCell(shown.image, shown.image.read_bytes())
     score = known(candidate.by_judge(judges, by))
     return {"prompt": shown.prompt, "image": picture, "score": score, **cells, "origin": candidate.place}
 

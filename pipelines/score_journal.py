@@ -19,7 +19,7 @@ Entry = tuple[list[list[float]], dict[int, str]]
 """Scores of each judge, and why pictures could not be read, by their numbers."""
 
 
-class Journal:
+class ScoreJournal:
     """The journal of the table ``out``."""
 
     def __init__(self, out: Path) -> None:

@@ -3,8 +3,8 @@
     table = score_table({"base": "pictures/base", "tuned": "pictures/tuned"}, "prompts.jsonl", ["pickscore", "clip"])
 
 One row per picture, with the columns ``KEYS`` of ``pipelines.comparison_table`` and one column per judge; ``compare(table)``
-goes on from there. All pictures go through the judges in one pass (``reward_models._scoring``). With a ``Journal`` the pass can
-be cut off at any time and goes on where it was, in whole batches, so that the table is the same to the bit.
+goes on from there. All pictures go through the judges in one pass (``reward_models._scoring``). With a ``ScoreJournal`` the pass
+can be cut off at any time and goes on where it was, in whole batches, so that the table is the same to the bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.comparison_table import KEYS
 from pipelines.counterparts import numbered
 from pipelines.own_judges import judge_digest, provenance_of
 from pipelines.picture_prompts import NAMED, pictures_with_prompts, prompts_and_pictures_of_dataset
-from pipelines.score_journal import Journal
+from pipelines.score_journal import ScoreJournal
 from reward_models._pictures import ENDINGS, Pictures, list_folder
 from reward_models.base import JudgeError, check_text
 
@@ -274,7 +274,7 @@ def score_sheet(
     sheet: Sheet,
     panel: Mapping[str, Scorer],
     *,
-    journal: Journal | None = None,
+    journal: ScoreJournal | None = None,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
     batch_size: int = BATCH,

@@ -24,7 +24,7 @@ from pipelines import cli, scoring
 from pipelines.comparison import compare
 from pipelines.counterparts import numbered
 from pipelines.judge_options import load_judges
-from pipelines.score_journal import Journal
+from pipelines.score_journal import ScoreJournal
 from pipelines.scoring import read_table, score_table
 from pipelines.tiny import scenes
 from reward_models import jpeg
@@ -79,7 +79,7 @@ def test_a_table_in_every_format(ending: str, folder: Path, tmp_path: Path, caps
     assert told["versions"]["torch"] == metadata.version("torch")
     printed = capsys.readouterr().out
     assert "| tiny-pickscore |" in printed.replace("tiny-pickscore  ", "tiny-pickscore ") and "12 pictures" in printed
-    assert list(tmp_path.iterdir()) and not Journal(out).parts
+    assert list(tmp_path.iterdir()) and not ScoreJournal(out).parts
 
 
 def test_the_mean_over_one_prompt_has_no_interval(tmp_path: Path, capsys) -> None:
@@ -321,7 +321,7 @@ def words(pictures: Path, out: Path) -> list[str]:
 
 def done(out: Path) -> int:
     """Batches in the journals."""
-    return sum(max(0, part.read_bytes().count(b"\n") - 1) for part in Journal(out).parts)
+    return sum(max(0, part.read_bytes().count(b"\n") - 1) for part in ScoreJournal(out).parts)
 
 
 def test_a_thousand_pictures_killed_half_way_give_the_same_table(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_thousand_pictures_killed_half_way_give_the_same_table(tmp_path: Path)
     one, two = read_table(tmp_path / "whole.parquet"), read_table(out)
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert one["tiny-pickscore"].isna().sum() == 20 and one.attrs["unreadable"] == 20
-    assert not Journal(out).parts
+    assert not ScoreJournal(out).parts
 
 
 def test_what_was_done_is_not_done_again(
@@ -367,13 +367,13 @@ def test_what_was_done_is_not_done_again(
 
 
 def test_a_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "t.csv")
+    journal = ScoreJournal(tmp_path / "t.csv")
     journal.begin("p", 0)
     journal.add(0, [[1.5, float("nan")]], {1: "no picture"})
     journal.add(1, [[2.5, 3.5]], {})
     (part,) = journal.parts
     part.write_bytes(part.read_bytes()[:-5])
-    again = Journal(tmp_path / "t.csv")
+    again = ScoreJournal(tmp_path / "t.csv")
     known = again.begin("p", 0)
     assert list(known) == [0] and known[0][0][0][0] == 1.5 and np.isnan(known[0][0][0][1]) and known[0][1] == {1: "no picture"}
     again.add(1, [[2.5, 3.5]], {})
@@ -382,7 +382,7 @@ def test_a_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
 
 def test_a_journal_of_something_else_is_not_gone_on_with(folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "s.csv"
-    journal = Journal(out)
+    journal = ScoreJournal(out)
     journal.begin("another purpose", 0)
     journal.add(0, [[1.0] * 12], {})
     assert run("score", folder, "--judges", "jpeg", "--out", out) == 2
@@ -419,7 +419,7 @@ def test_two_processes_share_the_pictures_and_one_table_comes_out(folder: Path, 
     assert run(*words[2:], "--out", tmp_path / "one.parquet") == 0
     one, two = read_table(tmp_path / "one.parquet"), read_table(tmp_path / "two.parquet")
     pd.testing.assert_frame_equal(one, two, check_exact=True)
-    assert not Journal(tmp_path / "two.parquet").parts
+    assert not ScoreJournal(tmp_path / "two.parquet").parts
 
 
 def test_every_batch_has_one_process(folder: Path, tmp_path: Path) -> None:
@@ -427,11 +427,11 @@ def test_every_batch_has_one_process(folder: Path, tmp_path: Path) -> None:
     sheet = scoring.sheet_of([folder])
     taken = []
     for rank in (1, 2, 0):  # the first makes the table, so it goes last here; the others' barriers are passed at once
-        journal = Journal(tmp_path / "t.csv")
+        journal = ScoreJournal(tmp_path / "t.csv")
         journal.begin(scoring._purpose(sheet, list(panel.values()), 2), rank)
         table = scoring.score_sheet(sheet, panel, journal=_Blind(journal), share=(rank, 3), batch_size=2) if rank else None
         taken.append(table)
-    journal = Journal(tmp_path / "t.csv")
+    journal = ScoreJournal(tmp_path / "t.csv")
     table = scoring.score_sheet(sheet, panel, journal=_Blind(journal), share=(0, 3), batch_size=2)
     assert taken == [None] * 3
     assert table["jpeg"].tolist() == reward_models.load("jpeg").score(folder).tolist()
@@ -440,7 +440,7 @@ def test_every_batch_has_one_process(folder: Path, tmp_path: Path) -> None:
 class _Blind:
     """A journal that begins before any other process has written, as the barrier sees to."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: ScoreJournal) -> None:
         self._journal = journal
 
     def begin(self, purpose: str, rank: int) -> dict:

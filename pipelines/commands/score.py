@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from pipelines import outputs, scoring
     from pipelines.judge_options import judges_from, scoring_arguments
     from pipelines.progress import Bar
-    from pipelines.score_journal import Journal
+    from pipelines.score_journal import ScoreJournal
     from pipelines.shares import processes
     from reward_models.base import JudgeError
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     for file in filter(None, (args.plot, args.report)):
         outputs.check_file(file, args.overwrite)
     args.device = args.device or device
-    journal = Journal(out)
+    journal = ScoreJournal(out)
     if args.overwrite and share[0] == 0:
         journal.remove()
     wait()  # or another process's new journal would be removed
