@@ -99,7 +99,7 @@ class FlowGrid:
     """
 
     line: Line = "scheduler"
-    shift: float = option(1.0, "constant bend towards noise", gt=0)
+    shift: float = option(1.0, "timestep shift towards noise", gt=0)
     use_dynamic_shifting: bool = False
     base_shift: float = 0.5
     max_shift: float = 1.15
@@ -108,7 +108,7 @@ class FlowGrid:
     time_shift_type: Literal["exponential", "linear"] = "exponential"
     shift_terminal: float | None = None
     mu: float | None = None  # given by the family instead of found from the number of tokens
-    patch: int = option(2, "latent pixels on a side of a token", ge=1)
+    patch: int = option(2, "patch size: latent pixels on a side of a token", ge=1)
     train_steps: int = option(1000, "T", ge=1)
 
     def __post_init__(self) -> None:

@@ -39,10 +39,15 @@ class LevelDistribution:
     """Of sigma in [0, 1]."""
 
     shape: Shape = option("uniform", "uniform, logit-normal or mode")
-    mean: float = option(0.0, "of the logit, of logit-normal; positive is noisier")
-    std: float = option(1.0, "of the logit, of logit-normal", gt=0)
-    scale: float = option(1.29, "of mode: positive is denser in the middle, negative at the ends", ge=-1, le=2 / (math.pi - 2))
-    shift: float = option(1.0, "towards noise where above 1, after everything else", gt=0)
+    mean: float = option(0.0, "mean of the logit, for logit-normal; positive is noisier")
+    std: float = option(1.0, "standard deviation of the logit, for logit-normal", gt=0)
+    scale: float = option(
+        1.29,
+        "scale of the mode distribution; positive is denser in the middle, negative at the ends",
+        ge=-1,
+        le=2 / (math.pi - 2),
+    )
+    shift: float = option(1.0, "timestep shift, applied last; above 1 towards noise", gt=0)
 
     def __post_init__(self) -> None:
         check_options(self)

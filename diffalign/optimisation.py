@@ -18,21 +18,27 @@ from diffalign.sharding import Gathered, is_sharded, joined, own, share
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The optimizer and its schedule; Diffusion-DPO's numbers by default.
+    """The optimizer and its learning rate schedule, by default those of Diffusion-DPO.
 
     ``optimizer`` is ``adamw`` (Loshchilov & Hutter 2019, arXiv 1711.05101), or what is known by ``register``: ``adafactor`` of
     ``pipelines.optimizers``, and your own.
     """
 
     learning_rate: float = option(2.048e-5, "peak learning rate", gt=0)
-    optimizer: str = option("adamw", "or adafactor: second moments by rows and columns, which takes less memory, and no momentum")
-    beta1: float = option(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
-    beta2: float = option(0.999, "AdamW's decay of the second moment", ge=0, lt=1)
+    optimizer: str = option(
+        "adamw", "optimizer: adamw, or adafactor (second moments by rows and columns, no momentum: less memory)"
+    )
+    beta1: float = option(0.9, "decay of AdamW's first moment", ge=0, lt=1)
+    beta2: float = option(0.999, "decay of AdamW's second moment", ge=0, lt=1)
     weight_decay: float = option(1e-2, "decoupled weight decay", ge=0)
-    epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "shape of the learning rate after warm-up")
+    epsilon: float = option(1e-8, "epsilon of AdamW, in its denominator", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "learning rate schedule after warm-up: constant, linear or cosine"
+    )
     warmup_steps: int = option(0, "optimizer steps of linear warm-up", ge=0)
-    max_grad_norm: float = option(1.0, "gradient clipping by global norm; 0 switches it off", ge=0)
+    max_grad_norm: float = option(
+        1.0, "largest global norm of the gradients, to which they are clipped; 0 switches clipping off", ge=0
+    )
     eight_bit: bool = option(False, "8-bit AdamW through bitsandbytes")
 
     def __post_init__(self) -> None:

@@ -48,20 +48,26 @@ WEIGHTED = "weighted_loss"
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long to train and how often to look up."""
+    """The length of training, and how often it is logged, validated and saved."""
 
     steps: int = option(2000, "optimizer steps", ge=1)
     log_every: int = option(1, "optimizer steps between lines of metrics", ge=1)
     validate_every: int = option(50, "optimizer steps between validations; 0 validates only at the ends", ge=0)
     checkpoint_every: int = option(100, "optimizer steps between checkpoints; 0 writes one only at the end", ge=0)
-    keep_checkpoints: int = option(2, "how many checkpoints to keep", ge=1)
-    ema_decay: float = option(0.0, "decay of an average of the weights, which is then what gets exported; 0 for none", ge=0, lt=1)
+    keep_checkpoints: int = option(2, "number of checkpoints to keep, the newest", ge=1)
+    ema_decay: float = option(
+        0.0, "decay of an exponential moving average of the weights, which is then the result; 0 for none", ge=0, lt=1
+    )
     keep_best: bool = option(
-        False, "keep the checkpoint with the lowest validation loss, too: `diffalign export --checkpoint best`"
+        False, "keep also the checkpoint with the lowest validation loss: `diffalign export --checkpoint best`"
     )
     round_every: int = option(0, "optimizer steps of a round of the loop; 0 for one round, the whole run", ge=0)
-    round_reference: LoopReference = option("start", "compare with the policy at the beginning of the run, or of the round")
-    extrapolation: float = option(0.0, "share of a round's way that the weights go on when it is over; 0 for none", ge=0)
+    round_reference: LoopReference = option(
+        "start", "reference model: the policy at the beginning of the run (start) or of the round (round)"
+    )
+    extrapolation: float = option(
+        0.0, "share of a round's change of the weights by which they are extrapolated at its end; 0 for none", ge=0
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser, objective: type) -> None:
         group = parser.add_argument_group(section, (settings.__doc__ or "").strip().splitlines()[0])
         hints = get_type_hints(settings)
         for field in dataclasses.fields(settings):
-            default = "none" if field.default is None else field.default
+            default = "none" if field.default in (None, ()) else field.default
             how = {"action": Joined} if _takes_several(hints[field.name]) else {"nargs": "?", "const": "true"}
             group.add_argument(
                 flag_of(field.name),

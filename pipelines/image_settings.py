@@ -18,9 +18,11 @@ class LoraSettings:
     """The low-rank adapter (Hu et al. 2021, arXiv 2106.09685)."""
 
     rank: int = option(16, "rank of the adapter", ge=1)
-    alpha: float = option(16.0, "the adapter's scale is alpha / rank", gt=0)
-    targets: tuple[str, ...] = option((), "layers that get an adapter (ends of their names); none for the family's own")
-    dropout: float = option(0.0, "dropout in the adapter", ge=0, lt=1)
+    alpha: float = option(16.0, "scale of the adapter, which acts alpha / rank times", gt=0)
+    targets: tuple[str, ...] = option(
+        (), "layers that get an adapter, by the ends of their names (default: those of the model's family)"
+    )
+    dropout: float = option(0.0, "dropout probability in the adapter", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -28,41 +30,64 @@ class LoraSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which pairs, and what is done to them before the network sees them."""
+    """The training data, and how it is prepared for the network."""
 
-    resolution: int | None = option(None, "pixels per side; by default the model's own", ge=8)
+    resolution: int | None = option(None, "side of the training pictures in pixels; by default the model's own", ge=8)
     crop: Literal["center", "random", "fit"] = option(
-        "center", "one crop for both pictures of a pair; fit: none, where proportions are within 10 % (see buckets)"
+        "center", "crop of both pictures of a pair: center, random, or fit (none, where proportions are within 10 %; see buckets)"
     )
-    flip: bool = option(False, "mirror half of the visits, both pictures together")
-    buckets: bool = option(False, "cut pairs to the shape nearest to the winner's, of resolution squared pixels, not to squares")
-    bucket_step: int = option(64, "pixels of which the sides of a bucket are multiples", ge=1)
-    ties: Literal["keep", "drop"] = option("drop", "keep ties with label 1/2, or drop them")
+    flip: bool = option(False, "random horizontal flip, of both pictures of a pair together")
+    buckets: bool = option(
+        False,
+        "aspect ratio buckets: cut pairs to the shape nearest to the winner's, of resolution squared pixels, not to squares",
+    )
+    bucket_step: int = option(64, "number of pixels of which a bucket's height and width are multiples", ge=1)
+    ties: Literal["keep", "drop"] = option("drop", "treatment of ties: keep (with label 1/2) or drop")
     split: str = option("train", "split of the data set")
-    columns: dict[str, str] = option(None, "other column names, as ours=theirs")  # type: ignore[assignment]
-    scores: str | None = option(None, "the judge whose scores the pairs carry, as `diffalign relabel` called it")
-    max_unreadable: float = option(0.01, "share of unreadable rows that is skipped before the run is refused", ge=0, le=1)
-    prompt_dropout: float = option(0.2, "share of the prompts replaced by the empty one", ge=0, le=1)
-    latents: Literal["sample", "mode"] = option("sample", "draw from the autoencoder's posterior, or take its mean")
+    columns: dict[str, str] = option(None, "names of the data set's columns, as role=name: prompt=text chosen=image_a")  # type: ignore[assignment]
+    scores: str | None = option(None, "judge whose scores the pairs carry, as `diffalign relabel` called it")
+    max_unreadable: float = option(
+        0.01, "largest share of unreadable rows that is skipped; with more the run is refused", ge=0, le=1
+    )
+    prompt_dropout: float = option(
+        0.2, "probability with which a prompt is replaced by the empty one, for classifier-free guidance", ge=0, le=1
+    )
+    latents: Literal["sample", "mode"] = option(
+        "sample", "latents of a picture: a sample of the autoencoder's posterior, or its mode (the mean)"
+    )
     validation_pairs: int = option(64, "pairs kept out of training for validation", ge=0)
-    validation_draws: int = option(4, "fixed (t, noise) draws per validation pair", ge=1)
+    validation_draws: int = option(4, "fixed draws of timestep and noise per validation pair", ge=1)
     level_distribution: Literal["auto", "uniform", "logit-normal", "mode"] = option(
-        "auto", "noise levels of training: auto (as the model was trained), uniform, logit-normal or mode (both SD3's)"
+        "auto",
+        "distribution of training's noise levels: auto (as the model was trained), uniform, logit-normal or mode (both SD3's)",
     )
-    level_mean: float | None = option(None, "of logit-normal: positive is noisier; by default the model's, or 0")
-    level_std: float | None = option(None, "of logit-normal; by default the model's, or 1", gt=0)
-    level_scale: float | None = option(None, "of mode: above 0 denser in the middle; by default the model's", ge=-1, le=1.75)
-    level_shift: float | None = option(None, "bends levels towards noise above 1; by default the model's, or 1", gt=0)
-    curriculum: Literal["none", "margin"] = option("none", "margin: pairs that the judge tells apart most clearly come first")
-    curriculum_stages: int = option(5, "stages of a curriculum, of equally many pairs and steps", ge=1)
-    curriculum_cumulative: bool = option(True, "stages keep the pairs of the earlier ones (Curriculum-DPO), or not (Curry-DPO)")
-    cache: Path | None = option(None, "folder for the encoded pairs; by default inside the output")
-    encode_batch: int = option(8, "pictures encoded at a time", ge=1)
-    text_precision: Literal["float32", "bfloat16"] = option("float32", "of text encoders: T5-XXL takes 18 GiB or 9")
+    level_mean: float | None = option(
+        None, "mean of the logit-normal distribution, positive is noisier; by default the model's, or 0"
+    )
+    level_std: float | None = option(
+        None, "standard deviation of the logit-normal distribution; by default the model's, or 1", gt=0
+    )
+    level_scale: float | None = option(
+        None, "scale of the mode distribution, above 0 denser in the middle; by default the model's", ge=-1, le=1.75
+    )
+    level_shift: float | None = option(None, "timestep shift, above 1 towards noise; by default the model's, or 1", gt=0)
+    curriculum: Literal["none", "margin"] = option(
+        "none", "order of the pairs: none, or margin (those that the judge tells apart most clearly come first)"
+    )
+    curriculum_stages: int = option(5, "number of stages of a curriculum, with equally many pairs and steps each", ge=1)
+    curriculum_cumulative: bool = option(
+        True, "whether a stage keeps the pairs of earlier ones (true: Curriculum-DPO; false: Curry-DPO)"
+    )
+    cache: Path | None = option(None, "folder of the encoded pairs; by default inside the output")
+    encode_batch: int = option(8, "number of pictures encoded at a time", ge=1)
+    text_precision: Literal["float32", "bfloat16"] = option(
+        "float32", "precision of the text encoders: in float32 T5-XXL takes 18 GiB, in bfloat16 9"
+    )
     vae_tiling: bool = option(
-        False, "pictures larger than the autoencoder's own size go through it in tiles: less memory, somewhat other latents"
+        False,
+        "encode and decode pictures larger than the autoencoder's own size in tiles: less memory, slightly different latents",
     )
-    vae_slicing: bool = option(False, "autoencoder one picture at a time, whatever the batch")
+    vae_slicing: bool = option(False, "encode and decode one picture at a time, whatever the batch: less memory")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -70,17 +95,17 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceSettings:
-    """The frozen start's errors, asked once and kept, so that training needs no reference (``diffalign.data.cached_errors``)."""
+    """Errors of the frozen start, cached so that training needs no reference (``diffalign.data.cached_errors``)."""
 
-    reference_draws: int = option(0, "draws of noise and level that each pair has for good; 0 for new ones at every visit", ge=0)
-    reference_seed: int = option(0, "of these draws; runs that share the cached errors share it")
+    reference_draws: int = option(0, "number of fixed draws of noise and timestep per pair; 0 for new draws in every epoch", ge=0)
+    reference_seed: int = option(0, "random seed of the fixed draws; runs that share cached errors need the same one")
     reference_batch: int | None = option(
         None,
-        "pairs shown to the reference at a time, which keeps nothing for gradients; by default what training has room for: "
+        "number of pairs in a forward pass of the reference, without gradients; by default what training has room for: "
         "batch_size, 8 at least, or with gradient_checkpointing half of encode_batch at least",
         ge=1,
     )
-    reference_cache: Path | None = option(None, "folder for the cached errors; by default beside the encoded pairs")
+    reference_cache: Path | None = option(None, "folder of the cached errors; by default beside the encoded pairs")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -88,10 +113,12 @@ class ReferenceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSettings:
-    """How many pairs at a time."""
+    """Batch size and gradient accumulation."""
 
-    batch_size: int = option(1, "pairs per process and micro-step; of d3po and ddpo, transitions of them", ge=1)
-    accumulation: int = option(1, "micro-steps per optimizer step; of d3po and ddpo, pairs per process and step", ge=1)
+    batch_size: int = option(1, "pairs per process and micro-step; for d3po and ddpo, transitions of their trajectories", ge=1)
+    accumulation: int = option(
+        1, "gradient accumulation: micro-steps per optimizer step; for d3po and ddpo, pairs per process and optimizer step", ge=1
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -99,11 +126,15 @@ class BatchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """Judges in training: of what the policy samples (on-line objectives), or of the data's pairs (SmPO, MADPO, ADPO)."""
+    """Judges that score what the policy samples (on-line objectives) or the data's pairs (SmPO, MADPO, ADPO) in training."""
 
-    reward: tuple[str, ...] = option((), "judges by name, or LABEL=NAME; one for the data's pairs")
-    reward_options: tuple[str, ...] = option((), "what they are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
-    rollout_batch: int = option(16, "pictures sampled, decoded and judged at a time in training", ge=1)
+    reward: tuple[str, ...] = option(
+        (), "judges that reward, as NAME or LABEL=NAME; a single one where it scores the data's pairs"
+    )
+    reward_options: tuple[str, ...] = option(
+        (), "options of the judges that reward: pickscore.weights=PATH,pickscore.dtype=bfloat16"
+    )
+    rollout_batch: int = option(16, "number of pictures sampled, decoded and judged at a time in training", ge=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -111,20 +142,25 @@ class RewardSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeSettings:
-    """How the arithmetic is done."""
+    """Precision, memory and speed."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the network; errors stay float32")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "mixed precision of the network: no, bf16 or fp16; losses stay in float32"
+    )
+    gradient_checkpointing: bool = option(
+        False, "gradient checkpointing, which recomputes activations in the backward pass: less memory, a third more time"
+    )
     quantise: Literal["none", "int8", "nf4"] = option(
-        "none", "bits of the frozen base below a LoRA: int8 (torchao), nf4 (bitsandbytes)"
+        "none", "quantisation of the frozen base below a LoRA: none, int8 (torchao) or nf4 (bitsandbytes)"
     )
     attention: Literal["sdpa", "flash", "xformers"] = option(
-        "sdpa", "attention kernels: PyTorch's choice, its flash kernel or an error, or xformers (UNets, CUDA)"
+        "sdpa",
+        "attention kernels: sdpa (PyTorch's choice), flash (PyTorch's flash kernel, or an error) or xformers (UNets, CUDA)",
     )
     tf32: bool = option(False, "TF32 for float32 matrix products, on NVIDIA GPUs since Ampere: far faster, 10 bits of mantissa")
     compile: bool = option(False, "torch.compile for the network's blocks: minutes at the start, faster steps (on GPUs)")
     channels_last: bool = option(False, "channels-last memory format for the UNet (helps on GPUs)")
-    tracker: str = option("tensorboard", "where metrics go, by Accelerate's name for it; none for the JSONL only")
+    tracker: str = option("tensorboard", "tracker of the metrics, by Accelerate's name; none for the JSONL file only")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -135,12 +171,16 @@ class EvaluationSettings:
     """The comparison with the base after training."""
 
     prompts: str | None = option(None, "held-out prompts: a file or a set by name; none for no evaluation")
-    prompt_count: int = option(200, "how many of them", ge=1)
-    judges: tuple[str, ...] = option((), "judges by name, or LABEL=NAME")
-    judge_options: tuple[str, ...] = option((), "what judges are loaded with: pickscore.weights=PATH,pickscore.dtype=bfloat16")
-    sampling_steps: int = option(25, "steps of DDIM, or of a flow model's own sampler", ge=1)
-    guidance_scale: float | None = option(None, "guidance, in the pipeline's own words; none for what the model wants", ge=0)
-    sampling_batch: int = option(8, "pictures sampled at a time", ge=1)
+    prompt_count: int = option(200, "number of held-out prompts to compare on", ge=1)
+    judges: tuple[str, ...] = option((), "judges that compare, as NAME or LABEL=NAME")
+    judge_options: tuple[str, ...] = option(
+        (), "options of the judges that compare: pickscore.weights=PATH,pickscore.dtype=bfloat16"
+    )
+    sampling_steps: int = option(25, "number of sampling steps: of DDIM, or of a flow model's own sampler", ge=1)
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance scale, as the model's pipeline defines it; none for what the model wants", ge=0
+    )
+    sampling_batch: int = option(8, "number of pictures sampled at a time", ge=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -148,14 +188,20 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewSettings:
-    """Pictures while training goes on, in ``previews/``."""
+    """Pictures sampled in training, in ``previews/``."""
 
-    preview_every: int = option(0, "every how many steps pictures of a few held-out prompts are drawn; 0 never", ge=0)
-    preview_prompts: str | None = option(None, "prompts of the previews: a file or a set by name; none for the comparison's")
-    preview_count: int = option(4, "how many of them", ge=1)
-    preview_steps: int = option(20, "steps of DPM-Solver++ 2M, or of a flow's Euler steps", ge=1)
-    preview_guidance: float | None = option(None, "guidance of the previews, 1 being none; none for what the model wants", ge=0)
-    preview_batch: int = option(1, "previews sampled and decoded at a time", ge=1)
+    preview_every: int = option(0, "optimizer steps between previews of a few held-out prompts; 0 for none", ge=0)
+    preview_prompts: str | None = option(
+        None, "prompts of the previews: a file or a set by name; none for those of the comparison"
+    )
+    preview_count: int = option(4, "number of prompts of the previews", ge=1)
+    preview_steps: int = option(
+        20, "number of sampling steps of a preview: of DPM-Solver++ 2M, or of Euler for flow models", ge=1
+    )
+    preview_guidance: float | None = option(
+        None, "classifier-free guidance scale of the previews, 1 switches it off; none for what the model wants", ge=0
+    )
+    preview_batch: int = option(1, "number of previews sampled and decoded at a time", ge=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -204,20 +250,20 @@ class TrainSettings:
 
 
 TOP_LEVEL = {
-    "model": "a Diffusers folder, a hub id, a single .safetensors file, tiny or tiny-flow",
-    "single_file_config": "a Diffusers folder with configuration and tokenizer, for a single-file model without the hub",
-    "preset": "8gb, 12gb, 16gb, 24gb, 48gb or 80gb: switch on what it takes to fit a device of that size (--dry-run says what)",
-    "without": "parts of the model to leave out: t5, of SD3",
+    "model": "model to align: a Diffusers folder, a hub id, a single .safetensors file, tiny or tiny-flow",
+    "single_file_config": "Diffusers folder with the configuration and tokenizer of a single-file model, to do without the hub",
+    "preset": "device memory to fit, 8gb, 12gb, 16gb, 24gb, 48gb or 80gb: switches on what that takes (--dry-run says what)",
+    "without": "parts of the model to leave out: t5, for SD3",
     "pairs": "preference pairs, or pictures with prompts: a file, a folder, a hub id, or tiny",
-    "train_prompts": "prompts to sample for, of on-line objectives: a file, a set by name, or tiny",
-    "feedback": "a folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
-    "base_lora": "a LoRA of any making, part of the frozen start: a .safetensors file, a folder with one, or org/name on the hub",
-    "start_lora": "a LoRA that diffalign trained, to go on from; the frozen start stays the base model",
-    "output": "folder of the run",
-    "adapter": "train a LoRA or the whole network",
-    "prediction_type": "what the network predicts; auto reads it from the model",
-    "error_as": "what denoising errors are errors of: prediction (the network's own), epsilon, v_prediction, sample, velocity",
-    "seed": "seed of everything",
+    "train_prompts": "prompts that on-line objectives sample for: a file, a set by name, or tiny",
+    "feedback": "folder that `diffalign rollout` wrote, with people's choices in it (d3po)",
+    "base_lora": "LoRA of any program, part of the frozen start: a .safetensors file, a folder with one, or org/name on the hub",
+    "start_lora": "LoRA that diffalign trained, to go on from; the frozen start stays the base model",
+    "output": "folder that the run writes into",
+    "adapter": "what is trained: lora (a LoRA) or full (the whole network)",
+    "prediction_type": "prediction type of the network: epsilon, v_prediction, sample or velocity; auto reads it from the model",
+    "error_as": "target of denoising errors: prediction (the network's own), epsilon, v_prediction, sample or velocity",
+    "seed": "random seed of the whole run",
 }
 
 

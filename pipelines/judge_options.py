@@ -42,8 +42,8 @@ def add_judge_options(parser: argparse.ArgumentParser, default: str | None = Non
         default=default,
         action=Joined if apart else "store",
         metavar="NAME,...",
-        help=f"comma-separated, each NAME or LABEL=NAME; there are {', '.join(reward_models.names())}; one of your own is "
-        f"LABEL=MODULE:CLASS or LABEL=FILE.py:CLASS{usual}",
+        help=f"judges, comma-separated, each NAME or LABEL=NAME; there are {', '.join(reward_models.names())}; one of your own "
+        f"is LABEL=MODULE:CLASS or LABEL=FILE.py:CLASS{usual}",
     )
     parser.add_argument(
         "--judge-options",
@@ -51,7 +51,7 @@ def add_judge_options(parser: argparse.ArgumentParser, default: str | None = Non
         action="extend",
         default=[],
         metavar="JUDGE.OPTION=VALUE",
-        help="what a judge is loaded with, as in pickscore.weights=PATH pickscore.dtype=bfloat16",
+        help="options of the judges, as in pickscore.weights=PATH pickscore.dtype=bfloat16",
     )
 
 
@@ -63,9 +63,15 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=True,
         metavar="FILE",
-        help="where scores and embeddings are remembered (default: a file of your own, shared by all runs; see DIFFALIGN_CACHE)",
+        help="cache file of scores and embeddings (default: one of your own, shared by all runs; see DIFFALIGN_CACHE)",
     )
-    either.add_argument("--no-cache", dest="cache", action="store_const", const=False, help="remember nothing, know nothing")
+    either.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_const",
+        const=False,
+        help="neither read nor write the cache of scores and embeddings",
+    )
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +79,10 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     from pipelines.sampling_options import whole
 
     add_cache_options(parser)
-    parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N", help="pictures judged together (default 16)")
-    parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=16, metavar="N", help="number of pictures judged together (default 16)"
+    )
+    parser.add_argument("--device", help="device, such as cuda, cuda:1, mps or cpu (default: the best there is)")
 
 
 def scoring_arguments(args: argparse.Namespace) -> dict[str, Any]:

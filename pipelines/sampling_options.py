@@ -18,31 +18,37 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How pictures are sampled, and on what."""
     parser.add_argument("--n", type=whole(1), metavar="N", help="use the first N prompts only")
     parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
-    parser.add_argument("--seed", type=whole(0), default=0, help="every picture's seed follows from this one (default 0)")
+    parser.add_argument(
+        "--seed", type=whole(0), default=0, help="random seed, from which every picture's own seed follows (default 0)"
+    )
     parser.add_argument(
         "--steps", type=whole(1), default=SamplerSettings.steps, help="steps of the sampler (default %(default)s)"
     )
-    parser.add_argument("--guidance-scale", type=_guidance, help="classifier-free guidance (default: what the model wants)")
-    one_of = f"one of {', '.join(SAMPLERS)} (default auto: ddim, but as saved for models that follow a flow)"
+    parser.add_argument("--guidance-scale", type=_guidance, help="classifier-free guidance scale (default: what the model wants)")
+    one_of = f"sampler: {', '.join(SAMPLERS)} (default auto: ddim, but as saved for flow models)"
     parser.add_argument("--sampler", type=_sampler, default=SamplerSettings.sampler, help=one_of)
-    together = "pictures sampled together; alters none (default %(default)s)"
+    together = "number of pictures sampled together, which alters none of them (default %(default)s)"
     parser.add_argument("--batch-size", type=whole(1), default=SamplerSettings.batch_size, help=together)
     parser.add_argument("--height", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--width", type=whole(8), help="pixels (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights (default float32)")
-    quantise = "the network's layers in int8 (torchao) or nf4 (bitsandbytes), as in training (default none)"
+    quantise = "quantisation of the network's layers: int8 (torchao) or nf4 (bitsandbytes), as in training (default none)"
     parser.add_argument("--quantise", choices=("none", "int8", "nf4"), default="none", help=quantise)
-    parser.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
-    offload = "each part of the model is on the device only while it works, and pictures are decoded one at a time: less memory"
+    parser.add_argument("--device", help="device, such as cuda, cuda:1, mps or cpu (default: the best there is)")
+    offload = "keep each part of the model on the device only while it works, and decode one picture at a time: less memory"
     parser.add_argument("--offload", action="store_true", help=offload)
-    parser.add_argument("--single-file-config", metavar="FOLDER", help="for a single-file model: a Diffusers folder of its kind")
+    parser.add_argument(
+        "--single-file-config",
+        metavar="FOLDER",
+        help="Diffusers folder with the configuration and tokenizer of a single-file model",
+    )
     add_without(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote into the output folder")
 
 
 def add_without(parser: argparse.ArgumentParser) -> None:
     """Parts of a model that are not read."""
-    words = "parts of the model to leave out: t5, of SD3 (a LoRA that was trained without it remembers)"
+    words = "parts of the model to leave out: t5, for SD3 (a LoRA that was trained without it remembers)"
     parser.add_argument("--without", type=_words, default=(), metavar="PART,...", help=words)
 
 

@@ -67,8 +67,8 @@ def aot_unpaired(ratio: LogRatio, label: Tensor, beta: float) -> Tensor:
     mixes_batch=True,
     baseline=MovingMargin,
     settings={
-        "sensitivity": option(0.6, "how much beta follows the batch's mean margin, per unit of h", ge=0),
-        "least": option(0.01, "beta never falls below this share of itself", gt=0, le=1),
+        "sensitivity": option(0.6, "change of beta with the batch's mean margin, per unit of h", ge=0),
+        "least": option(0.01, "lower bound of beta, as a share of itself", gt=0, le=1),
     },
 )
 def beta_dpo(ratio: LogRatio, label: Tensor, beta: float, baseline: Tensor | float, sensitivity: float, least: float) -> Tensor:

@@ -91,7 +91,7 @@ def exo(ratio: LogRatio, label: Tensor, beta: float, noise: float) -> Tensor:
     return chosen.exp() * (chosen - p.log()) + other.exp() * (other - rest.log())
 
 
-@loss(paper="2406.08414", settings={"tau": option(0.05, "how sharply the two losses are blended, in units of h", gt=0)})
+@loss(paper="2406.08414", settings={"tau": option(0.05, "temperature of the blend of the two losses, in units of h", gt=0)})
 def discopop(ratio: LogRatio, label: Tensor, beta: float, tau: float) -> Tensor:
     """DiscoPOP: ``(1 - s) (-log sigma(h)) + s exp(-h)`` with ``s = sigma(h / tau)``.
 

@@ -18,9 +18,9 @@ from diffalign.types import LogRatio
     paper="2510.05342",
     settings={
         "c_max": option(2.0, "amplification of pairs that the judge finds close", gt=1),
-        "c_min": option(0.5, "damping of pairs that it finds easy", ge=0, lt=1),
-        "tau": option(2.0, "difference of scores at which neither happens", gt=0),
-        "sharpness": option(1.0, "how fast the one turns into the other", gt=0),
+        "c_min": option(0.5, "damping of pairs that the judge finds easy", ge=0, lt=1),
+        "tau": option(2.0, "difference of scores at which pairs are neither amplified nor damped", gt=0),
+        "sharpness": option(1.0, "steepness of the change from amplification to damping", gt=0),
     },
 )
 def madpo(
@@ -67,7 +67,9 @@ def adpo_group(ratios: Tensor, rewards: Tensor, beta: float, reward_temperature:
 
 @loss(
     paper="2510.18913",
-    settings={"reward_temperature": option(0.5, "beta_r: how soft the judge's shares are, in standard deviations", gt=0)},
+    settings={
+        "reward_temperature": option(0.5, "beta_r, the temperature of the judge's probabilities, in standard deviations", gt=0)
+    },
 )
 def adpo(ratio: LogRatio, rewards: Tensor, beta: float, reward_temperature: float) -> Tensor:
     """ADPO on pairs: soft-label DPO, the label taken from the judge.

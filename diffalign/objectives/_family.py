@@ -36,7 +36,7 @@ class LossChoice:
     """Which loss looks at the two log-ratios. ``diffalign objectives --losses`` lists them."""
 
     loss: str = option("dpo", "loss on the two log-ratios; `diffalign objectives --losses` lists them")
-    loss_options: dict[str, float | str] = option(None, "constants of that loss, as name=value")  # type: ignore[assignment]
+    loss_options: dict[str, float | str] = option(None, "constants of the loss, as name=value")  # type: ignore[assignment]
     divergence: Divergence = option("reverse-kl", "divergence that ties the policy to the reference")
     divergence_alpha: float = option(0.5, "order of the alpha divergence; 1 is reverse-kl")
     sft_weight: float = option(

@@ -76,18 +76,22 @@ class D3PO(LossChoice):
 
     about: ClassVar[About] = ABOUT
     learns_from_people: ClassVar[bool] = True  # takes ``RunContext.feedback``
-    loss: str = option("clipped", "clipped is the paper's; others as `diffalign objectives --losses` lists them")
+    loss: str = option(
+        "clipped", "loss on the two log-ratios; clipped is the paper's, `diffalign objectives --losses` lists the others"
+    )
     beta: float = option(0.1, "strength of the tie to the reference", gt=0)
-    clip: float = option(0.1, "how far a side's ratio may be from 1 before its gradient is cut; inf is the paper's", gt=0)
-    reference: RoundReference = option("round", "the policy at the beginning of the round, or of the run: round, start")
-    round_pairs: int = option(40, "pairs of trajectories per round, over all processes", ge=1)
-    round_epochs: int = option(1, "how often a round's pairs are learnt from", ge=1)
-    candidates: int = option(2, "trajectories sampled for each pair, of which the best and the worst are kept", ge=2)
-    same_start: bool = option(True, "both trajectories of a pair from the same x_T")
-    rollout_steps: int = option(20, "transitions of a trajectory", ge=1)
+    clip: float = option(0.1, "clip range: distance from 1 at which a side's ratio loses its gradient; inf is the paper's", gt=0)
+    reference: RoundReference = option(
+        "round", "reference model: the policy at the beginning of the round (round) or of the run (start)"
+    )
+    round_pairs: int = option(40, "number of pairs of trajectories per round, over all processes", ge=1)
+    round_epochs: int = option(1, "epochs over the pairs of a round", ge=1)
+    candidates: int = option(2, "number of trajectories sampled for each pair, of which the best and the worst are kept", ge=2)
+    same_start: bool = option(True, "whether both trajectories of a pair start from the same x_T")
+    rollout_steps: int = option(20, "number of sampling steps, each a transition of a trajectory", ge=1)
     timestep_fraction: float = option(1.0, "share of the transitions, from the noisy end, that is learnt from", gt=0, le=1)
-    eta: float = option(1.0, "noise of each transition, in that of DDPM", gt=0, le=1)
-    guidance: float = option(5.0, "classifier-free guidance, in sampling and in learning; 1 is none", ge=0)
+    eta: float = option(1.0, "noise of each DDIM step as a multiple of DDPM's", gt=0, le=1)
+    guidance: float = option(5.0, "classifier-free guidance scale, in sampling and in learning; 1 is none", ge=0)
 
     def __post_init__(self) -> None:
         check_options(self)

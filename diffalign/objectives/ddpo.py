@@ -50,18 +50,20 @@ class DDPO:
     """The objective."""
 
     about: ClassVar[About] = ABOUT
-    clip: float = option(1e-4, "how far a ratio may be from 1 before its gradient is cut", gt=0)
+    clip: float = option(1e-4, "clip range: distance from 1 at which a ratio loses its gradient", gt=0)
     clip_advantage: float = option(5.0, "bound of the advantages", gt=0)
-    baseline: Literal["prompt", "round"] = option("prompt", "rewards are normalised per prompt or per round: prompt, round")
-    tracked: int = option(32, "rewards remembered per prompt", ge=2)
-    least: int = option(16, "rewards of a prompt before its own are used", ge=2)
-    round_pairs: int = option(128, "pairs of trajectories per round, over all processes", ge=1)
-    round_epochs: int = option(1, "how often a round is learnt from", ge=1)
-    candidates: int = option(2, "pictures sampled for each prompt of a round, of which the best and the worst are kept", ge=2)
-    rollout_steps: int = option(50, "transitions of a trajectory", ge=1)
+    baseline: Literal["prompt", "round"] = option("prompt", "group in which rewards are normalised: prompt or round")
+    tracked: int = option(32, "number of rewards remembered per prompt", ge=2)
+    least: int = option(16, "number of rewards of a prompt from which on its own statistics are used", ge=2)
+    round_pairs: int = option(128, "number of pairs of trajectories per round, over all processes", ge=1)
+    round_epochs: int = option(1, "epochs over the trajectories of a round", ge=1)
+    candidates: int = option(
+        2, "number of pictures sampled for each prompt of a round, of which the best and the worst are kept", ge=2
+    )
+    rollout_steps: int = option(50, "number of sampling steps, each a transition of a trajectory", ge=1)
     timestep_fraction: float = option(1.0, "share of the transitions, from the noisy end, that is learnt from", gt=0, le=1)
-    eta: float = option(1.0, "noise of each transition, in that of DDPM", gt=0, le=1)
-    guidance: float = option(5.0, "classifier-free guidance, in sampling and in learning; 1 is none", ge=0)
+    eta: float = option(1.0, "noise of each DDIM step as a multiple of DDPM's", gt=0, le=1)
+    guidance: float = option(5.0, "classifier-free guidance scale, in sampling and in learning; 1 is none", ge=0)
 
     def __post_init__(self) -> None:
         check_options(self)

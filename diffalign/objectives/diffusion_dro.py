@@ -58,15 +58,17 @@ class DiffusionDRO(LossChoice):
     """The objective. ``beta`` is only used by a ``loss`` other than the paper's."""
 
     about: ClassVar[About] = ABOUT
-    loss: str = option("margin", "margin is the paper's; others as `diffalign objectives --losses` lists them")
-    margin: float = option(0.001, "by how much an expert must be preferred, in units of the mean error", ge=0)
+    loss: str = option(
+        "margin", "loss on the two log-ratios; margin is the paper's, `diffalign objectives --losses` lists the others"
+    )
+    margin: float = option(0.001, "margin by which an expert must be preferred, in units of the mean error", ge=0)
     refresh: int = option(1, "M: optimizer steps between refreshes of the policy that walks", ge=1)
     walk_every: int = option(1, "optimizer steps between new trajectories; the buffer's are visited again in between", ge=1)
-    buffer: int = option(0, "trajectories kept, per process; 0 keeps as many as are needed", ge=0)
-    solver: SolverName = option("dpm-solver++", "how trajectories are walked: dpm-solver++ or ddim (without noise)")
-    rollout_steps: int = option(20, "steps of a trajectory", ge=1)
-    guidance: float = option(1.0, "classifier-free guidance of a trajectory; 1 is none", ge=0)
-    beta: float = option(2000.0, "of another loss, as in Diffusion-DPO", gt=0)
+    buffer: int = option(0, "number of trajectories kept, per process; 0 keeps as many as are needed", ge=0)
+    solver: SolverName = option("dpm-solver++", "solver of the trajectories: dpm-solver++ or ddim (without noise)")
+    rollout_steps: int = option(20, "number of sampling steps of a trajectory", ge=1)
+    guidance: float = option(1.0, "classifier-free guidance scale of a trajectory; 1 is none", ge=0)
+    beta: float = option(2000.0, "strength of the tie to the reference, for losses other than margin; as in Diffusion-DPO", gt=0)
 
     def __post_init__(self) -> None:
         check_options(self)

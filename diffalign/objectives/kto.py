@@ -53,7 +53,7 @@ class KTO:
     utility: Utility = option("kahneman-tversky", "shape of the utility: " + ", ".join(get_args(Utility)))
     desirable_weight: float = option(1.0, "weight of good pictures", ge=0)
     undesirable_weight: float = option(1.0, "weight of bad pictures", ge=0)
-    baseline: BaselineName = option("batch", "what log-ratios are measured against: batch, mismatched, none")
+    baseline: BaselineName = option("batch", "baseline of the log-ratios: batch, mismatched or none")
 
     def __post_init__(self) -> None:
         check_options(self)

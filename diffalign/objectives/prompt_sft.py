@@ -33,7 +33,7 @@ class PromptSFT:
 
     about: ClassVar[About] = ABOUT
     cost: ClassVar[Cost] = Cost(with_gradient=1, forward_only=0, at_once=1)
-    length: Length = option("mean", "mean or sum of the tokens' log-probabilities")
+    length: Length = option("mean", "reduction of the tokens' log-probabilities: mean or sum")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -57,11 +57,11 @@ class SemDPO(LossChoice):
 
     about: ClassVar[About] = ABOUT
     beta: float = option(0.1, "strength of the tie to the reference", gt=0)
-    alpha: float = option(5.0, "how fast a winner's weight falls with its distance from the prompt; 0 is DPO", ge=0)
-    normalise: Normalise = option("none", "what weights are divided by: none, or their mean over the step or over the data")
-    length: Length = option("sum", "sum or mean of the tokens' log-probabilities")
-    tail_weight: float = option(1.0, "what tokens beyond the shorter side's length count (LD-DPO)", ge=0, le=1)
-    token_guidance: float = option(0.0, "how much another model's rewards of the tokens count (TGDPO)", ge=0)
+    alpha: float = option(5.0, "rate at which a winner's weight falls with its distance from the prompt; 0 is DPO", ge=0)
+    normalise: Normalise = option("none", "divisor of the weights: none, or their mean over the step or over the data")
+    length: Length = option("sum", "reduction of the tokens' log-probabilities: sum or mean")
+    tail_weight: float = option(1.0, "weight of the tokens beyond the shorter side's length (LD-DPO)", ge=0, le=1)
+    token_guidance: float = option(0.0, "weight of another model's rewards of the tokens (TGDPO)", ge=0)
     gold_weight: float = option(0.0, "weight of an SFT term on a reference rewrite (Triple-PO)", ge=0)
 
     def __post_init__(self) -> None:

@@ -71,12 +71,12 @@ class SePPO(LossChoice):
 
     about: ClassVar[About] = ABOUT
     beta: float = option(2000.0, "strength of the tie to the reference", gt=0)
-    flipper: Flip = option("sign", "what the sample is where the reference is better on the anchor: sign, indicator, none")
+    flipper: Flip = option("sign", "role of the sample where the reference is better on the anchor: sign, indicator or none")
     round_steps: int = option(30, "optimizer steps between checkpoints of the bank", ge=1)
-    checkpoint: Choice = option("uniform", "which past checkpoint samples and refers: uniform, first, last")
-    solver: SolverName = option("dpm-solver++", "how pictures are sampled: dpm-solver++ or ddim")
-    rollout_steps: int = option(20, "steps of a sample", ge=1)
-    guidance: float = option(7.5, "classifier-free guidance of a sample", ge=0)
+    checkpoint: Choice = option("uniform", "past checkpoint that samples and is the reference: uniform, first or last")
+    solver: SolverName = option("dpm-solver++", "solver that samples pictures: dpm-solver++ or ddim")
+    rollout_steps: int = option(20, "number of sampling steps", ge=1)
+    guidance: float = option(7.5, "classifier-free guidance scale of sampling", ge=0)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -65,16 +65,18 @@ class SmPO(LossChoice):
     about: ClassVar[About] = ABOUT
     loss: str = option("smpo", "loss on the two log-ratios; `diffalign objectives --losses` lists them")
     beta: float = option(2000.0, "strength of the tie to the reference", gt=0)
-    gamma: float = option(10.0, "sharpness of the smoothing (of the loss smpo)", gt=0)
-    smoothing: Smoothing = option("scores", "P from a judge's scores, or from the data's own label")
-    score_low: float = option(None, "least score, for the normalisation; by default the data set's")  # type: ignore[assignment]
-    score_high: float = option(None, "greatest score; by default the data set's")  # type: ignore[assignment]
-    inversion_steps: int = option(9, "strides from clean to pure noise; a sample that stops at t takes its share", ge=1)
-    renoise: int = option(1, "corrections of each stride; 0 is plain DDIM inversion", ge=0)
-    window: Window = option("all", "which predictions of a stride are averaged: all, last, renoise")
-    evaluate: Evaluate = option("target", "the level at which the network predicts: target or source")
-    inversion_eta: float = option(0.0, "noise added after each stride; DDIM-InPO: 0.1", ge=0)
-    released: Released = option(None, "reproduce the released code under Diffusers 0.20 or 0.42")  # type: ignore[assignment]
+    gamma: float = option(10.0, "sharpness of the smoothing, for the loss smpo", gt=0)
+    smoothing: Smoothing = option("scores", "source of the smoothed label P: a judge's scores, or the data's own label")
+    score_low: float = option(None, "lowest score, for the normalisation; by default the data set's")  # type: ignore[assignment]
+    score_high: float = option(None, "highest score, for the normalisation; by default the data set's")  # type: ignore[assignment]
+    inversion_steps: int = option(
+        9, "number of strides from clean to pure noise; a sample that stops at t takes its share of them", ge=1
+    )
+    renoise: int = option(1, "number of ReNoise corrections of each stride; 0 is plain DDIM inversion", ge=0)
+    window: Window = option("all", "predictions of a stride that are averaged: all, last or renoise")
+    evaluate: Evaluate = option("target", "noise level at which the network predicts: target or source")
+    inversion_eta: float = option(0.0, "eta, the noise added after each stride; 0.1 in DDIM-InPO", ge=0)
+    released: Released = option(None, "version of Diffusers, 0.20 or 0.42, under which the released code is reproduced")  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -34,7 +34,7 @@ _STREAMS = {"start": 1, "steps": 2, "shift": 3}
 class Sampling:
     """How trajectories are made. The defaults are D3PO's; ``DRO`` is Diffusion-DRO's."""
 
-    steps: int = option(20, "transitions of a trajectory", ge=1)
+    steps: int = option(20, "number of sampling steps, each a transition of a trajectory", ge=1)
     solver: SolverName = option("ddim", "ddim (stochastic with eta) or dpm-solver++ (second order, deterministic)")
     eta: float = option(1.0, "noise of each DDIM step: 0 is none, 1 that of DDPM; dpm-solver++ ignores it", ge=0, le=1)
     guidance: float = option(5.0, "scale of classifier-free guidance; 1 switches it off and halves the cost", ge=0)

@@ -21,21 +21,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read everything; report counts, sizes, ties, duplicates and whatever cannot be read",
         description="Exit status 0 if the data can be used, 1 if more pairs (or single pictures) than the limit cannot.",
     )
-    check.add_argument("path", metavar="PATH", help="a file, a folder, the id of a data set on the Hugging Face hub, or tiny")
-    check.add_argument("--split", default="train", help="which split, where there are several (default: %(default)s)")
-    check.add_argument("--ties", choices=("keep", "drop"), default="keep", help="pairs with label 1/2 (default: %(default)s)")
-    check.add_argument("--scores", metavar="JUDGE", help="the judge whose scores to read, as `diffalign relabel` called it")
+    check.add_argument("path", metavar="PATH", help="data set: a file, a folder, an id on the Hugging Face hub, or tiny")
+    check.add_argument("--split", default="train", help="split of the data set, where there are several (default: %(default)s)")
     check.add_argument(
-        "--columns", nargs="+", default=[], metavar="ROLE=NAME", help="which column plays which role: prompt=text chosen=image_a"
+        "--ties", choices=("keep", "drop"), default="keep", help="treatment of ties, pairs with label 1/2 (default: %(default)s)"
+    )
+    check.add_argument("--scores", metavar="JUDGE", help="judge whose scores are read, as `diffalign relabel` called it")
+    check.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="ROLE=NAME",
+        help="names of the data set's columns, by role: prompt=text chosen=image_a",
     )
     check.add_argument(
-        "--max-unreadable", type=float, default=0.01, metavar="SHARE", help="limit for status 1 (default: %(default)s)"
+        "--max-unreadable",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="largest share of unusable pairs with which the exit status is 0 (default: %(default)s)",
     )
-    check.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of pairs or pictures")
-    check.add_argument("--pairs", type=int, default=12, metavar="N", help="how many are on it (default: %(default)s)")
-    check.add_argument("--seed", type=int, default=0, help="which ones are on it (default: %(default)s)")
-    check.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
-    check.add_argument("--overwrite", action="store_true", help="replace a sheet and a report that are there")
+    check.add_argument("--sheet", type=Path, metavar="FILE.png", help="contact sheet of pairs or pictures to write")
+    check.add_argument(
+        "--pairs",
+        type=int,
+        default=12,
+        metavar="N",
+        help="number of pairs or pictures on the contact sheet (default: %(default)s)",
+    )
+    check.add_argument("--seed", type=int, default=0, help="random seed that chooses them (default: %(default)s)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="file for the whole report as JSON")
+    check.add_argument("--overwrite", action="store_true", help="replace a contact sheet and a report that are there")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,14 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_sampling_options, whole
 
-    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
-    parser.add_argument("--base", required=True, metavar="MODEL", help=f"the model before: {model}")
-    parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")
-    parser.add_argument("--tuned", required=True, metavar="MODEL", help="the model after, named the same way")
-    parser.add_argument("--prompts", required=True, help=f"a {', '.join(FORMATS)} file, or one of {', '.join(NAMES)}")
+    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or the folder of a run"
+    parser.add_argument("--base", required=True, metavar="MODEL", help=f"model before tuning: {model}")
+    parser.add_argument("--base-lora", metavar="PATH", help="LoRA that is part of the base, as `diffalign train` takes it")
+    parser.add_argument("--tuned", required=True, metavar="MODEL", help="model after tuning, named the same way")
+    parser.add_argument(
+        "--prompts", required=True, help=f"prompts: a {', '.join(FORMATS)} file, or a list by name ({', '.join(NAMES)})"
+    )
     add_judge_options(parser, default="oracle", apart=True)
-    parser.add_argument("--out", "--output", required=True, metavar="FOLDER", help="where the report goes")
-    parser.add_argument("--images-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")
+    parser.add_argument("--out", "--output", required=True, metavar="FOLDER", help="folder for the report")
+    parser.add_argument(
+        "--images-per-prompt", type=whole(1), default=1, metavar="K", help="number of pictures per prompt (default 1)"
+    )
     add_sampling_options(parser)
 
 

@@ -11,11 +11,15 @@ LAYOUTS = ("diffusers", "kohya", "comfyui", "single-file")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign export``."""
-    parser.add_argument("result", metavar="RESULT", help="a folder that `diffalign train`, or prompts sft|train, wrote")
+    parser.add_argument(
+        "result",
+        metavar="RESULT",
+        help="folder of a run of `diffalign train`, `diffalign prompts sft` or `diffalign prompts train`",
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="STEP",
-        help="what a run had learnt by a checkpoint, finished or not: the step, latest, or best, by "
+        help="checkpoint of a run, finished or not, to export: its step, latest, or best, by "
         "its validation loss (default: the finished result)",
     )
     parser.add_argument(
@@ -23,29 +27,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="layout",
         choices=LAYOUTS,
         default="diffusers",
-        help="kohya: a LoRA for A1111, Forge and ComfyUI; comfyui: by the original network's names; single-file: the whole "
-        "model as one .safetensors file (SD 1.x, 2.x, XL); diffusers: a LoRA folder, or with --merge the pipeline (default). "
-        "A prompt writer has the last alone, as PEFT and Transformers keep them",
+        help="layout: kohya (a LoRA for A1111, Forge and ComfyUI); comfyui (a LoRA by the original network's names); "
+        "single-file (the whole model as one .safetensors file; SD 1.x, 2.x, XL); diffusers (a LoRA folder, or with --merge the "
+        "pipeline; the default). Prompt writers have only the last, as a folder of PEFT or Transformers",
     )
-    parser.add_argument("--out", "--output", required=True, metavar="PATH", help="a .safetensors file; for diffusers a folder")
+    parser.add_argument(
+        "--out", "--output", required=True, metavar="PATH", help="output: a .safetensors file, or a folder with --to diffusers"
+    )
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="with --to diffusers: merge the LoRA into the whole pipeline; of a prompt writer: into the model",
+        help="merge the LoRA into the whole pipeline (with --to diffusers), or into a prompt writer's model",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="how strong the LoRA is made (default 1: as it was trained)")
+    parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (default 1: as it was trained)")
     parser.add_argument(
         "--alone",
         action="store_true",
-        help="of a LoRA that was trained with --base-lora: without that one, to be loaded together with it (default: one LoRA "
+        help="leave out the LoRA that this one was trained on top of (--base-lora), to load both together (default: one LoRA "
         "that does what both do)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16", "fp32", "fp16", "bf16"), help="of the tensors (default float32)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16", "fp32", "fp16", "bf16"),
+        help="precision of the tensors (default float32)",
     )
-    parser.add_argument("--base", metavar="MODEL", help="the base model of a LoRA, if it is not where it was")
-    parser.add_argument("--title", help="name for the header of the file (default: that of the result's folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at the output")
+    parser.add_argument("--base", metavar="MODEL", help="base model of the LoRA, if it is not where it was")
+    parser.add_argument("--title", help="title in the header of the file (default: name of the result's folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there at the output")
 
 
 def run(args: argparse.Namespace) -> int:

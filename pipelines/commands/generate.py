@@ -12,15 +12,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import add_sampling_options, whole
 
-    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or the folder of a run"
     parser.add_argument("--model", required=True, help=model)
-    parser.add_argument("--lora", metavar="PATH", help="a LoRA of any making to merge into it: a .safetensors file, or a folder")
+    parser.add_argument(
+        "--lora", metavar="PATH", help="LoRA from any program to merge into the model: a .safetensors file, or a folder"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", help=f"a {', '.join(FORMATS)} file, or one of {', '.join(NAMES)}")
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--out", "--output", required=True, metavar="FOLDER", help="where the pictures go")
-    parser.add_argument("--n-per-prompt", type=whole(1), default=1, metavar="K", help="pictures of each prompt (default 1)")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from, for all pictures")
+    source.add_argument("--prompts", help=f"prompts: a {', '.join(FORMATS)} file, or a list by name ({', '.join(NAMES)})")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="single prompt; may be given several times")
+    parser.add_argument("--out", "--output", required=True, metavar="FOLDER", help="folder for the pictures")
+    parser.add_argument("--n-per-prompt", type=whole(1), default=1, metavar="K", help="number of pictures per prompt (default 1)")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="negative prompt of all pictures, which guidance leads away from"
+    )
     add_sampling_options(parser)
 
 

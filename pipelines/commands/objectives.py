@@ -10,8 +10,8 @@ HELP = "list objectives, losses and recipes, or explain one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffalign objectives``."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="an objective (with --losses: a loss) to explain in full")
-    parser.add_argument("--losses", action="store_true", help="the losses that --loss may name, instead of the objectives")
-    parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
+    parser.add_argument("--losses", action="store_true", help="list the losses that --loss may name, instead of the objectives")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:

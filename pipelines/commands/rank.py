@@ -21,13 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.judge_options import add_judge_options, add_scoring_options
     from pipelines.sampling_options import whole
 
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures; or a data set with pictures and prompts")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="folder of pictures, or a data set with pictures and prompts"
+    )
     add_prompt_options(parser)
     add_judge_options(parser)
-    parser.add_argument("--best", type=whole(1), metavar="K", help="show the K best only; with --per-prompt, of each prompt")
-    parser.add_argument("--per-prompt", action="store_true", help="a ranking of its own for each prompt")
-    parser.add_argument("--out", "--output", metavar="FILE", help="write the ranking: .parquet, .csv or .jsonl")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help=f"write a sheet of the first {SHOWN} pictures")
+    parser.add_argument(
+        "--best", type=whole(1), metavar="K", help="number of pictures to show, the best only; with --per-prompt, of each prompt"
+    )
+    parser.add_argument("--per-prompt", action="store_true", help="rank the pictures of each prompt by themselves")
+    parser.add_argument("--out", "--output", metavar="FILE", help="file for the ranking: .parquet, .csv or .jsonl")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help=f"contact sheet to write of the first {SHOWN} pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     add_scoring_options(parser)
 

@@ -17,17 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pipelines.sampling_options import whole
 
     parser.description = "The human's labels stay as they are unless --labels says otherwise. The first of --judges decides."
-    parser.add_argument("data", metavar="DATA", help="a file, a folder, the id of a data set on the Hugging Face hub, or tiny")
+    parser.add_argument("data", metavar="DATA", help="data set: a file, a folder, an id on the Hugging Face hub, or tiny")
     parser.add_argument(
         "--out",
         "--output",
         required=True,
         metavar="FILE",
-        help="a .parquet with the pictures inside, or .jsonl/.csv/.tsv with paths",
+        help="output file: .parquet with the pictures inside, or .jsonl, .csv or .tsv with their paths",
     )
-    parser.add_argument("--split", default="train", help="which split, where there are several (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="split of the data set, where there are several (default: %(default)s)")
     parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="ROLE=NAME", help="which column plays which role: prompt=text chosen=image_a"
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="ROLE=NAME",
+        help="names of the data set's columns, by role: prompt=text chosen=image_a",
     )
     add_judge_options(parser)
     parser.add_argument("--drop-conflicts", action="store_true", help="leave out pairs on which the first judge disagrees")
@@ -42,16 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         choices=("human", "flip", "soft"),
         default="human",
-        help="human: as they are (default); flip: turned round where the first judge disagrees; soft: the first judge's own "
-        "probability. The human's stay in the column human_label",
+        help="labels to write: human (as they are, the default), flip (reversed where the first judge disagrees) or soft (the "
+        "first judge's own probability); the human's stay in the column human_label",
     )
     parser.add_argument(
         "--top",
         type=whole(1),
         metavar="K",
-        help="write the K best pictures by a judge instead, one a row with its prompt and scores, whatever the labels say",
+        help="write the K best pictures by a judge instead, a row for each with its prompt and scores; labels are not used",
     )
-    parser.add_argument("--by", metavar="JUDGE", help="which of --judges decides what --top keeps (default: the first)")
+    parser.add_argument("--by", metavar="JUDGE", help="judge among --judges that decides what --top keeps (default: the first)")
     add_scoring_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 

@@ -20,47 +20,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "goes on where a stopped one was. Choices go into choices.jsonl in the folder; `diffalign train d3po --feedback FOLDER` "
         "learns from them."
     )
-    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+    model = "'tiny', 'tiny-flow', a Diffusers folder, a hub id, a .safetensors file or the folder of a run"
     parser.add_argument("--model", required=True, help=model)
-    parser.add_argument("--lora", metavar="FOLDER", help="a LoRA that diffalign trained, to sample with: the next round's model")
-    parser.add_argument("--base-lora", metavar="PATH", help="a LoRA that is part of the base, as `diffalign train` takes it")
+    parser.add_argument("--lora", metavar="FOLDER", help="LoRA that diffalign trained, to sample with in the next round")
+    parser.add_argument("--base-lora", metavar="PATH", help="LoRA that is part of the base, as `diffalign train` takes it")
     add_without(parser)
     parser.add_argument(
         "--prompts",
         required=True,
-        help=f"a {', '.join(FORMATS)} file, one of {', '.join(NAMES)}, or tiny: its train split's captions",
+        help=f"prompts: a {', '.join(FORMATS)} file, a list by name ({', '.join(NAMES)}), or tiny (its training captions)",
     )
     parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
-    parser.add_argument("--count", type=whole(1), metavar="N", help="how many prompts; a shorter list is gone through again")
+    parser.add_argument("--count", type=whole(1), metavar="N", help="number of prompts; a shorter list is gone through again")
     parser.add_argument(
-        "--per-prompt", type=whole(1), default=2, metavar="K", help="pictures of each (default 2; D3PO's study: 7)"
+        "--per-prompt", type=whole(1), default=2, metavar="K", help="number of pictures per prompt (default 2; D3PO's study: 7)"
     )
-    parser.add_argument("--out", "--output", required=True, metavar="FOLDER", help="where everything goes")
-    parser.add_argument("--steps", type=whole(1), default=20, help="transitions of a trajectory (default 20)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (default 5)")
-    parser.add_argument("--eta", type=float, default=1.0, help="noise of each transition, in that of DDPM (default 1)")
+    parser.add_argument(
+        "--out", "--output", required=True, metavar="FOLDER", help="folder for pictures, trajectories and the page to choose on"
+    )
+    parser.add_argument(
+        "--steps", type=whole(1), default=20, help="number of sampling steps, each a transition of a trajectory (default 20)"
+    )
+    parser.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale (default 5)")
+    parser.add_argument("--eta", type=float, default=1.0, help="noise of each DDIM step as a multiple of DDPM's (default 1)")
     parser.add_argument(
         "--same-start",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="all pictures of a prompt from the same x_T, so that they differ by the steps' noise alone (default: yes)",
+        help="start all pictures of a prompt from the same x_T, so that only the steps' noise differs (default: yes)",
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="every picture's seed follows from this one (default 0)")
-    parser.add_argument("--batch-size", type=whole(1), default=16, help="pictures sampled together (default 16)")
+    parser.add_argument(
+        "--seed", type=whole(0), default=0, help="random seed, from which every picture's own seed follows (default 0)"
+    )
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="number of pictures sampled together (default 16)")
     parser.add_argument(
         "--mixed-precision",
         choices=("no", "bf16", "fp16"),
         default="no",
-        help="as the training that is to learn from it (default no)",
+        help="mixed precision, the same as of the training that is to learn from the pictures (default no)",
     )
-    parser.add_argument("--single-file-config", metavar="FOLDER", help="for a single-file model: a Diffusers folder of its kind")
-    parser.add_argument("--device", help="such as cuda, cuda:1 or cpu (default: the best there is)")
+    parser.add_argument(
+        "--single-file-config",
+        metavar="FOLDER",
+        help="Diffusers folder with the configuration and tokenizer of a single-file model",
+    )
+    parser.add_argument("--device", help="device, such as cuda, cuda:1 or cpu (default: the best there is)")
     parser.add_argument(
         "--judges",
         "--judge",
         action=Joined,
         metavar="NAME,...",
-        help="let these choose instead of people, to try the loop; see `diffalign score`",
+        help="judges that choose instead of people, to try the loop; named as for `diffalign score`",
     )
     parser.add_argument(
         "--judge-options",
@@ -68,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="JUDGE.OPTION=VALUE",
-        help="what a judge is loaded with",
+        help="options of the judges, as in pickscore.weights=PATH",
     )
 
 

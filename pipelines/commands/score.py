@@ -24,15 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = DESCRIPTION
     parser.set_defaults(goes_on="The same command goes on where it stopped; with --overwrite it begins anew.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="pictures; or a data set with pictures and prompts")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="folder of pictures, or a data set with pictures and prompts"
+    )
     add_prompt_options(parser)
     add_judge_options(parser)
-    parser.add_argument("--out", "--output", required=True, metavar="FILE", help="the table: .parquet, .csv or .jsonl")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of several folders: win rates with their intervals")
-    parser.add_argument("--report", type=Path, metavar="FILE.md", help="of several folders: the comparison as Markdown")
+    parser.add_argument("--out", "--output", required=True, metavar="FILE", help="file for the table: .parquet, .csv or .jsonl")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is there, and drop what a run that was cut off left"
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="file for a plot of win rates with their intervals, where there are several folders",
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="file for the comparison as Markdown, where there are several folders"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there, and drop what an interrupted run left")
     add_scoring_options(parser)
 
 
@@ -44,15 +51,17 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         metavar="WHERE",
-        help=f"a {', '.join(FORMATS)} file or one of {', '.join(NAMES)}; 'txt' for NAME.txt beside each picture; 'png' for what "
-        f"AUTOMATIC1111 or ComfyUI wrote into it (default: whichever of these there is in the folder)",
+        help=f"prompts: a {', '.join(FORMATS)} file, a list by name ({', '.join(NAMES)}), 'txt' for NAME.txt beside each "
+        f"picture, or 'png' for what AUTOMATIC1111 or ComfyUI wrote into it (default: whichever of these the folder holds)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt for all pictures")
-    several = "pictures in a row for each prompt of a list that does not name them (default: one, or as their names tell)"
+    several = (
+        "number of pictures in a row per prompt of a list that does not name them (default: one, or as the files' names say)"
+    )
     parser.add_argument("--n-per-prompt", type=whole(1), metavar="K", help=several)
-    parser.add_argument("--column", help="the column of prompts, where the file has several")
-    parser.add_argument("--image-column", help="of a data set: the column of pictures")
-    parser.add_argument("--split", default="train", help="of a data set (default %(default)s)")
+    parser.add_argument("--column", help="column of the prompts, where the file has several")
+    parser.add_argument("--image-column", help="column of the pictures in a data set")
+    parser.add_argument("--split", default="train", help="split of a data set (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
