@@ -24,7 +24,7 @@ REFUSED_BY_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class Parser(argparse.ArgumentParser):
-    """One that says, of a word that is none of those it may be, which of them is alike. Its commands are parsers of this kind."""
+    """A parser whose error for an unknown choice names the one that is spelled most like it, in subcommands too."""
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):

@@ -219,7 +219,7 @@ def _provenance(
     by: str | None,
     boot: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the numbers rest on; facts that the table holds about a judge are carried over."""
+    """Record of the data and settings behind the numbers, with the facts that the table holds about each judge."""
     from importlib import metadata
 
     known = table.attrs.get("judges", {})

@@ -1,4 +1,4 @@
-"""What a reader of a comparison should know before believing its numbers."""
+"""Notes on a comparison: what its reader should know before believing the numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANY_TIES = 0.05
 def notes_on(
     rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], win_rates: pd.DataFrame, by_category: pd.DataFrame
 ) -> list[str]:
-    """What a reader should know before believing the numbers."""
+    """All notes on a comparison, a sentence or two each."""
     return [
         *_notes_on_pairing(rows, paired),
         *(note for row in win_rates.to_dict("records") for note in _notes_on_scores(row)),
@@ -32,7 +32,7 @@ def notes_on(
 
 
 def rough(prompts: int) -> str:
-    """What to say of intervals over so few prompts; nothing where there are enough."""
+    """A warning about intervals over few prompts; empty where there are enough."""
     return f"below {FEW_PROMPTS} the intervals are rough" if prompts < FEW_PROMPTS else ""
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MACRO = "(macro average)"
-"""What rows of ``by_category`` are called that give every category the same weight."""
+"""Name of the rows of ``by_category`` that give every category the same weight."""
 
 _CATEGORY_COLUMNS = (
     *("judge", "system", "category", "win_rate", "low", "high", "half_width", "wins", "ties", "losses"),
@@ -164,7 +164,7 @@ def _macro(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def ranking(rows: ScoreRows, judges: Sequence[JudgeColumn], paired: Sequence[Pairs], boot: Mapping[str, Any]) -> pd.DataFrame:
-    """Without rows where there are two systems only."""
+    """Bradley-Terry strengths and ranks by judge; no rows where there are only two systems."""
     return _frame([row for j in judges for row in _ranks(rows, j, boot)] if len(paired) > 1 else [], _RANKING_COLUMNS)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pipelines.comparison import Comparison
 
-# Okabe and Ito's colours, told apart by the colour-blind as well
+# Okabe and Ito's colours, which the colour-blind can distinguish, too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLUMNS = 3  # panels in a row
 _LINE, _ROW, _FRAME = 0.17, 0.13, 0.75  # inches: of a point, between rows, around a panel
@@ -101,7 +101,7 @@ def _panel(
 
 
 def _numbers(axes: Axes, frame: pd.DataFrame, judges: Sequence[str], systems: Sequence[str]) -> None:
-    """What the points say, at the right of them."""
+    """Write each point's number at its right."""
     for r in frame.to_dict("records"):
         k = systems.index(r["system"])
         rate, low, high = (100 * r[name] for name in ("win_rate", "low", "high"))
@@ -113,7 +113,7 @@ def _numbers(axes: Axes, frame: pd.DataFrame, judges: Sequence[str], systems: Se
 
 
 def _height_of(row: int, system: int, systems: int) -> float:
-    """Where a system's point lies in its row: systems are spread over seven tenths of it, in order from the top."""
+    """Height of a system's point in its row: systems are spread over seven tenths of it, in order from the top."""
     return row + 0.7 * ((system + 0.5) / systems - 0.5)
 
 
@@ -137,5 +137,5 @@ def _no_formula(text: str) -> str:
 
 
 def _lengths(points: Sequence[tuple[float, Mapping[str, Any]]], end: str) -> list[float]:
-    """From each rate to one end of its interval; rounding may put that on the wrong side by 1e-17, which would be refused."""
+    """Distances from each rate to one end of its interval; absolute, for Matplotlib refuses the -1e-17 that rounding may give."""
     return [100 * abs(r[end] - r["win_rate"]) for _, r in points]

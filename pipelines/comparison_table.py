@@ -57,7 +57,7 @@ class ScoreRows:
     scores: Mapping[str, np.ndarray]  # [M] each
 
     def categories_of(self, pairs: Pairs) -> np.ndarray:
-        """Of each pair [N], as either of its pictures says."""
+        """Category of each pair [N], taken from whichever of its pictures has one."""
         a, b = self.category[pairs.a], self.category[pairs.b]
         return np.where(a == None, b, a)  # noqa: E711  element by element
 
@@ -76,7 +76,7 @@ class Pairs:
 
 
 def judges_of(table: pd.DataFrame, wanted: str | Sequence[str] | None, by: str | None, tie_tolerance: Any) -> list[JudgeColumn]:
-    """Those that are wanted, or all. Raises ``UserError`` where the table has no such scores."""
+    """The judges that are ``wanted``, or all. Raises ``UserError`` where the table has no such scores."""
     from pandas.api import types
 
     if not hasattr(table, "columns"):
@@ -120,7 +120,7 @@ def _judge(name: str, facts: Mapping[str, Any] | None, tie_tolerance: float) -> 
 
 
 def one_of(name: str, known: Sequence[str], what: str) -> str:
-    """The name, if it is known. Raises ``UserError`` that tells the nearest."""
+    """The name, if it is known. Raises ``UserError`` that names the nearest ones."""
     if name not in known:
         raise UserError(
             f"The table has no {what} {name!r}.{did_you_mean(str(name), known, n=3, cutoff=0.5)} It has {', '.join(known)}."
@@ -129,7 +129,7 @@ def one_of(name: str, known: Sequence[str], what: str) -> str:
 
 
 def read(table: pd.DataFrame, judges: Sequence[JudgeColumn], by: str | None) -> ScoreRows:
-    """The table, if every picture in it is told apart and there are two systems. Raises ``UserError`` otherwise."""
+    """The table as arrays. Raises ``UserError`` for two rows of the same picture, or fewer than two systems."""
     missing = [c for c in _NEEDED if c not in table.columns]
     if missing:
         raise UserError(f"The table lacks the column {', '.join(missing)}; its columns are {', '.join(map(str, table.columns))}.")

@@ -25,7 +25,7 @@ from pipelines.several import Joined, left_over, told_left_over
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """What a configuration holds for one kind of objective."""
+    """The settings of a configuration for one kind of objective."""
 
     Settings: type  # the whole, a dataclass with a field for each of ``top_level`` and each section
     top_level: Mapping[str, str]  # settings that stand in no section, with their help
@@ -254,7 +254,7 @@ def _fields(settings: type) -> dict[str, Any]:
 
 
 def _reader(hint: Any) -> Any:
-    """From the text of a command line to what the hint wants: lists by commas, mappings by ``a=b``, ``none`` for None."""
+    """A validator that reads command line text as the hint's type: lists by commas, mappings by ``a=b``, ``none`` for None."""
     kind, optional = _kind(hint)
 
     def read(value: Any) -> Any:
@@ -301,9 +301,9 @@ OF_OTHERS = {
     **{"data": "pairs", "dataset": "pairs", "out": "output", "output_dir": "output", "size": "resolution"},
     **{"pretrained_model_name_or_path": "model", "base": "model", "lr_scheduler": "schedule", "report_to": "tracker"},
 }
-"""What other programs call settings, by letters of which nobody would find ours."""
+"""Names that other programs give to settings, spelled too differently for ``difflib`` to find ours."""
 ALIKE = 0.75
-"""How like another name (``difflib``) what is asked for should be to be taken for a slip; below it is another thing."""
+"""Least similarity (``difflib``) at which an unknown name counts as a misspelling of a known one."""
 
 
 _LENGTH = "how long a run is, --steps says: epochs x rows to train on / (--batch-size x --accumulation x processes)"
@@ -313,11 +313,11 @@ ELSEWHERE = {
     "num-train-epochs": ("steps", _LENGTH),
     "label-smoothing": ("loss-options", "labels that may be wrong are --loss cdpo --loss-options noise=0.1"),
 }
-"""Settings of other trainers that go by other words here: the one of ours that it takes, and what to do with it."""
+"""Settings of other trainers that have no counterpart of one name: the setting that replaces each, and advice how."""
 
 
 def _elsewhere(name: str, known: list[str]) -> str:
-    """What another trainer's setting is called here; empty where it has no counterpart in these settings."""
+    """Advice for another trainer's setting; empty where these settings have no counterpart."""
     needed, advice = ELSEWHERE.get(name.lstrip("-").split("=")[0].split(".")[-1].replace("_", "-"), ("", ""))
     return advice if needed in {k.lstrip("-").split(".")[-1].replace("_", "-") for k in known} else ""
 

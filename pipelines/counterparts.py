@@ -56,7 +56,7 @@ _WAYS: tuple[Callable[[Row], Hashable], ...] = (_seed, _name, _whole_name)
 
 
 def _places(rows: Sequence[Row]) -> list[int]:
-    """Of pictures of one prompt, system after system, the numbers of their places: counterparts have the same."""
+    """Place of each picture of one prompt, system after system; counterparts have equal places."""
     systems: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         systems.setdefault(row["system"], []).append(i)
@@ -81,6 +81,6 @@ def _places_among(before: Sequence[tuple[Sequence[Row], Sequence[int]]], rows: S
 
 
 def _keys(rows: Sequence[Row], way: Callable[[Row], Hashable]) -> list[Hashable]:
-    """Of each picture of a system; none at all where a picture has none, or two have the same."""
+    """Key of each picture of a system; an empty list where a picture has none, or two have the same."""
     keys = [way(row) for row in rows]
     return keys if None not in keys and len(keys) == len(set(keys)) else []

@@ -29,11 +29,11 @@ class Pass:
 
 
 Encoded = Mapping[str, tuple[torch.Size, torch.dtype]]
-"""What one prompt becomes, with a dimension of 1 for the batch."""
+"""Shapes and types of an encoded prompt, with a batch dimension of 1."""
 
 
 def encoded_prompt(family: Family) -> Encoded:
-    """By the family's own text encoders, as ``families.sketch`` makes them."""
+    """Shapes of one encoded prompt, by the text encoders of a family from ``families.sketch``."""
     with shapes_only(family.network, *family.encoder.networks()):
         return {name: (value.shape, value.dtype) for name, value in family.encoder.encode_prompts(["a"]).items()}
 
@@ -41,7 +41,7 @@ def encoded_prompt(family: Family) -> Encoded:
 def forward_pass(
     family: Family, prompt: Encoded, size: tuple[int, int, int], rows: int, checkpointing: bool, autocast: torch.dtype | None
 ) -> Pass:
-    """Of a family as ``families.sketch`` makes it, whose parameters to train require a gradient.
+    """Costs of a forward pass with gradients, for a family from ``families.sketch`` whose trained parameters require them.
 
     Args:
         size: (C, h, w) of a latent.
@@ -59,7 +59,7 @@ def forward_pass(
 
 
 def _conditioning(family: Family, prompt: Encoded, rows: int) -> dict[str, torch.Tensor]:
-    """Of ``rows`` samples; every token counts, so masks are left out where a network can do without."""
+    """Conditioning of ``rows`` samples; every token counts, so masks are left out where a network can do without."""
     needed = {name: value for name, value in prompt.items() if not family.denoiser.can_do_without(name)}
     return {name: torch.zeros(rows, *shape[1:], dtype=dtype) for name, (shape, dtype) in needed.items()}
 
@@ -83,7 +83,7 @@ def decoding_bytes(family: Family, size: tuple[int, int, int], pictures: int) ->
 
 
 def asking_bytes(family: Family, prompt: Encoded, size: tuple[int, int, int], rows: int) -> int:
-    """The same while the network answers for ``rows`` latents (C, h, w) without a gradient."""
+    """Peak bytes of activations in a forward pass over ``rows`` latents (C, h, w) without gradients."""
     live = _Living(family.network)
     with shapes_only(family.network, *family.encoder.networks()):
         conditioning = _conditioning(family, prompt, rows)
@@ -190,5 +190,5 @@ def _recomputed(network: nn.Module, on: bool, keeping: _Keeping) -> Iterator[Non
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Which memory a tensor or view lies in; storages without numbers have no address, but are still told apart."""
+    """Identity of the storage of a tensor or view; storages on the meta device have no address, but are still distinct."""
     return tensor.untyped_storage()._cdata

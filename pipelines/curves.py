@@ -11,7 +11,7 @@ from typing import Any
 from diffalign.metrics_file import read_rows
 
 LOG_2 = math.log(2)
-"""Where a logistic loss begins."""
+"""Value of a logistic loss at the start of training."""
 
 
 HELD_OUT: list[tuple[dict[str, str], str]] = [

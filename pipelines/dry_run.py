@@ -1,4 +1,4 @@
-"""What a run would refuse, found without reading weights or pictures: each thing is asked of the function that the run asks.
+"""What a run would refuse, found without reading weights or pictures: each check is the function that the run itself calls.
 
 What cannot be known here is named: models and data of the hub that are not here, a single file's configuration. Judges are known
 by name, not loaded.
@@ -30,7 +30,7 @@ from pipelines.tiny.shipped import pairs_called
 
 @dataclass
 class Findings:
-    """What is wrong, and what nobody looked at; each in a sentence."""
+    """Mistakes that were found, and checks that could not be made; a sentence for each."""
 
     mistakes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Findings:
 
 
 def look(settings: TrainSettings) -> Findings:
-    """Everything that would be refused before the first step, as far as it can be known."""
+    """Find everything that would be refused before the first step, as far as it can be known."""
     found = Findings()
     found.check(check_tracker, settings.compute.tracker)
     for check in training.preflight_checks(settings):
@@ -73,7 +73,7 @@ def _judges_of_training(settings: TrainSettings) -> None:
 
 
 def _rounds(settings: TrainSettings) -> None:
-    """One process is the least there can be; more have to divide a round, too."""
+    """Check the rounds for one process, the least there can be; several processes have to divide a round, too."""
     pairs = getattr(settings.objective, "round_pairs", None)
     if pairs is not None and ingredients.samples_itself(settings) and not settings.feedback:
         refuse_broken_rounds(pairs, settings.batch.accumulation)
@@ -94,7 +94,7 @@ def _look_at_data(settings: TrainSettings, found: Findings) -> None:
 
 
 def _curriculum(settings: TrainSettings, table: PairTable) -> None:
-    """Of all pairs, some of which are kept for validation."""
+    """Check the curriculum with all pairs, some of which are kept for validation."""
     data, batch = settings.data, settings.batch
     if not table.scored and not settings.reward.reward:
         easiest_first(table, [])  # which refuses pairs without scores
@@ -132,7 +132,7 @@ def _sketched(settings: TrainSettings) -> Any:
 
 
 def _checks_of(settings: TrainSettings, family: Any) -> Iterator[Callable[[], Any]]:
-    """In the order of a run; the LoRA comes last, for it changes the network."""
+    """The checks in the order of a run; the LoRA comes last, for it changes the network."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     yield lambda: ingredients.encoding(settings, None, family)
     if not ingredients.samples_itself(settings):

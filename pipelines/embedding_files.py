@@ -1,4 +1,4 @@
-"""Where the files of a text embedding lie, what they say of it, and its network and tokenizer from them.
+"""The files of a text embedding: finding them, reading its recipe, and loading its network and tokenizer.
 
 A CLIP or its text tower, a SigLIP, a Diffusers folder (its text encoder), a sentence-transformers model, or any encoder that
 Transformers reads; a folder, or an id of the hub.
@@ -125,11 +125,11 @@ def _unreachable(source: Source) -> str:
 # -------------------------------------------------------------------------------------------------------------- what it says
 
 _POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "mean_sqrt_len_tokens": "mean", "lasttoken": "last"}
-"""By sentence-transformers' names. The mean over the root of the length has the mean's direction."""
+"""Poolings by their names in sentence-transformers. The mean over the root of the length has the mean's direction."""
 
 
 def read_recipe(source: Source, config: Any, pooling: str, prefix: str | None) -> Recipe:
-    """What the files say of it, and what the user says instead."""
+    """The recipe that the files state, with what the user asks for instead."""
     if config.model_type in ("clip", "clip_text_model"):
         if pooling == "cls":
             raise UserError(f"{source.name} is a CLIP, which reads forwards only: its first state is the same for every text.")
@@ -149,7 +149,7 @@ def read_recipe(source: Source, config: Any, pooling: str, prefix: str | None) -
 
 
 def _sentence_recipe(source: Source) -> Recipe:
-    """By the files of sentence-transformers; the mean over everything where there are none."""
+    """The recipe in the files of sentence-transformers; the mean over all tokens where there are none."""
     listed = _file(source, "modules.json")
     modules = [] if listed is None else _modules(listed)
     unknown = [kind for kind in map(_kind, modules) if kind not in ("Transformer", "Pooling", "Normalize", "Dropout")]
@@ -256,7 +256,7 @@ def reason(source: Source, error: Exception) -> str:
 
 
 def _is_dual(config: Any) -> bool:
-    """Whether it has a tower for texts besides another, as SigLIP has."""
+    """Whether the model has a text tower beside another one, as SigLIP has."""
     return hasattr(config, "text_config") and hasattr(config, "vision_config")
 
 
@@ -293,7 +293,7 @@ def load_network(source: Source, config: Any, recipe: Recipe, dtype: torch.dtype
 
 
 def _class(config: Any) -> tuple[Any, Any]:
-    """Which class of Transformers reads it, and with which configuration."""
+    """The class of Transformers that loads the network, and its configuration."""
     from transformers import AutoModel, AutoModelForTextEncoding, CLIPTextModel, CLIPTextModelWithProjection
 
     if config.model_type == "clip":

@@ -36,7 +36,7 @@ GIB = 2**30
 DECODER = "autoencoder"
 PAST = "weights of the past"
 SHARED_OUT = ("weights", "gradients", "optimizer", "average of weights", PAST)
-"""Of which FSDP2 gives every device a share."""
+"""Parts of which FSDP2 gives every device a share."""
 
 
 @dataclass(frozen=True)

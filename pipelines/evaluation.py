@@ -37,7 +37,7 @@ OWNED = (
     "best_and_worst.png",
     "index.html",
 )
-"""What a report consists of."""
+"""Patterns of the files that a report consists of."""
 SHOWN = 12
 """Pairs on the sheet ``side_by_side.png``, and half as many at either end of ``best_and_worst.png``."""
 FEW_PROMPTS = 50
@@ -48,7 +48,7 @@ Load = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """What came out: ``values`` is what ``summary.json`` in ``output`` holds."""
+    """The result of an evaluation: ``values`` is the content of ``summary.json`` in ``output``."""
 
     values: dict[str, Any]
     output: Path
@@ -280,7 +280,7 @@ def _faithfulness(judges: dict[str, Any]) -> dict[str, Any]:
 
 
 def _notes(values: dict[str, Any], jobs: list[_Job]) -> list[str]:
-    """What a reader should know before believing the numbers."""
+    """Warnings that the reader of the numbers should know."""
     notes, different = [], len({job.prompt.text for job in jobs})
     if different < FEW_PROMPTS:
         notes.append(f"{different} different prompts are few: below {FEW_PROMPTS} the intervals are rough.")

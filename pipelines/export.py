@@ -42,19 +42,19 @@ SINGLE_FILES = ("stable_diffusion", "sdxl")
 
 @dataclass(frozen=True)
 class Export:
-    """What to write.
+    """What is exported, and how.
 
     Args:
         result: a folder that ``diffalign train`` or ``diffalign prompts sft|train`` wrote.
         output: a file that ends in .safetensors; for ``diffusers`` a folder.
         layout: one of ``LAYOUTS``.
-        merge: of ``diffusers``: the whole pipeline (of a writer: the whole model), with the LoRA merged into its weights.
-        scale: how strong the LoRA is made, 1 being as it was trained. LoRAs below it keep their strength.
-        alone: without the LoRAs that it was trained on top of, to be loaded together with them.
-        dtype: of the tensors; None is float32, for LoRAs and for models.
+        merge: with ``diffusers``, write the whole pipeline (the whole model of a writer) with the LoRA merged into its weights.
+        scale: strength of the LoRA, 1 being as it was trained. LoRAs that it was trained on top of keep theirs.
+        alone: leave out the LoRAs that it was trained on top of, to load all of them together.
+        dtype: type of the tensors; None is float32, for LoRAs and for models.
         base: the base model, if not the one on record.
-        title: for the header of the file; None is the name of the result's folder.
-        checkpoint: what the run had learnt by a checkpoint, a step or ``latest``, in place of its end.
+        title: title in the header of the file; None is the name of the result's folder.
+        checkpoint: the checkpoint to export in place of the finished result: a step, ``latest`` or ``best``.
     """
 
     result: str
@@ -107,7 +107,7 @@ def _lora_of(asked: Export, origin: Origin, dtype: torch.dtype) -> Exported:
 
 
 def _of_checkpoint(asked: Export) -> Exported:
-    """By way of the result that the run would have been, in a folder that is gone afterwards."""
+    """Export a checkpoint through a temporary folder that holds the result the run would have had."""
     from pipelines.from_checkpoint import result_of_checkpoint
 
     run = Path(asked.result).expanduser()
@@ -120,7 +120,7 @@ def _of_checkpoint(asked: Export) -> Exported:
 
 
 def _check(asked: Export, origin: Origin, whole: bool) -> None:
-    """Everything that can be known to be wrong before anything is read."""
+    """Check everything that can be checked before a file is read."""
     out = asked.output
     if asked.layout not in LAYOUTS:
         raise UserError(f"There is no layout {asked.layout!r}; the layouts are {', '.join(LAYOUTS)}.")
@@ -152,7 +152,7 @@ def _check(asked: Export, origin: Origin, whole: bool) -> None:
 
 
 def _check_folder(asked: Export, what: str, otherwise: str = "") -> None:
-    """Whether the output can be a folder; ``otherwise`` is what to do where a file is wanted."""
+    """Check that the output can be a folder; ``otherwise`` is the advice where a file is named."""
     out = asked.output
     if out.is_file():
         raise UserError(f"{out} is a file; {what} is a folder.")
@@ -196,7 +196,7 @@ def _writer(asked: Export) -> Exported:
 
 
 def _check_writer(asked: Export) -> None:
-    """What is asked for must be a folder of Transformers' or PEFT's; both are called ``diffusers`` here."""
+    """Check that a writer is exported as a folder of Transformers or PEFT; both are called ``diffusers`` here."""
     given = {"--to": asked.layout != "diffusers", "--scale": asked.scale != 1.0, "--alone": asked.alone, "--title": asked.title}
     if odd := [name for name, it_is in given.items() if it_is]:
         raise UserError(
@@ -275,7 +275,7 @@ def _peft_config(layers: Layers, network: nn.Module) -> Any:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """As it stands in a file's header, where there are no sets."""
+    """A PEFT configuration as JSON for a file's header, with lists in place of sets."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
 

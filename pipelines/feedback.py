@@ -71,7 +71,7 @@ def open_prompts(stored: Stored, encoder: Any) -> PromptCache:
 
 
 def describe(stored: Stored) -> str:
-    """One sentence of what there is to learn from."""
+    """One sentence about the stored trajectories and choices."""
     n = stored.stats()
     notes = [f"{n['ties']} of them ties"] if n["ties"] else []
     notes += [f"{n['equal_scores_skipped']} pairs with equal scores skipped"] if n["equal_scores_skipped"] else []
@@ -81,6 +81,6 @@ def describe(stored: Stored) -> str:
 
 
 def sampling_settings(where: str | Path) -> dict[str, Any]:
-    """What d3po must set to sample as the trajectories were sampled. Raises UserError if there are none."""
+    """Settings of d3po that sample as the trajectories were sampled. Raises UserError if there are none."""
     sampling = Store.open(located(where)[0]).made.sampling
     return {"rollout_steps": sampling.steps, "eta": sampling.eta, "guidance": sampling.guidance}

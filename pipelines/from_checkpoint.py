@@ -52,7 +52,7 @@ def result_of_checkpoint(folder: Path, which: str, output: Path, base: str | Non
 
 @dataclass(frozen=True)
 class _Learnt:
-    """What a run trains, as it is before the first step."""
+    """The trained weights of a run, as they are before the first step."""
 
     weights: TrainedWeights
     parameters: Iterable[nn.Parameter]

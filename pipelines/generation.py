@@ -23,7 +23,7 @@ from pipelines.sampling import SamplerSettings
 
 METADATA = "metadata.jsonl"
 OWNED = ("[0-9]*.png", "grid.png", METADATA, "generation.json")
-"""What ``generate`` writes."""
+"""Patterns of the files that ``generate`` writes."""
 SHOWN = 48
 """The grid shows this many pictures at most."""
 
@@ -101,7 +101,7 @@ def picture_name(i: int) -> str:
 
 
 def metadata(rows: Sequence[tuple[Prompt, int]]) -> str:
-    """What ``metadata.jsonl`` holds of pictures in their order, each with its prompt and seed."""
+    """The content of ``metadata.jsonl`` for pictures in their order, each with its prompt and seed."""
     return "".join(_line(i, prompt, seed) for i, (prompt, seed) in enumerate(rows))
 
 

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is free, where the CPU does the work: glibc's malloc.
+"""Settings of glibc's malloc for free memory, where the CPU does the work.
 
 With another C library, or an accelerator, nothing here does anything.
 """
@@ -14,10 +14,11 @@ from typing import Any
 LARGE_BLOCK = 2 * 2**20
 """Bytes. Smaller ones are quicker to have from the heap."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-"""Of glibc's malloc.h."""
+"""Constants of glibc's malloc.h."""
 _NEVER, _USUAL_MMAPS = -1, 2**16
 _large = 32 * 2**20
-"""From which size blocks are given back outside ``kept``. Here glibc's own threshold ends; setting one stops its growth."""
+"""Bytes from which on a freed block goes back to the system outside ``kept``; at first the most that glibc's own threshold grows
+to, for setting a threshold stops its growth."""
 
 
 def give_back_large_blocks() -> None:

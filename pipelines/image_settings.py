@@ -1,4 +1,4 @@
-"""What the configuration of an image model's run holds."""
+"""The settings of an image model's training run."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ class TrainSettings:
 
     @property
     def cache_folder(self) -> Path:
-        """Where encoded pairs are, and what follows from them."""
+        """Folder of the encoded pairs and of all that is derived from them."""
         return self.data.cache or self.output / CACHE_FOLDER
 
 
@@ -288,7 +288,7 @@ def sections(objective: type) -> dict[str, type]:
 
 
 def _of_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
-    """How the trajectories to learn from were sampled; and that nothing else is sampled."""
+    """Settings that follow from stored trajectories: how they were sampled, and that no others are."""
     if not tree.get("feedback") or not getattr(objective, "learns_from_people", False):
         return {}
     from pipelines.feedback import sampling_settings
@@ -298,7 +298,7 @@ def _of_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
 
 
 def _missing(tree: Mapping[str, Any], about: About) -> list[str]:
-    """What this objective learns from and was not given."""
+    """Messages about data that this objective needs and was not given."""
 
     def needed(path: str, text: str) -> str:
         return f"{path}: needed but not given ({text}; {flag_of(path.split('.')[-1])})"
@@ -323,7 +323,7 @@ def _changed(settings: Any) -> list[str]:
 
 
 def _contradictions(whole: Mapping[str, Any]) -> list[str]:
-    """Choices, an adapter, noise levels, rounds of the loop or a curriculum, where the objective has no use for them."""
+    """Messages about settings that contradict each other or that the objective has no use for."""
     objective, data, loop, compared = whole["objective"], whole["data"], whole["loop"], whole["evaluation"]
     samples, own = PROMPTS in objective.about.data, getattr(objective, "round_steps", 1)
     out = []
@@ -378,7 +378,7 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
 
 
 def _uses_scores(objective: Any, data: DataSettings) -> bool:
-    """Whether a judge's scores of the data's pairs are looked at."""
+    """Whether the run uses a judge's scores of the data's pairs."""
     from diffalign import losses
 
     name = getattr(objective, "loss", None)
@@ -391,7 +391,7 @@ _OF_PICTURES = ("crop", "flip", "latents", "prompt_dropout")
 
 
 def _idle(objective: Any, data: DataSettings, samples: bool) -> list[str]:
-    """Constants of something that is not switched on, and treatments of pictures that nobody gave."""
+    """Messages about settings of features that are switched off, and of pictures where there are none."""
     out, changed = [], _changed(data)
     if getattr(objective, "divergence", "alpha") != "alpha" and "divergence_alpha" in _changed(objective):
         out.append("objective.divergence_alpha: is about the alpha divergence; set --divergence alpha as well")
@@ -407,7 +407,7 @@ def _idle(objective: Any, data: DataSettings, samples: bool) -> list[str]:
 
 
 def _not_beforehand(objective: Any, loop: Any) -> list[str]:
-    """Why the reference's errors cannot be had before training."""
+    """Reasons why the reference's errors cannot be computed before training."""
     out = []
     if not objective.about.draws_ahead:
         out.append(f"needs pairs that are only noised, and this objective learns from: {objective.about.source}")
@@ -419,7 +419,7 @@ def _not_beforehand(objective: Any, loop: Any) -> list[str]:
 
 
 def remarks(settings: TrainSettings) -> list[str]:
-    """What is allowed and seldom meant: of the objective, and of numbers that belong together and were set apart."""
+    """Warnings about settings that are allowed but seldom meant, the objective's own first."""
     from diffalign.objectives._family import remarks as of_objective
 
     lora, warmup, steps, out = settings.lora, settings.optimizer.warmup_steps, settings.loop.steps, []

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 def is_place(name: str) -> bool:
-    """Whether a judge is named by where it is; no judge of ours has a colon in its name."""
+    """Whether a judge is named by the place of its code; no shipped judge has a colon in its name."""
     return ":" in name
 
 
 def attribute_of(place: str) -> str:
-    """What it is called there, and goes by if it is given no other name."""
+    """Name of the judge in its module, and its label where none is given."""
     return place.rpartition(":")[2]
 
 
 def options(place: str) -> tuple[str, ...]:
-    """What the judge at ``place`` can be told. Raises UserError as ``load``."""
+    """Names of the options that the judge at ``place`` takes. Raises UserError as ``load``."""
     found = _found(place)
     return () if _is_judge(found) else tuple(name for name, p in _parameters(found, place).items() if p.kind != p.VAR_KEYWORD)
 

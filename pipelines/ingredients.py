@@ -1,4 +1,4 @@
-"""From settings to what a run gives its objective: data encoded, judges loaded, the network ready to be trained.
+"""Preparation of a run from its settings: data encoded, judges loaded, the network ready to be trained.
 
 pairs, or pictures      opened, encoded once, deduplicated, with a judge's scores where one is named
 prompts                 of objectives that sample for themselves
@@ -61,12 +61,12 @@ TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 LATE = 0.2
 """Share of a run's rounds after which a baseline that is asked for comes too late to be one."""
 PROMPTS_AT_ONCE = 4096
-"""That are tokenized to see which are too long."""
+"""Number of prompts tokenized together to find those that are too long."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training needs and nothing else: encoders are gone by now."""
+    """What training needs; the encoders are freed by now."""
 
     family: Any
     weights: TrainedWeights
@@ -442,7 +442,7 @@ def _tell_of_long_prompts(family: Any, cache: PairCache | None, prompts: PromptC
 
 
 def _long_prompts(family: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """How many of these different prompts the text encoder does not see the end of, and the first of them."""
+    """Number of these different prompts that are longer than the text encoder reads, and the first of them."""
     found: dict[str, Any] = {"count": 0}
     for low in range(0, len(texts), PROMPTS_AT_ONCE):
         cut = family.truncated(texts[low : low + PROMPTS_AT_ONCE])
@@ -484,7 +484,7 @@ def _attach(
 
 
 def _choose_kernels(settings: TrainSettings, family: Any, accelerator: Accelerator, say: Say) -> None:
-    """How attention is computed, and the order of the weights. A copy of the network that is made then has it so, too."""
+    """Set the attention kernels and the memory format; copies of the network made afterwards have them, too."""
     compute = settings.compute
     if line := devices.lacks_cuda():
         say(line)
@@ -515,7 +515,7 @@ def make_trainable(settings: TrainSettings, family: Any, accelerator: Accelerato
 
 
 def loader_settings(settings: TrainSettings, schedule: Schedule) -> LoaderSettings:
-    """How pairs are visited."""
+    """Settings of the loader of pairs."""
     return LoaderSettings(
         batch_size=settings.batch.batch_size,
         accumulation=settings.batch.accumulation,
@@ -548,7 +548,7 @@ def training_levels(data: DataSettings, schedule: Schedule) -> Levels:
 
 
 def run_context(settings: TrainSettings, prepared: Prepared, processes: Processes, device: torch.device) -> RunContext:
-    """Everything an objective may ask for."""
+    """The context of a run that its objective reads."""
     family, cache, prompts = prepared.family, prepared.cache, prepared.prompts
     pairs = judge = None
     if cache is not None:

@@ -1,8 +1,8 @@
-"""The options by which every command that scores is told its judges, and the judges themselves.
+"""The options that name judges, for every command that scores, and the loading of these judges.
 
     --judges pickscore,mine=clip --judge-options mine.weights=./model.safetensors pickscore.dtype=bfloat16
 
-A judge goes by its own name or by one that the user gives it, so that two checkpoints of one judge fit into one table; one of the
+A judge has its own name or a label that the user gives it, so that two checkpoints of one judge fit into one table; one of the
 user's own is named by where its code is (``imported_judges``). Imports nothing heavy before ``judges_from``.
 """
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from reward_models._judge import Scorer
 
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
-"""What a judge may be called: it becomes the name of a column and the beginning of an option."""
+"""Pattern of a judge's label, which becomes the name of a column and the beginning of an option."""
 _WHOLE = re.compile(r"[+-]?\d+")
 _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
 
 
 def add_judge_options(parser: argparse.ArgumentParser, default: str | None = None, apart: bool = False) -> None:
-    """Which judges, and what they are told; ``default`` None makes the user say which.
+    """Add the options that name judges and their options; without a ``default`` the user has to name some.
 
     ``apart``: judges may also be parted by spaces, for a command that takes no words without an option.
     """
@@ -56,7 +56,7 @@ def add_judge_options(parser: argparse.ArgumentParser, default: str | None = Non
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Where scores are remembered: ``args.cache`` is True, a path or False, as ``score`` takes it."""
+    """Add the options of the cache of scores: ``args.cache`` is True, a path or False, as ``score`` takes it."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--cache",
@@ -75,7 +75,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """How judges score, for commands that do nothing else on the device."""
+    """Add the options of scoring, for commands that do nothing else on the device."""
     from pipelines.sampling_options import whole
 
     add_cache_options(parser)
@@ -86,7 +86,7 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
 
 
 def scoring_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``score`` takes, from the parsed options."""
+    """The keyword arguments of ``score``, from the parsed options."""
     return {"batch_size": args.batch_size, "cache": args.cache}
 
 
@@ -96,8 +96,8 @@ def judges_from(args: argparse.Namespace) -> dict[str, Scorer]:
 
 
 def load_judges(judges: str, options: Sequence[str] = (), device: str | None = None, *, typed: bool = False) -> dict[str, Scorer]:
-    """Judges as ``--judges`` and ``--judge-options`` name them, loaded, by the names they go by; ``device`` reaches those that
-    have one.
+    """The loaded judges that ``--judges`` and ``--judge-options`` name, by their labels; ``device`` is passed to those that take
+    one.
 
     Args:
         typed: somebody typed these names just now, so that code of their own may be imported by its place. Names out of settings
@@ -111,7 +111,7 @@ def load_judges(judges: str, options: Sequence[str] = (), device: str | None = N
     from pipelines import imported_judges
     from reward_models.base import JudgeError
 
-    asked, told, takes = judges_called(judges, options, typed=typed)  # unknown ones are told before any is loaded
+    asked, told, takes = judges_called(judges, options, typed=typed)  # unknown ones are refused before any is loaded
     loaders = {name: imported_judges.load if imported_judges.is_place(name) else reward_models.load for name in asked.values()}
     try:
         placed = {label: _placed(told[label], device, takes[name]) for label, name in asked.items()}
@@ -123,7 +123,7 @@ def load_judges(judges: str, options: Sequence[str] = (), device: str | None = N
 def judges_called(
     judges: str, options: Sequence[str] = (), *, typed: bool = False
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]], dict[str, Sequence[str]]]:
-    """Of the judges that are asked for: names by the names they go by, what each is told, and which options each name takes.
+    """The judges that are asked for: their names by label, the options of each label, and the options that each name takes.
 
     Raises:
         UserError: as ``load_judges``, but for weights, which are not looked for.
@@ -149,7 +149,7 @@ def judges_called(
 
 
 def parse_judges(text: str) -> dict[str, str]:
-    """``"pickscore,mine=clip"`` as name that each goes by -> name of the judge.
+    """``"pickscore,mine=clip"`` as a mapping from label to the judge's name.
 
     Raises:
         UserError: nothing is asked for, a label that is no plain word, one that is given twice.
@@ -208,7 +208,7 @@ def _value(text: str) -> bool | int | float | str:
 
 
 def _placed(options: dict[str, Any], device: str | None, takes: Sequence[str]) -> dict[str, Any]:
-    """The options with the device, unless the judge has none or was told its own."""
+    """The options with the device, unless the judge takes none or was given one."""
     if device is None or "device" not in takes or "device" in options:
         return options
     _check_device(device)

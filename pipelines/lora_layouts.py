@@ -110,7 +110,7 @@ def _text_name(layout: str, parts: Parts, component: str, layer: str) -> str:
 
 
 def _is_sd2(parts: Parts) -> bool:
-    """As other programs tell: by the width of the text that the UNet attends to."""
+    """Whether a UNet is that of SD 2.x, which other programs recognise by the width of its text conditioning."""
     return getattr(parts[network_of(parts)].config, "cross_attention_dim", None) == 1024
 
 
@@ -185,7 +185,7 @@ def _whole(tensors: Mapping[str, Tensor], name: str) -> bool:
 
 
 def _read(tensors: Mapping[str, Tensor], name: str, place: Place) -> LowRank:
-    """One layer: of a fused one its own rows, with everything below."""
+    """The LoRA of one layer; from a fused layer, its own rows of the up matrix and all of the down matrix."""
     down = next(tensors[name + end] for end in _DOWNS if name + end in tensors).float()
     up = next(tensors[name + end] for end in _UPS if name + end in tensors).float()
     alpha = float(tensors[name + ALPHA]) if name + ALPHA in tensors else down.shape[0]

@@ -33,15 +33,15 @@ class LowRank:
         return self.scale * self.rank
 
     def delta(self) -> Tensor:
-        """What is added to the layer's weight, in its shape."""
+        """The update of the layer's weight, in its shape."""
         flat = self.up.flatten(1).float() @ self.down.flatten(1).float()
         return self.scale * flat.reshape(self.up.shape[0], *self.down.shape[1:])
 
 
 Layers = Mapping[str, LowRank]
-"""By the names of the layers inside one network, as Diffusers (or Transformers) calls them."""
+"""Low-rank updates by the layers' names inside one network, as in Diffusers (or Transformers)."""
 Lora = Mapping[str, Layers]
-"""By the pipeline's component: ``unet`` or ``transformer``, and text encoders where a LoRA changes them."""
+"""Layers by the pipeline's component: ``unet`` or ``transformer``, and text encoders where a LoRA changes them."""
 
 
 def digest(lora: Lora) -> str:

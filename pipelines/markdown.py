@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def title(c: Comparison) -> str:
-    """Who against whom."""
+    """The systems and the baseline."""
     return f"{', '.join(c.systems[1:])} against {c.baseline}"
 
 
 def headline(c: Comparison) -> str:
-    """How much was compared, and how."""
+    """The numbers of pairs and prompts, and the settings of the bootstrap."""
     known = c.provenance
     sizes = [f"{s}: {count(known['pairs'][s], 'pair')} of {count(known['prompts'][s], 'prompt')}" for s in c.systems[1:]]
     return (
@@ -32,7 +32,7 @@ def _level(c: Comparison) -> str:
 
 
 def tables(c: Comparison) -> list[Table]:
-    """All there is to show, the win rates first."""
+    """All tables of a comparison, the win rates first."""
     return [_wins_table(c), _scores_table(c), _means_table(c), *_category_tables(c), *_ranking_table(c), *_agreement_tables(c)]
 
 
@@ -54,7 +54,7 @@ def _wins_table(c: Comparison) -> Table:
 
 
 def _rate(row: Mapping[str, Any]) -> str:
-    """In points of a hundred, the half-width beside it."""
+    """The win rate as a percentage, with the half-width of its interval in percentage points."""
     return percent(math.nan) if math.isnan(row["win_rate"]) else f"{percent(row['win_rate'])} ± {100 * row['half_width']:.1f}"
 
 
@@ -105,7 +105,7 @@ def _estimate(mean: float, low: float, high: float) -> str:
 
 
 def _category_tables(c: Comparison) -> list[Table]:
-    """One per system, a column for each judge: twelve categories by six judges have to fit a page."""
+    """A table per system with a column for each judge: twelve categories by six judges have to fit a page."""
     tables = []
     for system in c.systems[1:]:
         some = c.by_category[c.by_category["system"] == system]

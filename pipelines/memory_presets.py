@@ -19,7 +19,7 @@ from pipelines.ingredients import samples_itself
 from pipelines.sizing import Sizing
 
 SIZES = (8, 12, 16, 24, 48, 80)
-"""Of GPUs, in GB as they are sold."""
+"""Memory sizes of GPUs, in GB as they are sold."""
 USABLE = 0.92
 """Share of them that a run can have: the rest is the driver's, and what the allocator cannot use."""
 
@@ -41,7 +41,7 @@ def _checkpointing(settings: TrainSettings) -> TrainSettings:
 
 
 def _bf16(settings: TrainSettings) -> TrainSettings:
-    """Not in place of fp16, which is as small, nor of the precision in which people's trajectories were made."""
+    """Switch to bf16, but not from fp16, which is as small, nor from the precision in which people's trajectories were made."""
     if settings.compute.mixed_precision != "no" or settings.feedback:
         return settings
     return _compute(settings, mixed_precision="bf16")
@@ -61,7 +61,7 @@ def _lora(settings: TrainSettings) -> TrainSettings:
 
 
 def _quantised(kind: str) -> Callable[[TrainSettings], TrainSettings]:
-    """Not where it is refused: trajectories that whole weights have made, a file that is quantised; never from 4 bits to 8."""
+    """A switch that quantises, except where refused (trajectories of whole weights, a quantised file), nor from 4 bits to 8."""
 
     def on(settings: TrainSettings) -> TrainSettings:
         refused = settings.feedback or settings.model.endswith(".gguf")
@@ -75,7 +75,7 @@ def _small_encoding(settings: TrainSettings) -> TrainSettings:
 
 
 def _small_text(settings: TrainSettings) -> TrainSettings:
-    """Not for people's trajectories, whose prompts were encoded in float32."""
+    """Switch text encoders to bfloat16, except for people's trajectories, whose prompts were encoded in float32."""
     return settings if settings.feedback else replace(settings, data=replace(settings.data, text_precision="bfloat16"))
 
 
@@ -133,7 +133,7 @@ class Ladder:
                 yield fit
 
     def pruned(self, fit: Fit, size: int) -> Fit:
-        """Without the switches, those that cost most first, that it does not need to fit a device of ``size`` GB."""
+        """The fit without those switches that it can do without on a device of ``size`` GB; the most costly are dropped first."""
         for switch in reversed(fit.switches):
             fewer = self._with(tuple(one for one in fit.switches if one is not switch))
             if fits(fewer.estimate, size):
@@ -148,7 +148,7 @@ class Ladder:
 
 
 def fitted(settings: TrainSettings, size: int, sizing: Sizing | None = None) -> Fit:
-    """As many switches as it takes to fit a device of ``size`` GB.
+    """The settings with as many switches as it takes to fit a device of ``size`` GB.
 
     Raises:
         UserError: all do not, or there is no estimate.

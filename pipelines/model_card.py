@@ -38,8 +38,8 @@ def write_model_card(
 ) -> Path:
     """Write ``README.md`` into the folder of a finished model, and return its path.
 
-    ``adapter`` is 'lora' or 'none' (the whole pipeline); None goes by the files in ``output``. ``samples.png`` is shown if it is
-    there. Absolute paths are cut to their last part: a card is meant to be given away.
+    ``adapter`` is 'lora' or 'none' (the whole pipeline); None infers it from the files in ``output``. ``samples.png`` is shown if
+    it is there. Absolute paths are cut to their last part: a card is meant to be given away.
 
     Args:
         base: the checkpoint that was aligned: a hub id, a path, or 'tiny'.

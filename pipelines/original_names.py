@@ -22,7 +22,7 @@ from diffalign.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands in the original network."""
+    """Place of a layer in the original network."""
 
     name: str
     part: int = 0  # which of the ``of`` layers that are fused there

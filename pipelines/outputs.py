@@ -87,8 +87,8 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) 
 
 
 def quoting(cells: Iterable[Any]) -> int:
-    """What is put in quotation marks: as little as possible, but every text where one has a carriage return, which ends a row for
-    readers and which Python before 3.13 quotes by no other setting."""
+    """The quoting of CSV cells: minimal, but every text where one has a carriage return, which ends a row for readers and which
+    Python before 3.13 quotes with no other setting."""
     return csv.QUOTE_NONNUMERIC if any(isinstance(cell, str) and "\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
 
 

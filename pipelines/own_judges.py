@@ -38,18 +38,18 @@ def check(judge: Any) -> None:
 
 
 def is_judge(judge: OwnJudge) -> bool:
-    """Whether it is one that can score files, too, and says whether higher is better; a function cannot."""
+    """Whether it is a ``Scorer``, which can score files and states whether higher is better; a function cannot."""
     return isinstance(judge, Scorer)
 
 
 def name_of(judge: OwnJudge) -> str:
-    """What the run's record calls it."""
+    """Name of the judge in the run's record."""
     return judge.info.name if isinstance(judge, Scorer) else getattr(judge, "__name__", type(judge).__name__)
 
 
 def judge_digest(judge: OwnJudge) -> str:
-    """16 hexadecimal digits for what decides its numbers, as far as that can be seen: what a judge says it is made of;
-    of anything else its compiled code and the numbers in it, not what it calls, nor what it has gathered since."""
+    """16 hexadecimal digits for what decides a judge's numbers, as far as that can be seen: its own fingerprint, or else its
+    compiled code and the constants in it, but neither the functions that it calls nor state that it gathered since."""
     if isinstance(judge, Scorer) and all(part.says_what_it_is for part in judge.parts):
         return judge.fingerprint[:16]
     if isinstance(judge, Scorer):
@@ -60,8 +60,8 @@ def judge_digest(judge: OwnJudge) -> str:
 
 
 def provenance_of(judge: Scorer) -> dict[str, Any]:
-    """What it says of itself; of one that does not say what decides its numbers with a digest of its code, so that work that was
-    cut off does not go on with another judge of that name."""
+    """The judge's own provenance; where that does not state what decides its numbers, with a digest of its code, so that
+    interrupted work is not resumed with another judge of that name."""
     said = all(part.says_what_it_is for part in judge.parts)
     return judge.provenance() if said else {**judge.provenance(), "code": judge_digest(judge)}
 
@@ -78,11 +78,11 @@ def _seen(function: Any) -> Any:
 
 
 def _code(code: CodeType) -> Any:
-    """What is done, without where it is written: line numbers change with every cell of a notebook."""
+    """The code without its line numbers, which change with every cell of a notebook."""
     constants = [_code(value) if isinstance(value, CodeType) else value for value in code.co_consts]
     return [code.co_code.hex(), code.co_names, [sorted(c) if isinstance(c, frozenset) else c for c in constants]]
 
 
 def _plain(values: Sequence[Any]) -> list[Any]:
-    """Numbers and texts; of anything else the type, for its ``repr`` may be its address."""
+    """Numbers and texts as they are, other values as the names of their types, for a ``repr`` may contain an address."""
     return [value if isinstance(value, (bool, int, float, str)) else type(value).__qualname__ for value in values]

@@ -14,7 +14,7 @@ from pipelines.low_rank import Layers, LowRank
 
 
 def layers_of(network: nn.Module, called: str) -> Layers:
-    """What the one adapter that ``network`` carries does to each layer, by the layer's name.
+    """The update that the one adapter of ``network`` makes to each layer, by the layer's name.
 
     Raises:
         UserError: the adapter ``called`` so is more than a plain LoRA.
@@ -33,7 +33,7 @@ def _layer(called: str, name: str, module: Any) -> LowRank:
 
 
 def _more_than_lora(module: Any, adapter: str) -> str:
-    """What of this layer's change is not up · down; empty if nothing is."""
+    """Description of the part of this layer's update that is not up · down; empty if there is none."""
     if adapter not in module.lora_A:
         return "LoRA of an embedding"
     if module.lora_bias.get(adapter):
@@ -43,7 +43,7 @@ def _more_than_lora(module: Any, adapter: str) -> str:
 
 
 def weights(layers: Layers) -> dict[str, Tensor]:
-    """By PEFT's names inside the network."""
+    """The tensors of a LoRA by PEFT's names inside the network."""
     downs = {f"{name}.lora_A.weight": layer.down for name, layer in layers.items()}
     return downs | {f"{name}.lora_B.weight": layer.up for name, layer in layers.items()}
 

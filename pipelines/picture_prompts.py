@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from reward_models._pictures import NoPicture
 
 BESIDE, INSIDE = "txt", "png"
-"""What to call the sources that are no file: a text beside each picture, the metadata inside each picture."""
+"""Names of the sources that are no file: a text beside each picture, the metadata inside each picture."""
 LISTS = (
     "metadata.jsonl",
     "metadata.csv",
@@ -291,7 +291,7 @@ class _Rows:
 
 
 def _number(picture: Path) -> int:
-    """What its name is a number of; -1 if it is none, which no row has."""
+    """The number that is the picture's name; -1, which no row has, if it is none."""
     return int(picture.stem) if picture.stem.isdecimal() else -1
 
 
@@ -305,7 +305,7 @@ def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _in_order(folder: Path, pictures: Sequence[Path], prompts: Sequence[Prompt], where: str | Path, asked: int | None) -> Found:
-    """As many pictures in a row for each prompt as was ``asked`` for, by default one, or as many as is known to be right."""
+    """Pictures in order with a list's prompts: ``asked`` in a row per prompt, by default one or the number known to be right."""
     each, left = divmod(len(pictures), len(prompts))
     has = f"{folder} has {len(pictures)} pictures and {where} has {len(prompts)} prompts"
     if left or not each or (asked or each) != each:
@@ -329,13 +329,13 @@ _SAMPLE = re.compile(r"([\W_]*\d+|[\W_]+[a-zA-Z]|(?<=\d)[a-zA-Z])$")
 
 
 def _in_groups(pictures: Sequence[Path], each: int) -> bool:
-    """Whether pictures are called by groups of just so many, whose names differ in their last number or letter."""
+    """Whether the pictures' names form groups of exactly ``each``, which differ in their last number or letter."""
     groups = [_SAMPLE.sub("", picture.stem) for picture in pictures]
     return all(groups) and groups == [name for name in dict.fromkeys(groups) for _ in range(each)]
 
 
 def _on_record(folder: Path, pictures: Sequence[Path], each: int) -> bool:
-    """Whether a list in the folder, which names its pictures, has one prompt for every so many in a row."""
+    """Whether a list in the folder that names its pictures has one prompt for every ``each`` of them in a row."""
     file = folder / LISTS[0]
     if not file.is_file():
         return False

@@ -34,11 +34,11 @@ from pipelines.sampling import picture_seeds
 
 FOLDER = "previews"
 _LAID_OUT: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-"""Trackers that are given the pictures, and what each has to be told about [N, H, W, 3]."""
+"""Trackers that receive the pictures, and the keyword arguments by which each takes [N, H, W, 3]."""
 
 
 def prompts_of(settings: TrainSettings) -> list[str]:
-    """What previews are drawn of; nothing where none are asked for.
+    """The prompts of the previews; none where no previews are asked for.
 
     Raises:
         UserError: there are no prompts, or they cannot be read.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
-"""What caches, data checks and evaluations report to: (stage, done, total)."""
+"""Callback of caches, data checks and evaluations: (stage, done, total)."""
 SECONDS_BETWEEN_LINES = 15.0
-"""In a log file every refresh is a line of its own."""
+"""Seconds between refreshes in a log file, where each is a line of its own."""
 
 
 class Bar:
@@ -37,7 +37,7 @@ class Bar:
         self._bar.update(done - self._bar.n)
 
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
-        """A callback to be told how many more of ``total`` are finished."""
+        """A callback that takes the number of further items of ``total`` that are finished."""
         self._begin(stage, total)
         return self._bar.update
 

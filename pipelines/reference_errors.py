@@ -41,7 +41,7 @@ def is_enough(settings: TrainSettings) -> bool:
 
 
 def folder_of(settings: TrainSettings) -> Path:
-    """Where the errors are kept."""
+    """Folder of the cached errors."""
     return settings.reference.reference_cache or settings.cache_folder / FOLDER
 
 
@@ -66,7 +66,7 @@ class ReferenceErrors:
         self._schedule, self._dtype, self._network = bare.schedule, working_dtype(family.network), family.network
 
     def __call__(self, batch: PairBatch) -> Tensor:
-        """Its errors [B, 2] of winners and losers."""
+        """The reference's errors [B, 2] of winners and losers."""
         with without_dropout(self._network):  # of the base itself, if its configuration has any
             return errors_beforehand(batch.to(self._accelerator.device), self._start, self._schedule, self._cache.kind)
 
@@ -75,7 +75,7 @@ class ReferenceErrors:
         return with_known(batches, self, ManyProcesses(self._accelerator))
 
     def cache(self, base_digest: str, progress: Progress, renew: bool = False, busy: Busy | None = None) -> CachedErrors:
-        """Its errors at the draws of all pairs, from the folder or asked now; ``renew`` is about a folder of the run's own."""
+        """The errors at the fixed draws of all pairs, read or computed; ``renew`` applies to a folder of the run's own."""
         settings, visits = self._settings, self._visits
         own = settings.reference
         draws = FixedDraws(

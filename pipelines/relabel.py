@@ -6,7 +6,7 @@ disagrees, or sees little difference, are left out, or the judge's own probabili
 judge decides; the others are written down only.
 
 What follows from the scores, and the columns that are added, is in ``relabel_verdict``; how they are written, in
-``relabel_files``; what is told of them, in ``relabel_report``. The best pictures by themselves: ``relabel_top``.
+``relabel_files``; the report on them, in ``relabel_report``. The best pictures by themselves: ``relabel_top``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Work:
         self.verdict, self.table, self.judges = verdict, verdict.table, verdict.judges
         self.written = 0
         self._scores: dict[bytes, tuple[float, ...]] = {}
-        """Of each judge, by picture and prompt."""
+        """Scores of each judge, by the key of picture and prompt."""
         self._unreadable: list[tuple[str, str]] = []
         self._unusable: list[tuple[str, str]] = []
         self._dropped = {"conflicts": 0, "too close": 0, "not judged": 0}
@@ -169,7 +169,7 @@ class _Work:
         self._unreadable.append((f"{stored.pair.origin} ({self.table.image_columns[side]})", reason))
 
     def _of_side(self, pair: JudgedPair, side: int) -> tuple[float, ...]:
-        """Of each judge; NaN, and a line in the report, where the picture cannot be read."""
+        """Scores of a picture by each judge; NaN, and a line in the report, where it cannot be read."""
         content = pair.content[side]
         scores = (math.nan,) * len(self.judges) if content is None else self._scores[key(content, pair.prompt)]
         if content is not None and all(map(math.isnan, scores)):
@@ -179,7 +179,7 @@ class _Work:
     # ----------------------------------------------------------------------------------------------------------------- rows
 
     def rows(self, pairs: Sequence[JudgedPair]) -> Iterator[dict[str, Any]]:
-        """As they are written, pictures as ``PictureCell``; those that are dropped are counted only."""
+        """The rows to write, with pictures as ``PictureCell``; dropped pairs are only counted."""
         for pair in pairs:
             self._prompts.append(pair.prompt)
             self._ties.append(pair.tie)

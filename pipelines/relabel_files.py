@@ -154,7 +154,7 @@ def _types(table: PairTable) -> dict[str, pa.DataType]:
 
 
 class _Listing:
-    """One row a line; pictures below the list's folder by their path from there, others by their whole path."""
+    """A list with one row per line; pictures below its folder are relative paths, others absolute ones."""
 
     def __init__(self, out: Path, table: PairTable | None, added: Mapping[str, str]) -> None:
         self._ending, self._folder = out.suffix.lower(), out.absolute().parent

@@ -1,4 +1,4 @@
-"""What judging a preference data set again found: how often each judge agrees with people, what was written, what was not."""
+"""The report of a relabelling: how often each judge agrees with people, what was written, what was not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffalign.evaluate import WinRate
 
 REPLICATES = 2_000
-"""Of the bootstrap: a real data set has a hundred thousand prompts, for which ten thousand take minutes and change nothing."""
+"""Bootstrap replicates: for the hundred thousand prompts of a real data set, ten thousand take minutes and change nothing."""
 LISTED = 10  # of what cannot be used, in the text
 
 
@@ -35,7 +35,7 @@ class JudgeAgreement:
 
 @dataclass(frozen=True)
 class Relabelled:
-    """What was found and written. ``unreadable`` and ``unusable`` are (place, reason)."""
+    """The result of a relabelling. ``unreadable`` and ``unusable`` are (place, reason)."""
 
     out: Path
     description: str
@@ -84,7 +84,7 @@ class Relabelled:
 
 
 def problem_lines(unreadable: Sequence[tuple[str, str]], unusable: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """What of the data could not be judged; both are (place, reason)."""
+    """Lines about the pictures and rows that could not be judged; both arguments are (place, reason)."""
     for title, found in (("Pictures that cannot be read", unreadable), ("Rows that cannot be used", unusable)):
         if found:
             yield f"{title} ({len(found)}):"
@@ -100,7 +100,7 @@ def _agreement_row(a: JudgeAgreement) -> list[str]:
 
 
 def agreement(judge: str, scores: NDArray, ties: Sequence[bool], prompts: Sequence[str]) -> JudgeAgreement:
-    """Of N pairs, ``scores`` [N, 2] of the human's winner and loser, the higher the better; NaN where there is none."""
+    """Agreement over N pairs: ``scores`` [N, 2] of the human's winner and loser, higher is better; NaN where there is none."""
     import numpy as np
 
     from diffalign.evaluate import win_rate
@@ -116,7 +116,7 @@ def agreement(judge: str, scores: NDArray, ties: Sequence[bool], prompts: Sequen
 
 
 def _quarters(margins: NDArray) -> tuple[tuple[float, float, int, int], ...]:
-    """As many pairs in each as margins that are equal allow."""
+    """Quarters of the pairs by margin, as equal in size as equal margins allow."""
     import numpy as np
 
     apart = np.abs(margins)

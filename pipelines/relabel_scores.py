@@ -1,4 +1,4 @@
-"""What both ways of judging data again share: the cache, the scores of pictures that are shown, and the keys of what was seen."""
+"""What relabelling pairs and choosing the best pictures share: the cache, the scoring of pictures, and the keys of those seen."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _share(progress: Progress, numbers: range, total: int) -> Callable[[int, int
 def score_shown(
     judges: Mapping[str, Scorer], shown: Sequence[tuple[bytes, str]], where: str, progress: Any, **how: Any
 ) -> list[tuple[float, ...]]:
-    """Of each judge, for pictures with their prompts; NaN where a picture cannot be read. ``where`` names the data."""
+    """Scores by each judge of pictures with their prompts; NaN where a picture cannot be read. ``where`` names the data."""
     import reward_models
     from reward_models._pictures import UnreadablePictureWarning
     from reward_models.base import JudgeError
@@ -97,10 +97,10 @@ def reason_without(image: ImageSource) -> str:
 
 
 def key(content: bytes, prompt: str) -> bytes:
-    """What makes two pictures with their prompts the same."""
+    """A digest of a picture and its prompt; equal ones are judged once."""
     return hashlib.blake2b(hashlib.sha256(content).digest() + prompt.encode(), digest_size=16).digest()
 
 
 def known(value: float) -> float | None:
-    """As many digits as single precision has; None for NaN."""
+    """The score rounded to the digits of single precision; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.9g}")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Best:
-    """What was found and written. ``unreadable`` and ``unusable`` are (place, reason)."""
+    """The result of choosing the best pictures. ``unreadable`` and ``unusable`` are (place, reason)."""
 
     out: Path
     description: str

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from reward_models._judge import Scorer
 
 LABELS = ("human", "flip", "soft")
-"""What the label becomes: it stays; turned round where the first judge disagrees; the first judge's probability."""
+"""Kinds of labels: the human's; reversed where the first judge disagrees; the first judge's probability."""
 HUMAN = "human_label"
 """The column in which the human's label stays where another takes its place."""
 
@@ -75,7 +75,7 @@ def check_columns(table: PairTable, judges: Iterable[str], labels: str) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was asked for, and what it makes of a pair; the first judge decides.
+    """The requested treatment of pairs, decided by the first judge.
 
     Raises ``UserError`` for wishes that make no sense together.
     """
@@ -109,13 +109,13 @@ class Verdict:
         return next(iter(self.judges))
 
     def margin(self, judge: str, pair: JudgedPair) -> float:
-        """How far the human's winner is ahead; of a tie, the first picture. NaN where a score is."""
+        """Score of the human's winner (of the first picture, in a tie) minus the other's; NaN where a score is."""
         winner, loser = pair.by_preference(judge)
         ahead = 0.0 if winner == loser else winner - loser  # equal infinities are no difference
         return ahead if self.judges[judge].info.higher_is_better else -ahead
 
     def probability(self, judge: str, pair: JudgedPair) -> float:
-        """Of the first picture to be preferred; NaN where a score is."""
+        """Probability that the first picture is preferred; NaN where a score is."""
         import torch
 
         first, second = torch.tensor(pair.scores[judge], dtype=torch.float64)
@@ -130,7 +130,7 @@ class Verdict:
         return "too close" if abs(margin) < self.min_margin else None
 
     def label(self, pair: JudgedPair) -> float:
-        """What takes the place of the human's label, which stays where the first judge has nothing to say."""
+        """The label to write; the human's where the first judge has no opinion."""
         if self.labels == "soft":
             chance = self.probability(self.first, pair)
             return pair.human if math.isnan(chance) else chance
@@ -169,7 +169,7 @@ class Verdict:
         return added
 
     def provenance(self) -> dict[str, Any]:
-        """What the numbers come from, for whoever finds the file in a year."""
+        """Record of the judges and settings behind the numbers, for whoever finds the file in a year."""
         wishes = {"labels": self.labels, "drop_conflicts": self.drop_conflicts, "min_margin": self.min_margin}
         judges = {name: judge.provenance() for name, judge in self.judges.items()}
         return {"relabelled": self.table.fingerprint, **wishes, "judges": judges}

@@ -52,7 +52,7 @@ _TRAJECTORY, _START = 1, 2
 
 @dataclass(frozen=True)
 class RolloutModel:
-    """Which model samples, and how it computes."""
+    """The model that samples, and its precision and place."""
 
     model: str
     lora: str | None = None
@@ -65,7 +65,7 @@ class RolloutModel:
 
 @dataclass(frozen=True)
 class RolledOut:
-    """What a rollout left."""
+    """The result of a rollout."""
 
     folder: Path
     made: TrajectoryOrigin
@@ -167,7 +167,7 @@ def roll_out(
 
 
 def _check(folder: Path, sampling: Sampling, per_prompt: int, judged: bool) -> None:
-    """Everything that can be known to be wrong before the model is loaded."""
+    """Check everything that can be checked before the model is loaded."""
     if not sampling.stochastic:
         raise UserError(f"Trajectories to learn from have noise in every step: eta is {sampling.eta:g}; give one greater than 0.")
     if per_prompt < 2:
@@ -191,7 +191,7 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 def _seeds(made: TrajectoryOrigin, number: int) -> tuple[int, int]:
-    """Of the steps, and of x_T. More prompts change no seed."""
+    """Seeds of the steps' noise and of x_T. More prompts change no seed."""
     group, k = divmod(number, made.per_prompt)
     steps = picture_seed(made.seed, _TRAJECTORY, group, k)
     return steps, picture_seed(made.seed, _START, group, 0 if made.same_start else k)
@@ -264,7 +264,7 @@ class _Sampler:
             outputs.write_png(folder / _file(made, number), _image(picture))
 
     def _predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As Accelerate wraps the network in training."""
+        """Prediction under autocast, as Accelerate wraps the network in training."""
         if self._autocast is None:
             return self.family.denoiser(x_t, t, conditioning)
         with torch.autocast(self._device.type, self._autocast):

@@ -1,4 +1,4 @@
-"""What every training run does, whatever it trains: from options to settings, through the loop, with what a resume must share."""
+"""The steps that all training runs share: options to settings, the loop, the summary, and the identity that a resume checks."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def refuse_another_run(output: Path, asked: Mapping[str, Any]) -> None:
 
 
 def identity(name: str, settings: Any) -> dict[str, Any]:
-    """What a resumed run must share with the one that wrote the checkpoint, as far as settings tell; each kind of run adds its
+    """The settings that a resumed run must share with the one that wrote the checkpoint; each kind of run adds its
     own."""
     tree = config.as_tree(settings)
     return {
@@ -175,6 +175,6 @@ def identity(name: str, settings: Any) -> dict[str, Any]:
 
 
 def its_length_is_learnt(settings: Any) -> bool:
-    """Whether a run would have come to other weights by now if it were longer; where not, it can be made longer."""
+    """Whether the weights at any step depend on the length of the run; where not, a run can be made longer."""
     curriculum = getattr(settings.data, "curriculum", "none") != "none"
     return settings.optimizer.schedule != "constant" or curriculum or bool(settings.loop.rounds)

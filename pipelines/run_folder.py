@@ -1,4 +1,4 @@
-"""What every run has, whatever it trains: a folder that is its own, and Accelerate."""
+"""The folder of a run, its tracker and Accelerate, whatever it trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CACHE_FOLDER, PROMPT_FOLDER = "cache", "cache-prompts"
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Whether a run may write into ``output``. A folder in which a run never got to a checkpoint counts as free.
+    """Check that a run may write into ``output``. A folder in which a run never got to a checkpoint counts as free.
 
     Raises:
         UserError: it holds another run, or something that is no run at all, and neither option allows going on.
@@ -86,11 +86,11 @@ def to_yaml(command: str, settings: Any) -> str:
 
 PROJECT = "diffalign"
 RUN_NAMES = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name"}
-"""What each tracker calls the name of a run; the others have none, or take the project's."""
+"""Each tracker's keyword for the name of a run; the others have none, or take the project's."""
 
 
 def check_tracker(tracker: str) -> None:
-    """Whether metrics can go there. (Accelerate leaves a tracker out whose package is missing, and only logs that it does.)
+    """Check that the tracker can be used. (Accelerate leaves a tracker out whose package is missing, and only logs that it does.)
 
     Raises:
         UserError: Accelerate knows no such tracker, or its package is not installed.
@@ -130,7 +130,7 @@ def hyperparameters(settings: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """As an option would say it."""
+    """A value as the command line would write it."""
     return "none" if value is None else ",".join(map(str, value))
 
 
@@ -155,7 +155,7 @@ def start_accelerator(settings: Any) -> Accelerator:
     heap.give_back_large_blocks()
     tracker = settings.compute.tracker
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless told, Accelerate starts no process group on a CPU under torchrun
+        cpu=not torch.accelerator.is_available(),  # by default Accelerate starts no process group on a CPU under torchrun
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients once, not twice
         mixed_precision=settings.compute.mixed_precision,
         log_with=None if tracker == "none" else tracker,

@@ -1,4 +1,4 @@
-"""Pictures from a Diffusers pipeline, such that a picture depends on its prompt and its seed and on nothing else.
+"""Pictures from a Diffusers pipeline, each of which depends on its prompt and its seed and on nothing else.
 
 Each picture has a generator of its own, on the CPU: the same seed gives the same initial noise on every device, in every
 batch, and for every model with latents of that size, which is what makes the pictures of two models comparable.
@@ -93,7 +93,7 @@ def check_counts(**counts: int) -> None:
 def picture_seed(seed: int, *place: int) -> int:
     """The seed of one picture, in [0, 2**32), from the seed of the run and the picture's place (prompt, repeat).
 
-    Thirty-two bits, because PyTorch's CPU generator ignores all others.
+    32 bits, because PyTorch's CPU generator ignores all others.
     """
     import numpy as np
 
@@ -156,7 +156,7 @@ def sample(
 
 @contextmanager
 def _sizes_explained(size: dict[str, int]) -> Iterator[None]:
-    """Each pipeline knows best what its sides have to be multiples of, and says so in an error."""
+    """A context that turns a pipeline's error about the size into a UserError with the nearest sizes."""
     try:
         yield
     except ValueError as error:
@@ -174,7 +174,7 @@ def _refuse_idle_negative(pipe: Any, guidance: float) -> None:
 
 
 def _own_size(pipe: Any) -> dict[str, int]:
-    """Height and width that the model was made for, where its pipeline takes the same number of any model (Sana)."""
+    """The model's own height and width, where its pipeline has one default for all models (Sana)."""
     height = inspect.signature(type(pipe).__call__).parameters.get("height")
     if height is None or height.default is None:
         return {}
@@ -183,13 +183,13 @@ def _own_size(pipe: Any) -> dict[str, int]:
 
 
 def _square(pipe: Any) -> dict[str, int]:
-    """The model's own size, of pipelines that forget a height without a width, and a width without a height."""
+    """The model's own size, for pipelines that ignore a height without a width, and a width without a height."""
     side = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size")
     return {} if side is None else dict.fromkeys(("height", "width"), side * pipe.vae_scale_factor)
 
 
 def guidance_of(pipe: Any) -> float:
-    """The guidance scale that a model wants: of ``sampling.json`` in its folder if there is one, else its class's default.
+    """The guidance scale that a model wants: from ``sampling.json`` in its folder if there is one, else its class's default.
 
     ``sampling.json`` lies beside ``model_index.json`` and reads ``{"guidance_scale": 3.0}``.
     """
@@ -207,7 +207,7 @@ def _guidance_in(note: Path) -> float:
 
 
 def sampler_name(text: str) -> str:
-    """The sampler that ``text`` names; ``as-saved`` is as good as ``as saved``.
+    """The sampler that ``text`` names; ``as-saved`` and ``as_saved`` mean ``as saved``.
 
     Raises:
         UserError: there is no such sampler; names those there are.
@@ -219,7 +219,7 @@ def sampler_name(text: str) -> str:
 
 
 def sampler_of(pipe: Any, sampler: str) -> str:
-    """The sampler that ``sampler`` stands for with this pipeline; only ``auto`` stands for another."""
+    """The sampler for this pipeline: ``auto`` is resolved, others stay."""
     name = sampler_name(sampler)
     return name if name != AUTO else "as saved" if _follows_a_flow(pipe.scheduler) else "ddim"
 
@@ -230,7 +230,7 @@ def _follows_a_flow(scheduler: Any) -> bool:
 
 @contextmanager
 def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
-    """Within this context the pipeline samples by the named scheduler, with the noise schedule it was saved with."""
+    """A context in which the pipeline samples by the named scheduler, with the noise schedule it was saved with."""
     name, saved = SAMPLERS[sampler_of(pipe, sampler)], pipe.scheduler
     if name is not None and _follows_a_flow(saved):
         raise UserError(
@@ -249,7 +249,7 @@ def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
 
 
 def _for_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What Diffusers' DDIM must be told where the model was saved with another scheduler, whose file does not say it.
+    """Settings that Diffusers' DDIM needs where the model was saved with another scheduler, whose file lacks them.
 
     It clips x_0 to [-1, 1], but a latent is larger. And it always steps down by T // S, while the levels of a linspace grid (that
     of a DPM-Solver by default) lie T / (S - 1) apart.
@@ -260,7 +260,7 @@ def _for_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _evaluation_mode(pipe: Any) -> Iterator[None]:
-    """Within this context no module of the pipeline drops anything out, even if it is in the middle of training."""
+    """A context in which all modules of the pipeline are in evaluation mode, even in the middle of training."""
     import torch
 
     nets = [net for net in pipe.components.values() if isinstance(net, torch.nn.Module)]
@@ -275,7 +275,7 @@ def _evaluation_mode(pipe: Any) -> Iterator[None]:
 
 
 def _few_zeros(pipe: Any) -> AbstractContextManager[None]:
-    """Within this context SD3 without its T5 is quicker, and answers the same."""
+    """A context in which SD3 without its T5 is faster, with the same results."""
     if type(pipe).__name__ != "StableDiffusion3Pipeline" or pipe.text_encoder_3 is not None:
         return nullcontext()
     from pipelines.families._encoding import default_length
@@ -286,7 +286,7 @@ def _few_zeros(pipe: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def _no_bars(pipe: Any) -> Iterator[None]:
-    """Within this context the pipeline draws no progress bar for each batch."""
+    """A context in which the pipeline shows no progress bar for each batch."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
@@ -296,7 +296,7 @@ def _no_bars(pipe: Any) -> Iterator[None]:
 
 
 def _marked(out: Any) -> list[Image.Image]:
-    """The pictures of a pipeline's answer; those the safety checker rejected say so."""
+    """The pictures of a pipeline's output; those that its safety checker rejected are flagged in ``info``."""
     rejected = getattr(out, "nsfw_content_detected", None) or [False] * len(out.images)
     for image, flag in zip(out.images, rejected, strict=True):
         if flag:

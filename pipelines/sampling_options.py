@@ -15,7 +15,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How pictures are sampled, and on what."""
+    """Add the options of sampling, of loading the model and of the output folder."""
     parser.add_argument("--n", type=whole(1), metavar="N", help="use the first N prompts only")
     parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_without(parser: argparse.ArgumentParser) -> None:
-    """Parts of a model that are not read."""
+    """Add the option that names parts of a model to leave out."""
     words = "parts of the model to leave out: t5, for SD3 (a LoRA that was trained without it remembers)"
     parser.add_argument("--without", type=_words, default=(), metavar="PART,...", help=words)
 
@@ -62,7 +62,7 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``families.load_pipeline`` takes, from the parsed options."""
+    """The keyword arguments of ``families.load_pipeline``, from the parsed options."""
     names = ("dtype", "device", "without", "offload", "quantise")
     return {"config": args.single_file_config, **{name: getattr(args, name) for name in names}}
 

@@ -1,4 +1,4 @@
-"""What has been scored so far, on disk after every batch, so that nothing is lost when a run is cut off.
+"""A journal of scores on disk, written after every batch, so that an interrupted run can go on.
 
 A process writes ``OUT.part-R.jsonl``: a line that says what is being scored, then a line per batch. A batch is either there as a
 whole or not at all: a line that was cut off does not count. Batches are scored again in the same company, so that a run that was
@@ -32,10 +32,10 @@ class ScoreJournal:
         return sorted(self._out.parent.glob(f"{self._out.name}.part-*.jsonl"))
 
     def begin(self, purpose: str, rank: int) -> dict[int, Entry]:
-        """What is known already; from here on this process writes as number ``rank``.
+        """The entries that exist already; from here on this process writes as number ``rank``.
 
         Raises:
-            UserError: the journal is of something else, or cannot be written.
+            UserError: the journal belongs to another scoring, or cannot be written.
         """
         self._purpose = purpose
         known = self.read()
@@ -51,16 +51,16 @@ class ScoreJournal:
         return known
 
     def add(self, batch: int, scores: Sequence[Sequence[float]], broken: Mapping[int, str]) -> None:
-        """A batch is done."""
+        """Append a finished batch: scores by judge and picture, and the reasons why pictures are unreadable."""
         plain = [[None if math.isnan(x) else x for x in column] for column in scores]
         self._write({"batch": batch, "scores": plain, "unreadable": {str(i): why for i, why in broken.items()}})
 
     def read(self) -> dict[int, Entry]:
-        """All batches that any process has written. Raises UserError: they are of something else."""
+        """All batches that any process has written. Raises UserError: they belong to another scoring."""
         return {k: entry for part in self.parts for k, entry in self._entries(part)}
 
     def remove(self) -> None:
-        """Forget everything; the table is written."""
+        """Delete the journal, when the table is written."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -94,7 +94,8 @@ def score_table(
     """One row per picture, one column per judge; NaN where a picture could not be read.
 
     Args:
-        systems: name -> pictures: a folder, a data set, or whatever judges take. A list of folders goes by their names.
+        systems: name -> pictures: a folder, a data set, or whatever judges take. Folders in a list are named by the
+            ends of their paths.
         prompts: a list with one for each picture of every system; or where a folder's prompts are, as
             ``pictures_with_prompts`` takes it (None: listed in the folder, beside the pictures or inside them); or a mapping from
             system to either.
@@ -178,7 +179,7 @@ def _writable(name: Any) -> Any:
 
 
 def named_systems(systems: Any) -> dict[str, Any]:
-    """Name -> pictures; folders in a list go by their names, or by as much of their paths as tells them apart."""
+    """Name -> pictures; folders in a list have their own names, or as much of their paths as makes these unique."""
     if isinstance(systems, Mapping):
         named = dict(systems)
     else:
@@ -313,7 +314,7 @@ def score_sheet(
 
 
 def _purpose(sheet: Sheet, parts: Sequence[Any], batch_size: int) -> str:
-    """What a journal is the journal of."""
+    """A digest of everything that the scores in a journal depend on."""
     judges = [part.fingerprint if part.says_what_it_is else judge_digest(part) for part in parts]
     return digest_of([sheet.fingerprint(), judges, batch_size])
 
@@ -395,7 +396,7 @@ def _facts(judge: Scorer) -> dict[str, Any]:
 
 
 def check_output(path: str | Path, overwrite: bool) -> Path:
-    """Where the table may go. Raises UserError: an ending that is none of ``FORMATS``, or a file that is there already."""
+    """The path for the table. Raises UserError: an ending that is none of ``FORMATS``, or a file that is there already."""
     place = Path(path).expanduser()
     if place.suffix.lower() not in FORMATS:
         raise UserError(f"A table of scores ends in one of {', '.join(FORMATS)}; got {str(path)!r}.")

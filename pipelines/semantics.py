@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TINY = "pickscore"
-"""What ``tiny`` is: the text tower of the miniature PickScore, or, by one of ``POOLINGS``, the tiny checkpoint's text encoder.
+"""Meaning of ``tiny``: the text tower of the miniature PickScore, or, by one of ``POOLINGS``, the tiny checkpoint's text encoder.
 The first tells a changed colour, shape or size from added words of style best."""
 POOLINGS = ("pooled", "mean", "words", "cls", "max", "last")
 """The model's own sentence vector (behind CLIP's projection, if there is one); or of the last hidden states the mean, the mean
@@ -59,7 +59,7 @@ class Embedding(Protocol):
         ...
 
     def cut(self, texts: Sequence[str]) -> list[str]:
-        """What of each text lies beyond the window and is not read; "" where everything is."""
+        """The end of each text that lies beyond the window and is not read; "" where there is none."""
         ...
 
 
@@ -72,7 +72,7 @@ def distance(
 ) -> Tensor:
     """[N] float32 in [0, 2]: cosine distance of each prompt and its rewrite, exactly 0 where they are the same text.
 
-    Each different text is embedded once. ``progress`` is told ("embedding", done, total) in texts.
+    Each different text is embedded once. ``progress`` is called with ("embedding", texts done, texts in all).
     """
     if len(prompts) != len(rewrites):
         raise ValueError(f"{len(prompts)} prompts and {len(rewrites)} rewrites; each rewrite belongs to one prompt")

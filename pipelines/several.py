@@ -35,16 +35,16 @@ def assignments(items: Iterable[str]) -> list[str]:
 
 
 def left_over(words: Sequence[str]) -> list[str]:
-    """Of what the parser could make nothing of, the words that are not the value of an unknown option."""
+    """Those words that the parser did not recognise which are not the value of an unknown option."""
     before = ["", *words]
     return [word for last, word in zip(before, words, strict=False) if not word.startswith("-") and not last.startswith("-")]
 
 
 def told_left_over(words: Sequence[str]) -> str:
-    """What a message says of such words."""
+    """A message about such words."""
     return f"{' '.join(words)}: {'belongs' if len(words) == 1 else 'belong'} to no option. {COMMAS}"
 
 
 def told_unknown(words: Sequence[str]) -> str:
-    """What a message says of all that the parser could make nothing of."""
+    """A message about all words that the parser did not recognise."""
     return f"unknown arguments: {' '.join(words)}" + (f". {COMMAS}" if left_over(words) else "")

@@ -24,7 +24,7 @@ def started() -> Processes:
     from pipelines import devices
 
     devices.refuse_other_engines()  # before Accelerate fails for want of one
-    return ManyProcesses(PartialState(cpu=not torch.accelerator.is_available()))  # unless told, it starts no group on a CPU
+    return ManyProcesses(PartialState(cpu=not torch.accelerator.is_available()))  # by default it starts no group on a CPU
 
 
 def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:

@@ -47,7 +47,7 @@ def tensors(pipe: Any) -> dict[str, Tensor]:
 
 
 def _marks(pipe: Any, network: Any) -> dict[str, Tensor]:
-    """By which ComfyUI and its like know that an SDXL predicts v, and that its schedule ends in pure noise."""
+    """Marker tensors by which ComfyUI and others recognise v prediction and zero terminal SNR in an SDXL."""
     if not is_sdxl(network) or (settings := pipe.scheduler.config).get("prediction_type") != "v_prediction":
         return {}
     marks = [V_PREDICTION] + ([ENDS_IN_NOISE] if settings.get("rescale_betas_zero_snr") else [])

@@ -1,4 +1,4 @@
-"""What a run's model takes, counted in shapes.
+"""The memory and operations that a run's model needs, counted in shapes.
 
 Networks are built from their configurations without numbers (``families.sketch``), and go through one forward pass of one pair.
 Activations are what autograd keeps of it; operations are counted by PyTorch.
@@ -54,12 +54,12 @@ class Comparing:
 
     @property
     def on_device(self) -> int:
-        """Where one network lies at a time."""
+        """Bytes on a device that holds one network at a time."""
         return max(self.network + self.asked, self.decoder + self.decoded, *self.encoders.values(), 0)
 
     @property
     def on_host(self) -> int:
-        """All networks together."""
+        """Bytes of all networks together."""
         return self.network + self.decoder + sum(self.encoders.values()) + max(self.asked, self.decoded)
 
 
@@ -83,14 +83,14 @@ class Sized:
 
 
 def asked_once(objective: Any) -> Any:
-    """The objective as it costs with a network that is told its guidance."""
+    """The objective with its costs for a network that takes its guidance as an input."""
     return replace(objective, guidance=1.0) if hasattr(objective, "guidance") else objective
 
 
 class Sizing:
     """Counts a model, each number once: presets ask for most of them again with every switch.
 
-    All settings that it is asked about name the same model, LoRA, size of pictures and tiling.
+    All settings that it is called with name the same model, LoRA, size of pictures and tiling.
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class Sizing:
         return replace(one, kept=one.kept - copies), copies
 
     def _own_flops(self, settings: TrainSettings, one: Pass, size: Size) -> float:
-        """Of one picture and call at the model's own size."""
+        """Operations for one picture and call at the model's own size."""
         family = self._plain(settings, "float32")
         own = family.latent_shape(family.resolution)
         if size == own:
@@ -184,7 +184,7 @@ class Sizing:
         return max(asked, decoded)
 
     def _comparing(self, settings: TrainSettings) -> Comparing:
-        """Of the model's own size."""
+        """Costs of the comparison, at the model's own size."""
         family, scale = self._plain(settings, _precision(settings)), _SIZE[_precision(settings)] / 4
         size = family.latent_shape(family.resolution)
         encoders = {name: int(count * scale) for name, count in encoding_bytes(family).items()}
@@ -208,7 +208,7 @@ def _precision(settings: TrainSettings) -> str:
 
 
 def _weights_bytes(settings: TrainSettings, family: Any, quantised: bool = True) -> int:
-    """Of the network; weights of a .gguf file stay as they are in it."""
+    """Bytes of the network's weights; those of a .gguf file stay as they are in it."""
     if settings.model.endswith(".gguf"):
         return Path(settings.model).stat().st_size
     return _quantised.quantised_bytes(family.network, settings.compute.quantise if quantised else _quantised.NONE)
@@ -225,7 +225,7 @@ def _with_vae_memory(settings: TrainSettings) -> Any:
 
 
 def _as_trained(settings: TrainSettings, dtype: str) -> Any:
-    """As ``ingredients`` has it: copies of pictures in another order are kept, too."""
+    """The family as ``ingredients`` prepares it, where copies of pictures in another memory order are kept, too."""
     family = _sketched(settings, dtype)
     if settings.adapter == "full":
         family.train_fully()
@@ -240,5 +240,5 @@ def _as_trained(settings: TrainSettings, dtype: str) -> Any:
 
 
 def _calls(family: Any) -> int:
-    """Of the network in a step as people sample it."""
+    """Calls of the network per step of usual sampling."""
     return 1 if family.is_told_guidance or family.usual_guidance == 1 else 2

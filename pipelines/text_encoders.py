@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done around the network. Several poolings are laid end to end, as sentence-transformers does."""
+    """The processing around the network. Several poolings are laid end to end, as sentence-transformers does."""
 
     pooling: tuple[str, ...]
     prefix: str = ""
@@ -77,7 +77,7 @@ class TextEncoder:
         return (out / out.norm(dim=-1, keepdim=True)).cpu()[: len(texts)]
 
     def cut(self, texts: Sequence[str]) -> list[str]:
-        """What of each text lies beyond the window and is not read; "" where everything is."""
+        """The end of each text that lies beyond the window and is not read; "" where there is none."""
         if self.recipe.window is None or not texts:
             return [""] * len(texts)
         prepared = [self._prepared(text) for text in texts]
@@ -97,12 +97,12 @@ class TextEncoder:
 
 
 def _end(offsets: Sequence[tuple[int, int]], special: Sequence[int]) -> int:
-    """Where the last token that is read ends."""
+    """End of the last token that is read, as a position in the text."""
     return max((end for (_, end), mark in zip(offsets, special, strict=True) if not mark), default=0)
 
 
 def vectors_of(network: Any, recipe: Recipe) -> Vectors:
-    """How a network of Transformers is asked."""
+    """The function that computes a network's vectors by a recipe."""
     import torch
 
     def states(ids: Tensor, mask: Tensor, words: Tensor) -> Tensor:

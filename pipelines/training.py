@@ -52,7 +52,7 @@ from reward_models._judge import Scorer
 
 
 def preflight(settings: TrainSettings) -> None:
-    """What can be known to be wrong before anything is loaded.
+    """Check everything that can be checked before anything is loaded.
 
     Raises:
         UserError: rollouts or LoRAs that cannot be read, a package or device that is asked for and not there.
@@ -62,7 +62,7 @@ def preflight(settings: TrainSettings) -> None:
 
 
 def preflight_checks(settings: TrainSettings) -> Iterator[Callable[[], Any]]:
-    """One by one, for those who want to hear of all mistakes."""
+    """The checks one by one, for callers that collect all mistakes."""
     yield partial(ingredients.open_feedback, settings)
     if settings.base_lora:
         yield partial(find_loras, settings.base_lora)
@@ -126,7 +126,7 @@ def build_trainer(name: str, settings: TrainSettings, prepared: Prepared, accele
 
 
 def run_identity(name: str, settings: TrainSettings, prepared: Prepared, world: int) -> dict[str, Any]:
-    """What a resumed run must share with the one that wrote the checkpoint."""
+    """Identity of a run: what a resumed run must share with the one that wrote the checkpoint."""
     return {
         **settings_identity(name, settings, world),
         "reference": prepared.base_digest,
@@ -152,7 +152,7 @@ def settings_identity(name: str, settings: TrainSettings, world: int) -> dict[st
 
 
 def own_judge_identity(judge: OwnJudge | None) -> dict[str, Any]:
-    """That of a judge without a name that settings could have."""
+    """Identity of a judge of the user's own, which the settings cannot name."""
     return {} if judge is None else {"judge": f"{own_judges.name_of(judge)} {own_judges.judge_digest(judge)}"}
 
 
@@ -222,7 +222,7 @@ def train(
 
 @dataclass(frozen=True)
 class Trained:
-    """What a summary and a card tell of a training whose networks are gone."""
+    """The facts about a training that its summary and card need after the networks are freed."""
 
     finished: Finished
     epochs: run.Epochs | None  # None where an objective samples for itself
@@ -243,7 +243,7 @@ def _train_and_export(
     progress: bool,
     judge: OwnJudge | None,
 ) -> Trained:
-    """Everything that needs the networks, which are let go when it returns: what follows needs the memory."""
+    """Run everything that needs the networks, which are freed on return: what follows needs the memory."""
     family, table = ingredients.load_model(settings, say), ingredients.open_data(settings)
     everyone = ManyProcesses(accelerator)
     with failing_together(everyone):
@@ -383,7 +383,7 @@ def _compare(settings: TrainSettings, say: Say, progress: bool) -> dict[str, Any
 
 @contextmanager
 def _enough_memory(settings: TrainSettings) -> Iterator[None]:
-    """Within: a device that is full ends in advice."""
+    """A context in which running out of the device's memory becomes a UserError with advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -420,12 +420,12 @@ def _compared_later(settings: TrainSettings) -> str:
 
 
 def base_of(settings: TrainSettings) -> str:
-    """What the result is compared with, in words."""
+    """Name of the model that the result is compared with."""
     return f"{settings.model} with {settings.base_lora.name}" if settings.base_lora else settings.model
 
 
 def _load(settings: TrainSettings, name: str) -> Any:
-    """One of the two that are compared; the result knows what it was trained on top of."""
+    """Load one of the two models that are compared; the result's folder records what it was trained on top of."""
     how = {"config": settings.single_file_config, "without": settings.without, **_like_training(settings)}
     if name != base_of(settings):
         return families.load_pipeline(name, **how)
@@ -433,7 +433,7 @@ def _load(settings: TrainSettings, name: str) -> Any:
 
 
 def _like_training(settings: TrainSettings) -> dict[str, Any]:
-    """How to sample with no more memory than training had: in its precision, parts that do not work waiting on the CPU."""
+    """Options that sample with no more memory than training had: in its precision, idle parts offloaded to the CPU."""
     compute = settings.compute
     return {"dtype": run.PRECISIONS[compute.mixed_precision], "offload": True, "quantise": compute.quantise}
 

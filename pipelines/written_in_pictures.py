@@ -11,13 +11,13 @@ from typing import Any
 
 EXIF_IFD, USER_COMMENT, COMMENT_CODES = 0x8769, 0x9286, {b"UNICODE\0": "utf-16", b"ASCII\0\0\0": "utf-8", b"\0" * 8: "utf-8"}
 SETTINGS = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Version")
-"""Names by which the line of settings is told from a prompt that happens to have colons."""
+"""Names that distinguish the line of settings from a prompt that happens to have colons."""
 _PAIR = re.compile(r'([A-Za-z][\w /\-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a picture says of how it was made."""
+    """How a picture was made, according to its metadata."""
 
     prompt: str
     seed: int | None = None
@@ -25,14 +25,14 @@ class Made:
 
 
 def made_from(picture: Path) -> Made | None:
-    """What is written in a picture, with the empty prompt if none is; None for one that cannot be opened."""
+    """The metadata of a picture, with the empty prompt if there is none; None for a picture that cannot be opened."""
     texts = _texts_in(picture)
     return None if texts is None else _made(texts)
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """What is written in a picture: by key (PNG), in EXIF's comment or the file's, and in EXIF's main directory (ComfyUI)."""
+    """The texts in a picture: by key (PNG), in EXIF's comment or the file's, and in EXIF's main directory (ComfyUI)."""
 
     chunks: Mapping[str, str]
     comments: Sequence[str]
@@ -73,7 +73,7 @@ def _decoded(comment: str | bytes) -> str:
 
 
 def _made(texts: _Texts) -> Made:
-    """From the first of the places that has a prompt. AUTOMATIC1111's text comes before ComfyUI's graph: nodes that save both
+    """The prompt from the first place that has one. AUTOMATIC1111's text comes before ComfyUI's graph: nodes that save both
     write the prompt as it was in the end, with wildcards filled in."""
     return next((made for made in _candidates(texts) if made is not None and made.prompt), Made(""))
 
@@ -172,7 +172,7 @@ def _link(nodes: Mapping[str, Any], value: Any) -> Link | None:
 
 
 def _conditioning(nodes: Mapping[str, Any], node: Mapping[str, Any]) -> Link | None:
-    """Where a sampler's prompt comes from; a guider without a negative side calls it ``conditioning``."""
+    """The link to a sampler's prompt; a guider without a negative side calls it ``conditioning``."""
     inputs = node["inputs"]
     if link := _link(nodes, inputs.get("positive")):
         return link

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Where the prompts of pictures are."""
+    """Add the options that say where the prompts of pictures are."""
     from pipelines.prompts import FORMATS, NAMES
     from pipelines.sampling_options import whole
 

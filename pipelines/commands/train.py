@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 DryRun = Callable[[str, Any, Callable[[], None]], int]
-"""Of an objective's name, the settings, and a check of the output folder."""
+"""Called with an objective's name, the settings, and a check of the output folder; returns the exit status."""
 
 
 def carry_out(args: argparse.Namespace, train: Callable[..., Any], dry_run: DryRun) -> int:
@@ -104,7 +104,7 @@ def carry_out(args: argparse.Namespace, train: Callable[..., Any], dry_run: DryR
 
 
 def _check_output(args: argparse.Namespace, output: Path) -> None:
-    """Whether the run may write there; what is only prepared goes on in any folder."""
+    """Check that the run may write into its folder; with ``--prepare`` any folder will do."""
     from pipelines.run_folder import check_output
 
     if not getattr(args, "prepare", None):
