@@ -45,15 +45,15 @@ def _is_asked(variable: str) -> bool:
 
 
 def lacks_cuda() -> str:
-    """What to tell where a GPU may be there and PyTorch cannot know it, as PyPI's wheels for Windows cannot; else nothing."""
+    """A remark where a GPU may be there that PyTorch cannot use, as PyPI's wheels for Windows cannot; else nothing."""
     if sys.platform != "win32" or torch.accelerator.is_available() or torch.version.cuda is not None:
         return ""
     return "on the CPU: this PyTorch was built without CUDA, as PyPI's are for Windows; pytorch.org/get-started has one with it"
 
 
 def forget_precision() -> None:
-    """Let a run have another precision than the one before it in this process, a notebook's: Accelerate has one for a process's
-    whole life, unless told to forget it. What belongs to the processes (rank, groups) stays."""
+    """Reset Accelerate's precision, which it otherwise keeps for the whole life of a process, so that the next run in a notebook
+    may have another. The state of the processes (rank, groups) stays."""
     AcceleratorState._reset_state()
 
 
@@ -75,7 +75,7 @@ def begin(accelerator: Accelerator) -> None:
 
 
 def zero(accelerator: Accelerator) -> dict[str, Any] | None:
-    """What DeepSpeed is told of ZeRO, if that was asked for: the section ``zero_optimization`` of its configuration."""
+    """The section ``zero_optimization`` of DeepSpeed's configuration, where ZeRO is in use; else None."""
     if not _is_asked(_DEEPSPEED):
         return None
     plugin = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()  # on a CPU, Accelerate takes no notice of it

@@ -42,7 +42,7 @@ def options(place: str) -> tuple[str, ...]:
 
 
 def load(place: str, **told: Any) -> Scorer:
-    """The judge at ``place``, made with the options it is ``told`` if it is not made yet.
+    """The judge at ``place``; a class or function there is called with ``told``, its options.
 
     Raises:
         UserError: there is no such module, file or attribute, importing it fails, an option is unknown or missing, or what comes

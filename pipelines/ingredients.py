@@ -59,7 +59,7 @@ from pipelines.tiny.shipped import pairs_called
 TINY_PROMPTS, TINY_PROMPT_SEED = 500, 11
 """Captions of the tiny world's train split that ``--train-prompts tiny`` means."""
 LATE = 0.2
-"""Share of a run's rounds after which a baseline that is asked for comes too late to be one."""
+"""Share of a run's rounds after which the first baseline comes too late to be one."""
 PROMPTS_AT_ONCE = 4096
 """Number of prompts tokenized together to find those that are too long."""
 
@@ -303,8 +303,8 @@ def prepare(
 
 
 def _may_go(settings: TrainSettings, renew: bool) -> bool:
-    """Whether a cache made under other circumstances may be made anew: in the run's own folder, if that is asked for, or if it
-    never got complete; after a refusal, say, whose reason has been mended."""
+    """Whether a cache made under other circumstances may be replaced: it is in the run's own folder, and ``renew`` is set or the
+    cache was never completed, as after a refusal whose reason has been mended."""
     own = settings.output / (PROMPT_FOLDER if samples_itself(settings) else CACHE_FOLDER)
     return settings.data.cache is None and (renew or not CacheFolder(own).complete)
 

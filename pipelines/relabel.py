@@ -38,7 +38,7 @@ def check_request(
     labels: str = "human",
     overwrite: bool = False,
 ) -> Path:
-    """The output file, if what is asked can be done; asked before judges are loaded. ``data``: what the table was opened from.
+    """Check a request before judges are loaded; returns the output file. ``data`` is what the table was opened from.
 
     Raises:
         UserError: the output is there already, would become part of the data or cannot hold it; a column is there already;

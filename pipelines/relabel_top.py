@@ -65,7 +65,7 @@ def check_top(
     data: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The output file, if what is asked can be done; asked before judges are loaded. ``data``: what the table was opened from.
+    """Check a request before judges are loaded; returns the output file. ``data`` is what the table was opened from.
 
     Raises:
         UserError: as ``relabel.check_request`` does, and for a judge that is not asked for.

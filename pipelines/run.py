@@ -93,8 +93,8 @@ def through_the_loop(
 
 
 def of_the_loop(finished: Finished) -> dict[str, Any]:
-    """What a summary says of the share of the steps' time that went by waiting for data, if it is known, what the last
-    validation advises, if anything, and which of the kept checkpoints has the lowest validation loss."""
+    """Entries of a summary about the loop: the share of the steps' time spent waiting for data, the last validation's advice and
+    the kept checkpoint with the lowest validation loss, as far as there are any."""
     told: dict[str, Any] = {} if finished.waiting is None else {"waiting": round(finished.waiting, 4)}
     if finished.advice:
         told["advice"] = finished.advice
@@ -105,13 +105,13 @@ def of_the_loop(finished: Finished) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Epochs:
-    """How often a run sees its rows: every step takes the next ones of an order that passes over all of them again and again."""
+    """Conversion of steps to epochs: every step takes the next rows of an order that passes over all of them again and again."""
 
     per_step: int  # over all processes
     rows: int  # to train on
 
     def told(self, steps: int) -> str:
-        """One line, for the beginning."""
+        """The line that a run prints at its start."""
         return f"{steps} steps of {self.per_step} are {self.after(steps):.3g} epochs, passes over the {self.rows} to train on"
 
     def after(self, steps: int) -> float:

@@ -168,7 +168,7 @@ def _sizes_explained(size: dict[str, int]) -> Iterator[None]:
 def _refuse_idle_negative(pipe: Any, guidance: float) -> None:
     declared = next(d for d in registry().values() if type(pipe).__name__ in d.PIPELINES)
     if declared.TOLD_GUIDANCE:
-        raise UserError("A negative prompt is for guidance by two answers, and this model is told its guidance as a number.")
+        raise UserError("A negative prompt needs classifier-free guidance, and this model takes its guidance scale as an input.")
     if guidance <= declared.NO_GUIDANCE:
         raise UserError(f"A negative prompt does nothing without guidance, and the scale is {guidance:g}.")
 
@@ -240,8 +240,8 @@ def _scheduler(pipe: Any, sampler: str) -> Iterator[None]:
     if name is not None:
         import diffusers
 
-        told = _for_ddim(saved.config) if name == "DDIMScheduler" else {}
-        pipe.scheduler = getattr(diffusers, name).from_config(saved.config, **told)
+        changes = _for_ddim(saved.config) if name == "DDIMScheduler" else {}
+        pipe.scheduler = getattr(diffusers, name).from_config(saved.config, **changes)
     try:
         yield
     finally:
@@ -254,8 +254,8 @@ def _for_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
     It clips x_0 to [-1, 1], but a latent is larger. And it always steps down by T // S, while the levels of a linspace grid (that
     of a DPM-Solver by default) lie T / (S - 1) apart.
     """
-    told = {} if "clip_sample" in config else {"clip_sample": False}
-    return told | ({"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {})
+    changes = {} if "clip_sample" in config else {"clip_sample": False}
+    return changes | ({"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {})
 
 
 @contextmanager

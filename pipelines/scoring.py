@@ -63,10 +63,10 @@ class Sheet:
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of the files, and of the prompts."""
-        told = hashlib.sha256()
+        sha = hashlib.sha256()
         for row, picture in zip(self.rows, self.pictures, strict=True):
-            told.update(json.dumps([row["system"], row["prompt"], *_state(picture, row["picture"])]).encode())
-        return told.hexdigest()
+            sha.update(json.dumps([row["system"], row["prompt"], *_state(picture, row["picture"])]).encode())
+        return sha.hexdigest()
 
 
 def _state(picture: Any, name: Any) -> list[Any]:
@@ -258,8 +258,13 @@ def _with_list(pictures: Sequence[Any], prompts: Any, required: bool) -> Iterato
 
 def _in_folder(folder: Path, prompts: Any, column: str | None, required: bool, each: int | None) -> Iterator[dict[str, Any]]:
     for one in pictures_with_prompts(folder, prompts, column, required=required, n_per_prompt=each):
-        told = {"name": str(one.path), "picture": one.path, "prompt": one.prompt}
-        yield {**told, "category": one.category, "seed": one.seed}
+        yield {
+            "name": str(one.path),
+            "picture": one.path,
+            "prompt": one.prompt,
+            "category": one.category,
+            "seed": one.seed,
+        }
 
 
 def _in_data_set(where: Any, split: str, image: str | None, column: str | None, required: bool) -> Iterator[dict[str, Any]]:

@@ -185,7 +185,7 @@ def train(
         name: an objective of ``diffalign.objectives``, such as ``diffusion-dpo``.
         resume: go on from the newest checkpoint of the output folder.
         overwrite: replace the run that is there.
-        judge: somebody's own (see ``align``), in place of those that the settings name.
+        judge: a judge of the caller's own (see ``align``), in place of those that the settings name.
 
     Raises:
         UserError: model, data, output folder or device are not as they should be.

@@ -39,7 +39,8 @@ def test_help_says_what_a_batch_counts_where_an_objective_samples(name: str, cap
     with pytest.raises(SystemExit):
         cli.main(["train", name, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "of d3po and ddpo, transitions of them" in said and "of d3po and ddpo, pairs per process and step" in said
+    assert "for d3po and ddpo, transitions of their trajectories" in said
+    assert "for d3po and ddpo, pairs per process and optimizer step" in said
 
 
 def test_help_cites_the_whole_paper(capsys: pytest.CaptureFixture) -> None:

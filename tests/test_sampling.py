@@ -115,7 +115,7 @@ def test_a_negative_prompt_leads_away_and_is_refused_where_it_would_do_nothing(p
     assert np.array_equal(plain, same) and not np.array_equal(plain, away)
     with pytest.raises(UserError, match="does nothing without guidance, and the scale is 1"):
         sampling.sample(pipe, PROMPTS[:2], **{**how, "guidance_scale": 1.0}, negative_prompt="clutter")
-    with pytest.raises(UserError, match="told its guidance as a number"):
+    with pytest.raises(UserError, match="takes its guidance scale as an input"):
         sampling.sample(MINIATURES["flux"].build(), PROMPTS[:1], seeds=[1], steps=1, negative_prompt="clutter")
 
 

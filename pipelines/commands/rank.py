@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank, print, write; 0 when done. Several judges rank by the mean of their ranks."""
+    from functools import partial
+
     from diffalign.errors import UserError
     from pipelines import outputs, scoring
     from pipelines.commands.score import sheet_from
@@ -56,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         sheet = sheet_from(args, required=True)
     try:
         with Bar(unit="picture") as bar:
-            told = {"progress": lambda done, of: bar.advance("scoring", done, of)}
-            table = scoring.score_sheet(sheet, panel, **told, **scoring_arguments(args))
+            advance = partial(bar.advance, "scoring")
+            table = scoring.score_sheet(sheet, panel, progress=advance, **scoring_arguments(args))
     except JudgeError as error:
         raise UserError(f"{error}.") from error
     ranked = ranked_table(table, list(panel), per_prompt=args.per_prompt, best=args.best)
