@@ -1,7 +1,7 @@
 """The console script ``diffalign``: finds the commands in ``pipelines/commands`` and runs one.
 
-Errors of the user's making are one paragraph on stderr and exit status 2; Ctrl-C is a line there and status 130. Of both,
-``--debug`` shows the traceback. A command that goes on where it was stopped says so in ``goes_on``, a default of its parser.
+A ``UserError`` becomes one paragraph on stderr and exit status 2, Ctrl-C one line and status 130; ``--debug`` shows the
+traceback of either. A command that can resume says so in ``goes_on``, a default of its parser.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which system makes the better pictures? Statistics over a table of scores, as frames, as Markdown and as a plot.
+"""Comparison of systems by a table of scores: statistics as frames, as Markdown and as a plot.
 
-Pictures of two systems are paired by ``prompt_id`` and ``sample`` (``counterparts`` says how these come about). The prompt is
-the unit of analysis: pictures of one prompt resemble each other, so every interval resamples whole prompts and every test counts
-a prompt once (``diffalign.evaluate``). A judge for which lower scores are better is turned round before wins, preferences,
-strengths and agreement are computed; means and differences stay in its own units.
+Pictures of two systems are paired by ``prompt_id`` and ``sample`` (``counterparts`` assigns these). The prompt is the unit
+of analysis: pictures of one prompt resemble each other, so every interval resamples whole prompts and every test counts a prompt
+once (``diffalign.evaluate``). Scores of a judge for which lower is better change sign before wins, preferences, strengths and
+agreement are computed; means and differences stay in its own units.
 
-The table is read and paired in ``comparison_table``, the frames are computed in ``comparison_numbers``, what to bear in mind is
-noted in ``comparison_notes``; ``markdown`` and ``comparison_plot`` show it all.
+``comparison_table`` reads and pairs the table, ``comparison_numbers`` computes the frames, ``comparison_notes`` collects
+warnings; ``markdown`` and ``comparison_plot`` present the result.
 
 Shapes: N = pairs.
 """

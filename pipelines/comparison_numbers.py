@@ -1,7 +1,7 @@
 """The frames of a comparison: means, win rates, categories, ranking, agreement of judges and the pairs themselves.
 
 The prompt is the unit of analysis: pictures of one prompt resemble each other, so every interval resamples whole prompts and
-every test counts a prompt once (``diffalign.evaluate``). What the columns mean, ``Comparison`` says.
+every test counts a prompt once (``diffalign.evaluate``). ``Comparison`` documents the columns.
 
 Shapes: K = different (prompt, sample), S = systems, N = pairs, G = prompts.
 """

@@ -1,4 +1,4 @@
-"""A table of scores, checked, and its pictures in pairs: what every number of a comparison is computed from.
+"""Reading and checking a table of scores, and pairing its pictures: the input of every number of a comparison.
 
 Pictures of two systems are paired by ``prompt_id`` and ``sample``, their number among the pictures of that prompt; in tables of
 ``scoring`` these are equal where the pictures' seeds, names or order say that they belong together (``counterparts``).

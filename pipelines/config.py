@@ -1,8 +1,8 @@
 """Configuration: from a recipe, a YAML file and the command line to checked settings.
 
-What a configuration holds is in ``image_settings`` and ``writers.settings``. The sections are settings dataclasses, the core's
-own among them, so a default, a bound or a help text stands in one place. Pydantic checks everything before anything is loaded;
-all mistakes come in one message, unknown names with the nearest known one.
+The settings are declared in ``image_settings`` and ``writers.settings``. The sections are settings dataclasses, the core's own
+among them, so a default, a bound or a help text stands in one place. Pydantic checks everything before anything is loaded; one
+message lists all mistakes, with the nearest known name for each unknown one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which pictures of several systems belong together: ``prompt_id`` and ``sample`` of a table of scores.
+"""Assignment of ``prompt_id`` and ``sample`` in a table of scores, by which pictures of several systems are paired.
 
-Pictures of one prompt belong together by their seeds; else by their names, ``7`` and ``007`` being one; else, where no two have
-a name in common, by their order. Taking the i-th with the i-th at once would shift all that follow one that is missing.
+Pictures of one prompt are paired by their seeds; else by their names, where ``7`` equals ``007``; else, where no names are
+equal, by their order. Pairing by order at once would shift all pictures after a missing one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one forward pass with a gradient costs: bytes that autograd keeps, and operations; counted in shapes, without numbers."""
+"""Costs of a forward pass with gradients: bytes that autograd keeps, and operations; counted from shapes, without values."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How a network is spread over the processes of a run: one copy each (DDP, ZeRO), or a share each (FSDP2).
+"""Distribution of a network over the processes of a run: a copy in each (DDP, ZeRO), or a shard in each (FSDP2).
 
-Accelerate's configuration says which (``accelerate launch --config_file``; ours are in ``recipes/accelerate``), or the variables
-that it stands for, under ``torchrun``. Sharding is for full fine-tuning: weights, gradients and moments are shared out, and what
-a block needs is gathered while it computes. The frozen copy that training may compare with is not. DeepSpeed's ZeRO shares out
-moments and gradients (stages 1 and 2), and the network is whole everywhere.
+Accelerate's configuration chooses (``accelerate launch --config_file``; ours are in ``recipes/accelerate``), or, under
+``torchrun``, environment variables. Sharding is for full fine-tuning: weights, gradients and moments are sharded, and a
+block's weights are gathered while it computes. The frozen copy that serves as reference is not sharded. DeepSpeed's ZeRO shards
+moments and gradients (stages 1 and 2), and every process has the whole network.
 """
 
 from __future__ import annotations

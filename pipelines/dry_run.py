@@ -1,7 +1,7 @@
-"""What a run would refuse, found without reading weights or pictures: each check is the function that the run itself calls.
+"""Checks of a run without reading weights or pictures; each check is the function that the run itself calls.
 
-What cannot be known here is named: models and data of the hub that are not here, a single file's configuration. Judges are known
-by name, not loaded.
+The findings also name what could not be checked: models and data of the hub that are not downloaded, a single file's
+configuration. Judges are checked by name, not loaded.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a run will take, before it takes it: memory by counting in shapes, time by counting operations.
+"""Estimate of a run's memory, counted from shapes, and time, counted in operations, before it starts.
 
-Nothing is loaded: ``sizing`` counts a network of shapes. The machine's speed is that of a short matrix product.
+Nothing is loaded: ``sizing`` counts a network without values. The machine's speed is measured by a short matrix product.
 
-A run has up to four phases. First encoders fill the cache, on the device the autoencoder and then the text encoders, which are
-asked together; then they are let go, and the network is trained; objectives that make their own pictures sample and decode them
-in between; at the end the result is compared with its base, one network at a time. The largest phase is what the device must
-hold. The host holds all networks at once while the cache is filled and while it compares. Judges are not counted.
+A run has up to four phases. First encoders fill the cache: the autoencoder is on the device, then all text encoders together.
+Then they are freed, and the network is trained. Objectives that make their own pictures sample and decode them in between. At
+the end the result is compared with its base, one network at a time. The device must hold the largest phase. The host holds all
+networks at once while the cache is filled and in the comparison. Judges are not counted.
 """
 
 from __future__ import annotations

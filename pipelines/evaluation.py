@@ -1,4 +1,4 @@
-"""Base against tuned: both sample the same prompts from the same noise, judges look at the pictures, a report is written.
+"""Evaluation of a tuned model against its base: both sample the same prompts from the same noise, and judges compare them.
 
 ``N`` = pictures of one model, ``images_per_prompt`` in a row for each prompt.
 """

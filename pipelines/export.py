@@ -1,7 +1,7 @@
-"""A result of training for other programs: as a LoRA in their layout, or merged, as a whole pipeline or as one file.
+"""Export of a result for other programs: as a LoRA in their layout, or merged, as a whole pipeline or as one file.
 
-Everything starts from the result's folder, which remembers its base (``diffalign.json``). A LoRA that was trained on top of
-others is joined with them into one LoRA of all their ranks, unless it is asked for alone. A prompt writer becomes a folder of
+The result's folder records its base (``diffalign.json``). A LoRA that was trained on top of others is joined with them into one
+LoRA of all their ranks, unless ``alone`` is set. A prompt writer becomes a folder of
 Transformers or PEFT.
 """
 

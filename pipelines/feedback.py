@@ -1,4 +1,4 @@
-"""A rollout that people have judged, on its way into a run: which model made it, and how it is opened for training.
+"""A rollout with people's choices as training data: the identity of the model that made it, and how it is opened.
 
 ``diffalign rollout`` writes it (``rollouts``); ``diffalign train d3po --feedback FOLDER`` learns from it.
 """

@@ -1,6 +1,4 @@
-"""What a run had learnt by one of its checkpoints, as the result it would have been: of runs that were stopped or blew up, and of
-those that were better before their end.
-"""
+"""The result that a run would have had at one of its checkpoints: for runs that were stopped, diverged or got worse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of prompts into a folder, with a grid to look at and a record of how each picture was made.
+"""Generation of pictures into a folder, with a grid to look at and a record of how each picture was made.
 
 ``metadata.jsonl`` names each picture's prompt, in the form that the folder of pictures (``imagefolder``) of ``datasets`` has.
 """

@@ -1,6 +1,6 @@
 """Settings of glibc's malloc for free memory, where the CPU does the work.
 
-With another C library, or an accelerator, nothing here does anything.
+With another C library, or an accelerator, these functions do nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What to switch on so that a run fits into the memory there is: found by estimating, from what costs least to what costs most.
+"""Settings that make a run fit into a device's memory, tried by estimate in order of their cost.
 
-``--preset 12gb`` applies as many of the switches as it takes for the estimate to fit; ``--dry-run`` says for each usual size of a
-GPU what that would be. Nothing changes what is learnt from a pair but precision and, at the end of the list, the adapter and the
-bits of its base.
+``--preset 12gb`` applies as many of these switches as it takes for the estimate to fit; ``--dry-run`` lists them for each usual
+size of a GPU. Only precision and, at the end of the list, the adapter and the quantisation of its base change what is learnt.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ def fitted(settings: TrainSettings, size: int, sizing: Sizing | None = None) -> 
 
 
 def _more_advice(last: Fit) -> str:
-    """What presets do not switch on, by the phase that is too large."""
+    """Advice beyond the presets, by the phase that is too large."""
     phases = last.estimate.phases
     return _ADVICE[max(phases, key=phases.__getitem__)]
 

@@ -1,4 +1,4 @@
-"""What the header of a file tells programs that open it: kohya's ``ss_`` fields and Stability's ``modelspec.`` fields.
+"""Metadata in the header of a file for the programs that open it: kohya's ``ss_`` fields and Stability's ``modelspec.`` fields.
 
 A1111 and Forge sort LoRAs by ``ss_base_model_version`` and ``ss_v2``. The fields of the specification are those of version
 1.0.1 (https://github.com/Stability-AI/ModelSpec). There is no date among them: the same run gives the same file.
@@ -18,7 +18,7 @@ GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"
 
 @dataclass(frozen=True)
 class Kind:
-    """What programs call an architecture."""
+    """Names of an architecture in other programs."""
 
     base_version: str  # ss_base_model_version
     architecture: str  # modelspec.architecture

@@ -1,4 +1,4 @@
-"""What ``diffalign objectives`` shows: the objectives and the losses as tables, and one of either in full."""
+"""The output of ``diffalign objectives``: the objectives and the losses as tables, and one of either in full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers that Transformers has and PyTorch has not; importing this makes them known to the setting ``optimizer``."""
+"""Optimizers of Transformers that PyTorch lacks; importing this module registers them for the setting ``optimizer``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer of a Diffusers network is called in the network that its authors published.
+"""Names of a Diffusers network's layers in the network that its authors published.
 
 The original networks of SD3 and FLUX fuse projections that Diffusers keeps apart, so a layer's place there is a name and,
 where several share it, some of the rows. Where an output is split into scale and shift, Diffusers has the halves the other

@@ -1,4 +1,4 @@
-"""Output folders: never over something the user did not offer, and no file half-written."""
+"""Output files and folders: nothing is replaced without the user's consent, and no file is left half-written."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Judges that a user brings to training in Python: a function, or a judge of ``reward_models``. No setting could name them, so a
-run remembers what they are made of.
+"""Judges that a user passes to training in Python: a function, or a judge of ``reward_models``. No setting can name them, so a
+run records a digest of what they are made of.
 """
 
 from __future__ import annotations

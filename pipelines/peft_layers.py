@@ -1,4 +1,4 @@
-"""LoRAs as PEFT keeps them: read off a network that carries one, and laid out as its file and its configuration."""
+"""LoRAs in PEFT: reading one off a network that carries it, and writing its tensors and configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which prompt a picture was made from: by a file that lists them, a text beside each picture, or what is written inside it.
+"""The prompts of pictures: from a file that lists them, a text beside each picture, or the metadata inside it.
 
     for picture in pictures_with_prompts("folder"):
         print(picture.path, picture.prompt)

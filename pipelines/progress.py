@@ -1,4 +1,4 @@
-"""The one progress bar: on stderr or in a notebook, with an ETA; a line now and then where stderr is a file."""
+"""The progress bar of all commands: on stderr or in a notebook, with an ETA; an occasional line where stderr is a file."""
 
 from __future__ import annotations
 

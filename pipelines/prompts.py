@@ -1,4 +1,4 @@
-"""Prompts from files, from the lists that come with the package, or from lists that are fetched by name.
+"""Prompts from files, from the lists that come with the package, or from lists that are downloaded by name.
 
 Fetched lists are not shipped: that of HPSv2 (Wu et al. 2023, arXiv:2306.09341: 800 prompts in each of four styles) for its size,
 and the test prompts of Pick-a-Pic (Kirstain et al. 2023, arXiv:2305.01569) for what people typed into them.

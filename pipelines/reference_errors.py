@@ -1,7 +1,7 @@
-"""The reference asked before training, so that it need not be there while the policy learns.
+"""Errors of the reference computed before training, so that it need not be in memory while the policy learns.
 
-Before its first step the network is the reference (or is with its adapter switched off), so no copy of it is made. What is asked
-is what the policy will be asked at the same draws, in the same precision.
+Before its first step the network is the reference (or is with its adapter switched off), so no copy of it is made. The errors are
+those at the draws at which the policy will be trained, in the same precision.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A preference data set judged again: beside the human's label, what each judge thinks of both pictures.
+"""Relabelling of a preference data set: each judge's scores of both pictures beside the human's label.
 
-People are noisy, and a model trained on their choices learns the noise, too. What is done about it: pairs on which a judge
-disagrees, or sees little difference, are left out, or the judge's own probability takes the place of the label. (SmPO, arXiv
+People's choices are noisy, and a model trained on them learns the noise, too. Against that, pairs on which a judge disagrees, or
+sees little difference, are left out, or the judge's own probability replaces the label. (SmPO, arXiv
 2506.02698, makes soft labels from PickScore on a flatter scale; the scores that are written here allow for that, too.) The first
-judge decides; the others are written down only.
+judge decides; the scores of the others are only written.
 
-What follows from the scores, and the columns that are added, is in ``relabel_verdict``; how they are written, in
-``relabel_files``; the report on them, in ``relabel_report``. The best pictures by themselves: ``relabel_top``.
+``relabel_verdict`` derives labels and columns from the scores, ``relabel_files`` writes them, ``relabel_report`` reports on them;
+``relabel_top`` writes the best pictures instead.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What follows from the scores of a pair: whether it stays, what its label becomes, and the cells that are added to its row.
+"""Decisions from the scores of a pair: whether it stays, its label, and the columns that are added to its row.
 
 Columns that are added for a judge J, where F and S stand for the data's first and second picture (0 and 1 in Pick-a-Pic,
 ``chosen`` and ``rejected`` elsewhere):
 
     J_F, J_S        the scores; empty where the picture cannot be read
-    J_margin        how far the human's winner is ahead, negative where J prefers the other; empty for the human's ties
-    J_conflict      whether J prefers the other
-    J_lower_is_better   true in every row; of judges that are so, and of no others: whoever opens the scores turns them round
-    J_probability   of the first picture to be preferred, as ``label`` says it; of judges that were trained on preferences
+    J_margin        score of the human's winner minus the loser's, negative where J prefers the loser; empty for the human's ties
+    J_conflict      whether J prefers the human's loser
+    J_lower_is_better   true in every row, only for judges whose lower scores are better; readers of the scores negate them
+    J_probability   probability that the first picture is preferred, as ``label`` has it; for judges trained on preferences
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LABELS = ("human", "flip", "soft")
 """Kinds of labels: the human's; reversed where the first judge disagrees; the first judge's probability."""
 HUMAN = "human_label"
-"""The column in which the human's label stays where another takes its place."""
+"""The column that keeps the human's label where another one replaces it."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Judges at work in training: they reward what the policy samples, or score the two pictures of every pair.
+"""Judges in training: they reward what the policy samples, or score the two pictures of every pair.
 
-The core knows a judge as a function of latents; here they are decoded, shown to the judges of ``reward_models``, and forgotten.
+For the core a judge is a function of latents; here these are decoded and scored by the judges of ``reward_models``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How far a rewrite is from what its prompt meant: embeddings of texts, and the cosine distance between them.
+"""Distance in meaning between a rewrite and its prompt: embeddings of texts, and the cosine distance between them.
 
     d(x, y) = 1 - cos(e(x), e(y)),    in [0, 2]
 
 Sem-DPO (arXiv 2507.20133) weighs a pair by exp(-alpha * d) of its prompt and the preferred rewrite, and reports the same distance
 as drift. Which embedding ``e`` is, is the user's choice: CLIP's text tower, the miniature one of the tiny world, or any encoder
 that Transformers reads, sentence embeddings among them. A CLIP reads 77 tokens: what lies beyond them has no part in the
-distance, and ``cut`` says what that is.
+distance; ``cut`` returns it.
 """
 
 from __future__ import annotations

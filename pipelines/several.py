@@ -1,4 +1,4 @@
-"""Options that take several values. Some people part them by spaces, others by commas: everywhere both are understood.
+"""Options that take several values, separated by spaces or by commas.
 
 Imports the standard library only.
 """

@@ -1,4 +1,4 @@
-"""Work shared out among the processes that ``accelerate launch`` or ``torchrun`` started."""
+"""The division of work among the processes that ``accelerate launch`` or ``torchrun`` started."""
 
 from __future__ import annotations
 

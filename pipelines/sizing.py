@@ -1,7 +1,7 @@
 """The memory and operations that a run's model needs, counted in shapes.
 
-Networks are built from their configurations without numbers (``families.sketch``), and go through one forward pass of one pair.
-Activations are what autograd keeps of it; operations are counted by PyTorch.
+Networks are built from their configurations without values (``families.sketch``), and make one forward pass over one pair.
+Activations are the tensors that autograd keeps; operations are counted by PyTorch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A network and its tokenizer as an embedding of texts: what is cut, masked, pooled and normalised around it."""
+"""A network and its tokenizer as an embedding of texts: truncation, masks, pooling and normalisation."""
 
 from __future__ import annotations
 

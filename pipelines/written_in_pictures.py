@@ -1,4 +1,4 @@
-"""What programs write into the pictures that they sample: AUTOMATIC1111's text of settings, ComfyUI's graph."""
+"""Prompts in the metadata of sampled pictures: AUTOMATIC1111's text of settings, ComfyUI's graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``diffalign evaluate``: base and tuned answer the same prompts from the same noise, and judges compare."""
+"""``diffalign evaluate``: base and tuned model sample the same prompts from the same noise, and judges compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``diffalign relabel``: preference data judged again, to see where judges disagree with people and to clean or soften labels."""
+"""``diffalign relabel``: judges score preference data, to find where they disagree with people and to clean or soften labels."""
 
 from __future__ import annotations
 

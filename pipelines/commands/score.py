@@ -1,4 +1,4 @@
-"""``diffalign score``: judges look at folders of pictures, and a table comes out."""
+"""``diffalign score``: scores of folders of pictures by several judges, as a table."""
 
 from __future__ import annotations
 
