@@ -64,13 +64,13 @@ def measure(writer: Path | None, seed: int, best_of: int = 1) -> dict[str, Any]:
     """One number for each picture, or each prompt, of one writer; of the plain prompts for None."""
     from pipelines.semantics import distance, load_embedding
     from pipelines.tiny import scenes
-    from pipelines.writers.sampling import candidates
+    from pipelines.writers.sampling import Decoding, candidates
     from pipelines.writers.writer import Writer
 
     prompts = scenes.captions(CAPTIONS, seed=CAPTION_SEED, split="test")
     texts = prompts
     if writer is not None:
-        drawn = candidates(Writer.load(writer), prompts, best_of, "sample", seed, max_rewrite_tokens=48)
+        drawn = candidates(Writer.load(writer), prompts, best_of, Decoding(max_rewrite_tokens=48), seed=seed)
         texts = [found[0] for found in drawn] if best_of == 1 else _best(prompts, drawn)
     at_work = studio({}, PICTURES, CAPTION_SEED)
     pictures = at_work.pictures(prompts, texts)

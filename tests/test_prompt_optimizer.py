@@ -208,6 +208,8 @@ def test_mistakes_are_said(optimizer: PromptOptimizer) -> None:
         PromptOptimizer(optimizer.writer)("a cat", max_distance=0.1)
     with pytest.raises(UserError, match="max_distance is a cosine distance, between 0 and 2; got 3"):
         optimizer("a cat", max_distance=3)
+    with pytest.raises(UserError, match="Decoding has no option 'temprature'; its options are how, temperature, top_p"):
+        optimizer("a cat", temprature=0.7)
     with pytest.raises(UserError, match="4 rewrites cannot be chosen from 2 candidates"):
         optimizer("a cat", n=4, draw=2)
     with pytest.raises(UserError, match="A prompt cannot be rewritten: prompt is empty"):

@@ -16,7 +16,7 @@ from pipelines.comparison import compare
 from pipelines.rewrite_pairs import read_rewrites
 from pipelines.writers import evaluation_report
 from pipelines.writers.drift import Drift, read_drift
-from pipelines.writers.sampling import candidates
+from pipelines.writers.sampling import Decoding, candidates
 from pipelines.writers.studio import Sampling, Studio
 from pipelines.writers.writer import Writer
 
@@ -130,7 +130,7 @@ def test_writers_are_compared_with_each_other_and_their_pictures_kept(folder: Pa
     assert match["differences"]["oracle"] == pytest.approx(more, abs=0.01)
     prompts = ["a red star", "a yellow star"]
     assert kept[kept.system == "two"].seed.tolist() == [seed for p in prompts for seed in Sampling(pictures=2).seeds(p)]
-    written = candidates(Writer.load("tiny"), prompts, 1, "beam", max_rewrite_tokens=6)
+    written = candidates(Writer.load("tiny"), prompts, 1, Decoding("beam", max_rewrite_tokens=6))
     told = [json.loads(line)["rewrite"] for line in (systems["two"] / "metadata.jsonl").read_text().splitlines()]
     assert told[::2] == [rewrites[0] for rewrites in written] and set(kept.category) == {"stars"}
 

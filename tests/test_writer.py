@@ -20,7 +20,7 @@ from diffalign.types import Texts
 from pipelines.families._names import NOTE_FILE
 from pipelines.writers import load_writer
 from pipelines.writers._sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
-from pipelines.writers.sampling import candidates
+from pipelines.writers.sampling import Decoding, candidates
 from pipelines.writers.writer import Writer
 
 KINDS = ("gpt2", "llama", "qwen2")
@@ -128,7 +128,7 @@ def test_calls_go_through_a_wrapper_and_nothing_else_does(tmp_path: Path) -> Non
     with wrapped.adapter_off():
         wrapped(TOKENS, MASK)
     wrapped.save_adapter(tmp_path / "lora")
-    assert candidates(wrapped, ["a cat"], 1, max_rewrite_tokens=2)
+    assert candidates(wrapped, ["a cat"], 1, Decoding(max_rewrite_tokens=2))
     assert Wrapper.calls == 2
 
 
@@ -445,7 +445,8 @@ def test_checkpointing_recomputes_and_changes_no_gradient(kind: str) -> None:
     assert len(calls) == 3
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    assert candidates(made, ["a cat"], 2, max_rewrite_tokens=5) == candidates(made, ["a cat"], 2, max_rewrite_tokens=5)
+    short = Decoding(max_rewrite_tokens=5)
+    assert candidates(made, ["a cat"], 2, short) == candidates(made, ["a cat"], 2, short)
     made.set_gradient_checkpointing(False)
     calls.clear()
     gradients()
@@ -525,7 +526,7 @@ def test_a_pad_token_that_the_model_does_not_know_is_no_hindrance(folder: Path, 
     found = Writer.load(made)
     assert found.tokenizer.pad_token_id >= found.model.get_input_embeddings().weight.shape[0]
     assert found.encoding().pad == found.encoding().end
-    prompts, options = ["a cat", "two small green squares"], {"n": 2, "max_rewrite_tokens": 6}
+    prompts, options = ["a cat", "two small green squares"], {"n": 2, "decoding": Decoding(max_rewrite_tokens=6)}
     assert candidates(found, prompts, **options) == candidates(Writer.load(folder), prompts, **options)
     found.attach_lora(rank=2)
     found.save_adapter(tmp_path / "lora")

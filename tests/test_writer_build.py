@@ -21,13 +21,14 @@ from pipelines.prompts import Prompt
 from pipelines.rewrite_pairs import read_rewrites
 from pipelines.semantics import load_embedding
 from pipelines.writers.build import Candidates, Pairing, Proposing, build, pair_up
-from pipelines.writers.sampling import BrokenOff
+from pipelines.writers.sampling import BrokenOff, Decoding
 from pipelines.writers.sampling import candidates as rewrites_of
 from pipelines.writers.studio import Sampling, Studio, standardised
 from pipelines.writers.writer import Writer
 
 PROMPTS = ["a red circle on a blue background", "a red star", "a small green square"]
-PROPOSING = Proposing(count=4, max_rewrite_tokens=6)
+SHORT = (Decoding("sample", max_rewrite_tokens=6), Decoding("diverse-beam", max_rewrite_tokens=6))
+PROPOSING = Proposing(count=4, decodings=SHORT)
 SAMPLING = Sampling(pictures=1, steps=2, guidance_scale=2.0, batch_size=8)
 
 
@@ -73,10 +74,8 @@ def test_best_and_worst_become_a_pair_with_all_that_is_known(studio: Studio, emb
 
 
 def test_rewrites_that_had_not_ended_are_no_candidates(studio: Studio, embedding: Any, tmp_path: Path) -> None:
-    built = made(
-        studio, embedding, tmp_path / "pairs.jsonl", proposing=Proposing(count=6, ways=("sample",), max_rewrite_tokens=6)
-    )
-    drawn = [text for texts in rewrites_of(ending(), PROMPTS, 6, max_rewrite_tokens=6) for text in texts]
+    built = made(studio, embedding, tmp_path / "pairs.jsonl", proposing=Proposing(count=6, decodings=SHORT[:1]))
+    drawn = [text for texts in rewrites_of(ending(), PROMPTS, 6, Decoding(max_rewrite_tokens=6)) for text in texts]
     broken = [text for text in drawn if isinstance(text, BrokenOff)]
     assert 0 < len(broken) < len(drawn) and built.broken_off == len(broken)
     lines = (tmp_path / "pairs.candidates.jsonl").read_text().splitlines()[1:]
@@ -142,11 +141,11 @@ def test_candidates_of_another_build_are_not_mixed_in(studio: Studio, embedding:
         made(studio, embedding, out)
     out.unlink()
     with pytest.raises(UserError, match="what is left of a build with another writer, generator, judges or settings"):
-        made(studio, embedding, out, proposing=Proposing(count=4, max_rewrite_tokens=6, seed=1))
+        made(studio, embedding, out, proposing=Proposing(count=4, decodings=SHORT, seed=1))
     again: list[int] = []
     made(studio, embedding, out, pairing=Pairing(0.0, max_distance=1.9), progress=lambda stage, done, total: again.append(total))
     assert again == []  # another pairing draws nothing anew
-    made(studio, embedding, out, proposing=Proposing(count=4, max_rewrite_tokens=6, seed=1), overwrite=True)
+    made(studio, embedding, out, proposing=Proposing(count=4, decodings=SHORT, seed=1), overwrite=True)
 
 
 def test_processes_share_the_prompts(studio: Studio, embedding: Any, tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_settings_that_cannot_be_are_refused(studio: Studio, embedding: Any, tmp
     with pytest.raises(UserError, match="A pair takes two candidates at least; got 1"):
         Proposing(count=1)
     with pytest.raises(UserError, match="2 candidates cannot be shared out among 3 ways"):
-        Proposing(count=2, ways=("sample", "beam", "diverse-beam"))
+        Proposing(count=2, decodings=tuple(Decoding(how) for how in ("sample", "beam", "diverse-beam")))
     with pytest.raises(UserError, match=r"ends in .txt; pairs are written as .jsonl or .parquet"):
         made(studio, embedding, tmp_path / "pairs.txt")
     with pytest.raises(UserError, match="There are no prompts to rewrite"):

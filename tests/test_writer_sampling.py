@@ -74,7 +74,7 @@ def test_first_tokens_are_drawn_from_the_warped_distribution(temperature: float,
     for token in p.nonzero()[:, 0].tolist():
         expected[encoding.text([token]) or "a cat"] += float(p[token])
     warp = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    drawn = Counter(candidates(made, ["a cat"], n, seed=3, max_rewrite_tokens=1, batch_size=1000, **warp)[0])
+    drawn = Counter(candidates(made, ["a cat"], n, Decoding(**warp, max_rewrite_tokens=1), seed=3, batch_size=1000)[0])
     assert surprise(drawn, expected) > 0.01
 
 
@@ -89,19 +89,20 @@ def test_second_tokens_follow_from_the_first_and_from_noise_of_their_own() -> No
         for other in second.nonzero()[:, 0].tolist():
             expected[encoding.text([token, other]) or "a cat"] += float(first[token] * second[other])
     assert len(expected) > 10
-    drawn = candidates(made, ["a cat"], n, seed=4, max_rewrite_tokens=2, batch_size=1000, temperature=2.0, top_k=6)[0]
+    drawn = candidates(made, ["a cat"], n, Decoding(max_rewrite_tokens=2, temperature=2.0, top_k=6), seed=4, batch_size=1000)[0]
     assert surprise(Counter(drawn), expected) > 0.01
 
 
 def test_candidates_follow_from_seed_prompt_and_number() -> None:
     made = writer(template="rephrase")
-    drawn = candidates(made, PROMPTS, 4, seed=1, max_rewrite_tokens=10)
-    assert candidates(made, PROMPTS, 4, seed=1, max_rewrite_tokens=10) == drawn
-    assert candidates(made, PROMPTS[1:2], 2, seed=1, max_rewrite_tokens=10) == [drawn[1][:2]]
-    assert candidates(made, PROMPTS, 4, seed=2, max_rewrite_tokens=10) != drawn
+    decoding = Decoding(max_rewrite_tokens=10)
+    drawn = candidates(made, PROMPTS, 4, decoding, seed=1)
+    assert candidates(made, PROMPTS, 4, decoding, seed=1) == drawn
+    assert candidates(made, PROMPTS[1:2], 2, decoding, seed=1) == [drawn[1][:2]]
+    assert candidates(made, PROMPTS, 4, decoding, seed=2) != drawn
     assert len(set(drawn[0])) == 4
     torch.manual_seed(99)  # nobody's global state matters, and it is not touched
-    assert candidates(made, PROMPTS, 4, seed=1, max_rewrite_tokens=10) == drawn
+    assert candidates(made, PROMPTS, 4, decoding, seed=1) == drawn
     after = torch.rand(1)
     torch.manual_seed(99)
     assert torch.rand(1) == after
@@ -112,7 +113,7 @@ def test_candidates_follow_from_seed_prompt_and_number() -> None:
 def test_company_changes_nothing(kind: str, how: str) -> None:
     """Whatever stands beside a prompt in a batch, and however long it is."""
     made = writer(kind, begin=kind == "llama", chat=CHATML if kind == "qwen2" else None, context=256)
-    settings = {"n": 3, "how": how, "max_rewrite_tokens": 12}
+    settings = {"n": 3, "decoding": Decoding(how, max_rewrite_tokens=12)}
     together = candidates(made, PROMPTS, batch_size=64, **settings)
     assert together == [candidates(made, [prompt], batch_size=1, **settings)[0] for prompt in PROMPTS]
     assert together[::-1] == candidates(made, PROMPTS[::-1], batch_size=5, **settings)
@@ -127,8 +128,8 @@ def test_company_changes_nothing(kind: str, how: str) -> None:
 def test_beams_are_those_of_transformers(kind: str, length_penalty: float) -> None:
     made = biased(writer(kind, begin=True), t1=4.0)  # rewrites end at different lengths
     encoding = made.encoding()
-    ours = candidates(made, PROMPTS, 3, "beam", beams=5, length_penalty=length_penalty, max_rewrite_tokens=8)
-    assert ours != candidates(made, PROMPTS, 3, "beam", beams=5, length_penalty=-length_penalty, max_rewrite_tokens=8)
+    ours = candidates(made, PROMPTS, 3, Decoding("beam", beams=5, length_penalty=length_penalty, max_rewrite_tokens=8))
+    assert ours != candidates(made, PROMPTS, 3, Decoding("beam", beams=5, length_penalty=-length_penalty, max_rewrite_tokens=8))
     for prompt, texts in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([encoding.prompt(prompt)])
         theirs = made.model.generate(
@@ -147,8 +148,8 @@ def test_beams_are_those_of_transformers(kind: str, length_penalty: float) -> No
 
 def test_one_group_without_diversity_is_beam_search() -> None:
     made = writer("llama")
-    beam = candidates(made, PROMPTS, 4, "beam", max_rewrite_tokens=8)
-    assert candidates(made, PROMPTS, 4, "diverse-beam", groups=1, diversity=0.0, max_rewrite_tokens=8) == beam
+    beam = candidates(made, PROMPTS, 4, Decoding("beam", max_rewrite_tokens=8))
+    assert candidates(made, PROMPTS, 4, Decoding("diverse-beam", groups=1, diversity_penalty=0.0, max_rewrite_tokens=8)) == beam
 
 
 def diverse_greedy(made: Writer, prompt: str, groups: int, diversity: float, steps: int) -> list[list[int]]:
@@ -170,7 +171,7 @@ def test_diverse_beams_are_the_papers(kind: str, diversity: float) -> None:
     """By an end mark that is never likely, so that all run as long."""
     made = biased(writer(kind), t1=-1e4)
     encoding = made.encoding()
-    ours = candidates(made, PROMPTS, 4, "diverse-beam", diversity=diversity, max_rewrite_tokens=7)
+    ours = candidates(made, PROMPTS, 4, Decoding("diverse-beam", diversity_penalty=diversity, max_rewrite_tokens=7))
     for prompt, texts in zip(PROMPTS, ours, strict=True):
         theirs = diverse_greedy(made, prompt, 4, diversity, 7)
         assert texts == [encoding.text(beam) or prompt for beam in theirs]
@@ -178,18 +179,18 @@ def test_diverse_beams_are_the_papers(kind: str, diversity: float) -> None:
 
 def test_groups_of_several_beams_put_the_best_of_each_first() -> None:
     made = writer("qwen2")
-    settings = {"how": "diverse-beam", "beams": 6, "groups": 3, "max_rewrite_tokens": 8}
-    six = candidates(made, PROMPTS, 6, **settings)
-    first_group = candidates(made, PROMPTS, 2, "beam", max_rewrite_tokens=8)
+    decoding = Decoding("diverse-beam", beams=6, groups=3, max_rewrite_tokens=8)
+    six = candidates(made, PROMPTS, 6, decoding)
+    first_group = candidates(made, PROMPTS, 2, Decoding("beam", max_rewrite_tokens=8))
     assert [[texts[0], texts[3]] for texts in six] == first_group
-    assert candidates(made, PROMPTS, 4, **settings) == [texts[:4] for texts in six]
+    assert candidates(made, PROMPTS, 4, decoding) == [texts[:4] for texts in six]
 
 
 def test_the_penalty_makes_more_different_candidates() -> None:
     made = writer("gpt2")
 
     def different(diversity: float) -> int:
-        found = candidates(made, PROMPTS, 6, "diverse-beam", diversity=diversity, max_rewrite_tokens=3)
+        found = candidates(made, PROMPTS, 6, Decoding("diverse-beam", diversity_penalty=diversity, max_rewrite_tokens=3))
         return sum(len(set(texts)) for texts in found)
 
     assert different(0.0) == len(PROMPTS)  # every group finds the same
@@ -198,7 +199,7 @@ def test_the_penalty_makes_more_different_candidates() -> None:
 
 def test_the_penalty_counts_beams_at_the_same_place_only() -> None:
     earlier = [[[5, 6], [5, 7]], [[8]]]
-    penalty = Hamming(earlier, width=2, diversity=0.5, begin=3)
+    penalty = Hamming(earlier, width=2, penalty=0.5, begin=3)
     scores = torch.zeros(4, 10)
     first = penalty(torch.zeros(4, 3, dtype=torch.int64), scores)
     assert first[0].tolist() == first[1].tolist() == [0, 0, 0, 0, 0, -1.0, 0, 0, 0, 0]
@@ -230,7 +231,7 @@ def test_the_models_own_generation_settings_stay_out_of_it(how: str) -> None:
     settings = other.model.generation_config
     settings.repetition_penalty, settings.temperature, settings.min_new_tokens, settings.do_sample = 9.0, 0.1, 7, True
     settings.forced_eos_token_id = 5
-    found = [candidates(one, PROMPTS, 3, how, max_rewrite_tokens=8) for one in (made, other)]
+    found = [candidates(one, PROMPTS, 3, Decoding(how, max_rewrite_tokens=8)) for one in (made, other)]
     assert found[0] == found[1]
     assert other.model.generation_config is settings
 
@@ -238,15 +239,16 @@ def test_the_models_own_generation_settings_stay_out_of_it(how: str) -> None:
 @pytest.mark.parametrize("how", HOWS)
 def test_an_empty_rewrite_is_the_prompt(how: str) -> None:
     made = biased(writer("llama"), t1=1e4)
-    assert candidates(made, [" a  cat", "a dog"], 1, how) == [["a cat"], ["a dog"]]
+    assert candidates(made, [" a  cat", "a dog"], 1, Decoding(how)) == [["a cat"], ["a dog"]]
 
 
 def test_writing_stops_at_either_mark() -> None:
     """In a chat the turn's mark and the tokenizer's are both an end."""
     made = writer("qwen2", chat=CHATML, context=256)
-    free = candidates(biased(writer("qwen2", chat=CHATML, context=256), t1=-1e4, t3=-1e4), ["a cat"], 8, max_rewrite_tokens=30)[0]
+    long = Decoding(max_rewrite_tokens=30)
+    free = candidates(biased(writer("qwen2", chat=CHATML, context=256), t1=-1e4, t3=-1e4), ["a cat"], 8, long)[0]
     for mark in ("t1", "t3"):
-        stopped = candidates(biased(made, **{"t1": -1e4, "t3": -1e4, mark: 6.0}), ["a cat"], 8, max_rewrite_tokens=30)[0]
+        stopped = candidates(biased(made, **{"t1": -1e4, "t3": -1e4, mark: 6.0}), ["a cat"], 8, long)[0]
         assert sum(map(len, stopped)) < sum(map(len, free)) / 2
 
 
@@ -256,7 +258,7 @@ def test_nothing_is_computed_after_the_end(how: str, mark: str) -> None:
     made = biased(writer("qwen2", chat=CHATML, context=256), **{mark: 1e4})
     calls: list[int] = []
     made.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    candidates(made, ["a cat"], 2, how, groups=1 if how == "diverse-beam" else None, max_rewrite_tokens=30)
+    candidates(made, ["a cat"], 2, Decoding(how, groups=1 if how == "diverse-beam" else None, max_rewrite_tokens=30))
     assert len(calls) < 5
 
 
@@ -265,8 +267,9 @@ def test_outputs_without_a_token_are_never_written(how: str) -> None:
     """Qwen's models have 271 more outputs than their tokenizer has tokens."""
     made = writer("qwen2", extra=20)
     first = len(made.tokenizer)
-    plain = candidates(made, PROMPTS, 3, how, max_rewrite_tokens=8)
-    tempted = candidates(biased(made, **{f"t{i}": 50.0 for i in range(first, first + 20)}), PROMPTS, 3, how, max_rewrite_tokens=8)
+    decoding = Decoding(how, max_rewrite_tokens=8)
+    plain = candidates(made, PROMPTS, 3, decoding)
+    tempted = candidates(biased(made, **{f"t{i}": 50.0 for i in range(first, first + 20)}), PROMPTS, 3, decoding)
     if how == "sample":
         assert tempted == plain  # what remains is as likely as before
     assert all(text != prompt for prompt, texts in zip(PROMPTS, tempted, strict=True) for text in texts)
@@ -275,11 +278,11 @@ def test_outputs_without_a_token_are_never_written(how: str) -> None:
 def test_repeats_stay_and_order_is_kept() -> None:
     made = writer()
     asked = [PROMPTS[1], PROMPTS[0], PROMPTS[1], f"  {PROMPTS[0]} "]
-    found = candidates(made, asked, 2, max_rewrite_tokens=8)
+    found = candidates(made, asked, 2, Decoding(max_rewrite_tokens=8))
     assert found[0] == found[2] and found[1] == found[3] and found[0] != found[1]
     assert found[0] is not found[2]
-    assert candidates(made, ["a cat"], 3, temperature=1e-4, max_rewrite_tokens=8)[0].count(found[1][0]) in (0, 3)
-    assert len(set(candidates(made, ["a cat"], 3, temperature=1e-4, max_rewrite_tokens=8)[0])) == 1
+    (cold,) = candidates(made, ["a cat"], 3, Decoding(temperature=1e-4, max_rewrite_tokens=8))
+    assert cold.count(found[1][0]) in (0, 3) and len(set(cold)) == 1
     assert candidates(made, [], 2) == []
 
 
@@ -298,9 +301,8 @@ def test_a_lora_in_training_writes_without_its_dropout_and_goes_on_training() ->
 @pytest.mark.parametrize("how, batch_size", list(product(HOWS, (1, 4, 64))))
 def test_progress_counts_rewrites(how: str, batch_size: int) -> None:
     told: list[tuple[str, int, int]] = []
-    candidates(
-        writer(), PROMPTS, 3, how, max_rewrite_tokens=3, batch_size=batch_size, progress=lambda *numbers: told.append(numbers)
-    )
+    decoding = Decoding(how, max_rewrite_tokens=3)
+    candidates(writer(), PROMPTS, 3, decoding, batch_size=batch_size, progress=lambda *numbers: told.append(numbers))
     assert {(stage, total) for stage, _, total in told} == {("writing", 9)}
     done = [number for _, number, _ in told]
     assert done == sorted(set(done)) and done[-1] == 9
@@ -317,7 +319,7 @@ def test_progress_counts_rewrites(how: str, batch_size: int) -> None:
         ({"top_k": -1}, "top_k -1"),
         ({"how": "beam", "beams": 2}, "2 beams cannot give 3 candidates"),
         ({"how": "diverse-beam", "beams": 4, "groups": 3}, "4 beams cannot be split into 3 groups of equal size"),
-        ({"diversity": -0.5}, "diversity must be at least 0; got -0.5"),
+        ({"diversity_penalty": -0.5}, "diversity_penalty must be at least 0; got -0.5"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"max_rewrite_tokens": 128}, "max_rewrite_tokens 128 leaves no room for a prompt"),
         ({"max_rewrite_tokens": 125}, "leaves 124 for a rewrite of up to 125: 'a cat'"),
@@ -328,5 +330,7 @@ def test_settings_that_cannot_be(settings: dict, message: str) -> None:
     if "how" not in settings:
         Decoding().checked(3)
     with pytest.raises(UserError) as error:
-        candidates(writer(), ["a cat"], **({"n": 3} | settings))
+        of_call = {name: value for name, value in settings.items() if name in ("n", "batch_size", "max_prompt_tokens")}
+        decoding = Decoding(**{name: value for name, value in settings.items() if name not in of_call})
+        candidates(writer(), ["a cat"], decoding=decoding, **({"n": 3} | of_call))
     assert message in str(error.value)

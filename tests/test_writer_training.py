@@ -23,7 +23,7 @@ from pipelines.objective_tables import objective_in_full
 from pipelines.writers import training
 from pipelines.writers.drift import Drift, read_drift
 from pipelines.writers.optimizer import PromptOptimizer
-from pipelines.writers.sampling import candidates
+from pipelines.writers.sampling import Decoding, candidates
 from pipelines.writers.settings import COMMANDS
 from pipelines.writers.training import train_writer
 from pipelines.writers.writer import Writer
@@ -194,7 +194,7 @@ def test_the_base_of_a_lora_that_was_moved_can_be_named(
         return told.out if code == 0 else told.err
 
     assert "If it was moved, name it (--base)" in " ".join(rewritten().split())
-    assert candidates(plain, ["a cat"], max_rewrite_tokens=6)[0][0] in rewritten("--base", base)
+    assert candidates(plain, ["a cat"], decoding=Decoding(max_rewrite_tokens=6))[0][0] in rewritten("--base", base)
     assert "no writer here is a LoRA" in " ".join(rewritten("--base", base, writer=start).split())
     given = {"base": base, **options(tmp_path / "lora", pairs, tmp_path / "sem", steps=2)}
     train_writer("sem-dpo", **given)

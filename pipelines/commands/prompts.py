@@ -145,8 +145,21 @@ def _add_way(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_beams(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--diversity", type=float, default=1.0, help="of a diverse beam: nats off a repeated token (default 1)")
+    parser.add_argument(
+        "--diversity",
+        dest="diversity_penalty",
+        type=float,
+        default=1.0,
+        metavar="NATS",
+        help="of a diverse beam: nats off a repeated token (default 1)",
+    )
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: power of the length (default 1)")
+
+
+def _decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``Decoding`` that ``_add_writing`` and ``_add_beams`` read, but its method."""
+    names = ("temperature", "top_p", "top_k", "diversity_penalty", "length_penalty", "max_rewrite_tokens")
+    return {name: getattr(args, name) for name in names}
 
 
 def _prompts(args: argparse.Namespace, split: str) -> list[Any]:
@@ -225,15 +238,14 @@ def _build(args: argparse.Namespace) -> int:
     from pipelines.semantics import load_embedding
     from pipelines.shares import processes
     from pipelines.writers import build
+    from pipelines.writers.sampling import Decoding
 
     share, wait, device = processes()
     build.check_out(args.out, args.overwrite)
     args.device = args.device or device
     ways = tuple(way.strip() for way in args.ways.split(",") if way.strip())
-    drawing = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    drawing |= {"diversity": args.diversity, "length_penalty": args.length_penalty}
-    drawing |= {"max_rewrite_tokens": args.max_rewrite_tokens}
-    proposing = build.Proposing(args.candidates, ways, seed=args.seed, with_prompt=args.with_prompt, **drawing)
+    decodings = tuple(Decoding(way, **_decoding_options(args)) for way in ways)
+    proposing = build.Proposing(args.candidates, decodings, args.seed, args.with_prompt)
     prompts = _prompts(args, "train")
     with Bar(shown=share[0] == 0, unit="prompt") as bar:
         built = build.build(
@@ -308,12 +320,7 @@ def _rewrite(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "max_distance": args.max_distance,
         "draw": args.draw,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "diversity": args.diversity,
-        "length_penalty": args.length_penalty,
-        "max_rewrite_tokens": args.max_rewrite_tokens,
+        **_decoding_options(args),
     }
     with Bar(shown=len(prompts) > 8, unit="prompt") as bar:
         if args.out is None:
@@ -361,6 +368,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipelines.semantics import load_embedding
     from pipelines.writers import evaluation
     from pipelines.writers.drift import read_drift
+    from pipelines.writers.sampling import Decoding
 
     outputs.check_folder(args.out, args.overwrite)
     ways = []
@@ -368,9 +376,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     for (name, where), writer in zip(named.items(), _writers(named.values(), args), strict=True):
         ways.append(evaluation.Way(name, writer, drift=read_drift(where)))
         ways += [evaluation.Way(f"{name}, best of {args.best_of}", writer, args.best_of)] if args.best_of else []
-    limits = {"delta": args.delta, "seed": args.seed, "max_rewrite_tokens": args.max_rewrite_tokens}
-    limits |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "max_distance": args.max_distance}
-    limits |= {"how": args.way, "diversity": args.diversity, "length_penalty": args.length_penalty}
     with Bar(unit="picture") as bar:
         evaluation.evaluate(
             _prompts(args, "test"),
@@ -378,7 +383,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             _studio(args),
             load_embedding(args.embedding, device=args.device),
             args.out,
-            **limits,
+            decoding=Decoding(args.way, **_decoding_options(args)),
+            seed=args.seed,
+            delta=args.delta,
+            max_distance=args.max_distance,
             keep_pictures=args.keep_pictures,
             overwrite=args.overwrite,
             progress=bar.advance,

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +28,43 @@ from pipelines.rewrite_pairs import RewritePair, write_rewrites
 from pipelines.semantics import Embedding, distance
 from pipelines.writers.fitting import fitting
 from pipelines.writers.journal import Lines
-from pipelines.writers.sampling import BrokenOff, How, candidates
+from pipelines.writers.sampling import BrokenOff, Decoding, candidates
 from pipelines.writers.studio import Studio, standardised
 from pipelines.writers.writer import Writer
 
 
 @dataclass(frozen=True)
 class Proposing:
-    """How candidates are found: ``count`` of each prompt, shared out among ``ways``."""
+    """How candidates are found: ``count`` for each prompt, shared out among the ``decodings``."""
 
     count: int = 8
-    ways: tuple[How, ...] = ("sample", "diverse-beam")
-    temperature: float = 1.0  # of samples, like the next two
-    top_p: float = 1.0
-    top_k: int = 0
-    diversity: float = 1.0  # of a diverse beam
-    length_penalty: float = 1.0  # of beams
-    seed: int = 0
-    max_rewrite_tokens: int = 75
+    decodings: tuple[Decoding, ...] = (Decoding("sample"), Decoding("diverse-beam"))
+    seed: int = 0  # random seed of the samples
     with_prompt: bool = False  # the prompt itself is a candidate, too
 
     def __post_init__(self) -> None:
         if self.count < 2:
             raise UserError(f"A pair takes two candidates at least; got {self.count}.")
-        if not 1 <= len(self.ways) <= self.count:
-            raise UserError(f"{self.count} candidates cannot be shared out among {len(self.ways)} ways of looking for them.")
+        if not 1 <= len(self.decodings) <= self.count:
+            raise UserError(f"{self.count} candidates cannot be shared out among {len(self.decodings)} ways of looking for them.")
+
+    @property
+    def max_rewrite_tokens(self) -> int:
+        """The most tokens of any candidate."""
+        return max(decoding.max_rewrite_tokens for decoding in self.decodings)
 
     def propose(self, writer: Writer, prompts: Sequence[str]) -> list[Proposed]:
-        """Candidates for each prompt. Those that the writer had not ended are none: they would teach it not to end."""
+        """Candidates for each prompt. Rewrites that the writer had not ended are left out: they would teach it not to end."""
         found: list[dict[str, str]] = [{p: "prompt"} if self.with_prompt else {} for p in prompts]
         broken = [0] * len(prompts)
-        for k, way in enumerate(self.ways):
-            n = self.count // len(self.ways) + (k < self.count % len(self.ways))
-            drawn = candidates(writer, prompts, n, way, self.seed, **self._options(way))
+        for k, decoding in enumerate(self.decodings):
+            n = self.count // len(self.decodings) + (k < self.count % len(self.decodings))
+            drawn = candidates(writer, prompts, n, decoding, seed=self.seed)
             for row, (texts, known) in enumerate(zip(drawn, found, strict=True)):
                 whole = [text for text in texts if not isinstance(text, BrokenOff)]
                 broken[row] += len(texts) - len(whole)
-                known |= {text: way for text in whole if text not in known}
+                known |= {text: decoding.how for text in whole if text not in known}
         return [Proposed(list(known.items()), n) for known, n in zip(found, broken, strict=True)]
-
-    def _options(self, way: How) -> dict[str, Any]:
-        of_samples = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        of_beams = {"length_penalty": self.length_penalty}
-        own = {"sample": of_samples, "beam": of_beams, "diverse-beam": {**of_beams, "diversity": self.diversity}}
-        return {**own.get(way, {}), "max_rewrite_tokens": self.max_rewrite_tokens}
 
 
 @dataclass(frozen=True)
@@ -229,7 +222,7 @@ def _found(
 
 def _purpose(writer: Writer, studio: Studio, embedding: Embedding, proposing: Proposing) -> str:
     """A short name for everything that candidates and scores depend on."""
-    parts = [writer.fingerprint(), *studio.identity(), embedding.fingerprint, vars(proposing)]
+    parts = [writer.fingerprint(), *studio.identity(), embedding.fingerprint, asdict(proposing)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

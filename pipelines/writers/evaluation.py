@@ -39,7 +39,7 @@ from pipelines.writers.drift import Drift
 from pipelines.writers.evaluation_report import SHOWN, report
 from pipelines.writers.fitting import Fitting, fitting
 from pipelines.writers.optimizer import DRAWN
-from pipelines.writers.sampling import BrokenOff, How, candidates
+from pipelines.writers.sampling import SAMPLE, BrokenOff, Decoding, candidates
 from pipelines.writers.studio import Studio, judged, standardised
 from pipelines.writers.writer import Writer
 
@@ -115,17 +115,11 @@ def evaluate(
     embedding: Embedding,
     output: str | Path,
     *,
-    delta: float = 0.1,
+    decoding: Decoding = SAMPLE,
     seed: int = 0,
-    variety: int = 4,
+    delta: float = 0.1,
+    diversity_samples: int = 4,
     max_distance: float | None = None,
-    how: How = "sample",
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    diversity: float = 1.0,
-    length_penalty: float = 1.0,
-    max_rewrite_tokens: int = 75,
     keep_pictures: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -135,12 +129,12 @@ def evaluate(
     Prompts that one of the writers cannot take are left out for all of them, counted and named.
 
     Args:
+        decoding: how every writer decodes its rewrites.
+        seed: random seed of sampled rewrites.
         delta: a distance beyond which a rewrite counts as drifted.
-        variety: rewrites of each prompt by which variety is measured.
+        diversity_samples: rewrites of each prompt by which diversity is measured.
         max_distance: the first of a few rewrites that is no further from its prompt is taken, else the prompt itself, as
             ``PromptOptimizer`` does.
-        how, temperature, top_p, top_k, diversity, length_penalty, max_rewrite_tokens: how rewrites are looked for
-            (``sampling.candidates``).
         keep_pictures: leave them in ``output/pictures``, a folder for each way, as ``generate`` does: ``diffalign score`` reads
             them.
 
@@ -150,19 +144,17 @@ def evaluate(
     """
     folder = outputs.check_folder(output, overwrite)
     _refuse_equal_names(ways)
-    fit = fitting(prompts, [way.writer for way in ways], max_rewrite_tokens)
+    fit = fitting(prompts, [way.writer for way in ways], decoding.max_rewrite_tokens)
     asked = fit.prompts
-    sampled = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_rewrite_tokens": max_rewrite_tokens}
-    beams = {"diversity": diversity, "length_penalty": length_penalty}
-    choosing = Choosing(variety, max_distance, how, {"seed": seed, **sampled, **beams})
+    choosing = Choosing(decoding, seed, diversity_samples, max_distance)
     found = [_found(PLAIN, asked, asked, studio, embedding, 0.0, progress)]
     for way in ways:
         texts, varied = _written(way, asked, studio, embedding, choosing, progress)
         found.append(replace(_found(way.name, asked, texts, studio, embedding, varied, progress), drift=way.drift))
     lines = [_line(one, found[:k], asked, delta) for k, one in enumerate(found)]
     outputs.clear(folder, OWNED)
-    looked = {"seed": seed, "how": how, **sampled, **(beams if how != "sample" else {}), "max_distance": max_distance}
-    values = _values(lines, ways, fit, studio, embedding, {**looked, "delta": delta})
+    settings = {"seed": seed, **vars(decoding), "max_distance": max_distance, "delta": delta}
+    values = _values(lines, ways, fit, studio, embedding, settings)
     outputs.write_json(folder / "evaluation.json", values)
     _write_rewrites(folder / "rewrites.csv", asked, found)
     outputs.write_png(folder / "side_by_side.png", pictures_side_by_side(asked, found, studio.how.pictures))
@@ -197,25 +189,27 @@ def _folder_of(name: str) -> str:
 class Choosing:
     """How a way's rewrites are drawn, and which may be chosen."""
 
-    variety: int  # rewrites of each prompt by which variety is measured
+    decoding: Decoding
+    seed: int
+    diversity_samples: int  # rewrites of each prompt by which diversity is measured
     max_distance: float | None
-    how: How
-    options: Mapping[str, Any]
 
     def drawn(self, way: Way, prompts: list[str], progress: Any) -> tuple[list[list[str]], list[list[str]]]:
-        """Of each prompt the rewrites that one is chosen from, and those by which variety is measured.
+        """The rewrites of each prompt that one is chosen from, and those by which diversity is measured.
 
-        Samples are the same however many there are. Of beams more are another search: each number is looked for by itself.
+        Samples are the same however many are drawn; a beam search with more beams is another search, so each number of beams has
+        a search of its own.
         """
         many = way.best_of if self.max_distance is None else max(way.best_of, DRAWN)
-        if self.how == "sample":
-            drawn = self._candidates(way, prompts, max(many, self.variety), progress)
-            return [texts[:many] for texts in drawn], [texts[: self.variety] for texts in drawn]
+        several = self.diversity_samples
+        if self.decoding.how == "sample":
+            drawn = self._candidates(way, prompts, max(many, several), progress)
+            return [texts[:many] for texts in drawn], [texts[:several] for texts in drawn]
         chosen_from = self._candidates(way, prompts, many, progress)
-        return chosen_from, chosen_from if many == self.variety else self._candidates(way, prompts, self.variety, progress)
+        return chosen_from, chosen_from if many == several else self._candidates(way, prompts, several, progress)
 
     def _candidates(self, way: Way, prompts: list[str], n: int, progress: Any) -> list[list[str]]:
-        return candidates(way.writer, prompts, n, self.how, **self.options, progress=progress)
+        return candidates(way.writer, prompts, n, self.decoding, seed=self.seed, progress=progress)
 
     def allowed(self, prompts: Sequence[str], drawn: Sequence[Sequence[str]], embedding: Embedding) -> list[list[str]]:
         """Those near enough to their prompts; the prompt itself where none is."""

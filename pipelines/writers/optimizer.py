@@ -22,7 +22,7 @@ from pipelines.progress import Progress
 from pipelines.prompts import FORMATS, Prompt, as_prompts, read_prompts
 from pipelines.semantics import Embedding, distance, load_embedding
 from pipelines.writers.fitting import unwritable
-from pipelines.writers.sampling import BrokenOff, How, candidates
+from pipelines.writers.sampling import BrokenOff, Decoding, candidates
 from pipelines.writers.studio import Sampling, Studio, lost_by, standardised
 from pipelines.writers.templates import clean
 from pipelines.writers.writer import Writer
@@ -108,19 +108,13 @@ class PromptOptimizer:
         prompts: str | Sequence[str | Prompt] | Path,
         *,
         n: int = 1,
-        how: How = "sample",
         seed: int = 0,
         max_distance: float | None = None,
         draw: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        diversity: float = 1.0,
-        length_penalty: float = 1.0,
-        max_rewrite_tokens: int = 75,
         batch_size: int = 32,
         strict: bool = True,
         progress: Progress | None = None,
+        **decoding: Any,
     ) -> list[Rewrite] | list[list[Rewrite]]:
         """Up to ``n`` different rewrites of each prompt, the best first: a list for one prompt, a list of lists for several.
 
@@ -135,26 +129,23 @@ class PromptOptimizer:
                 ``unchanged``.
             draw: how many candidates to choose from; by default four for each rewrite that is wanted where there is a cap or a
                 studio, else as many as are wanted.
-            how, temperature, top_p, top_k, diversity, length_penalty, max_rewrite_tokens: see
-                ``pipelines.writers.sampling.candidates``.
             strict: False gives a prompt that cannot be rewritten back unchanged, with the ``problem``, in place of an error.
+            decoding: options of ``pipelines.writers.sampling.Decoding``, such as ``how="beam"`` or ``temperature=0.7``.
 
         Raises:
             UserError: a prompt that is empty, too long, no string, or the name of a file; a cap without an embedding; a number
-                out of range.
+                out of range; an option that does not exist.
         """
+        how = Decoding.of(decoding)
         asked, alone = _asked(prompts, strict)
         self._check(n, max_distance, draw)
-        problems = unwritable(self.writer, asked, max_rewrite_tokens)
+        problems = unwritable(self.writer, asked, how.max_rewrite_tokens)
         if problems and strict:
             raise UserError(_refused(problems, len(asked)))
         choosing = max_distance is not None or self.studio is not None
         wanted = draw or (DRAWN * n if choosing else n)
-        warped = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        beams = {"diversity": diversity, "length_penalty": length_penalty}
-        limits = {"max_rewrite_tokens": max_rewrite_tokens, "batch_size": batch_size}
         fit = [prompt for k, prompt in enumerate(asked) if k not in problems]
-        drawn = candidates(self.writer, fit, wanted, how, seed, **warped, **beams, **limits, progress=progress)
+        drawn = candidates(self.writer, fit, wanted, how, seed=seed, batch_size=batch_size, progress=progress)
         found = self._measured(fit, [list(dict.fromkeys(texts)) for texts in drawn], max_distance, batch_size)
         if self.studio is not None and fit:
             found = [_with_lost(self.studio.pipe, rewrites) for rewrites in self._ranked(found, progress)]

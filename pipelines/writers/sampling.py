@@ -5,12 +5,12 @@ a draw from their softmax. The noise follows from seed, prompt and number of the
 is the same whatever else is written beside it, up to rounding: a batch of another shape may round a logit otherwise, and the
 largest of two that are equal to the last digit may change. (Half precision rounds a thousand times more coarsely.)
 
-Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) left Transformers with its version 5; this is our own. The beams
-are split into groups that search one after the other, each with ``diversity`` taken off a token's log-probability for every
+Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) left Transformers with version 5; this is our own. The beams are
+split into groups that search one after the other, each with ``diversity_penalty`` taken off a token's log-probability for every
 earlier beam that has it at the same place (Hamming diversity). The paper's groups go in step; as a group never looks at a later
-one, searching in turn is the same. With one beam per group, the default and the paper's advice, this is its algorithm; with more,
-what later groups see of an earlier one are the beams it ended with, not those it dropped on the way. End marks are free: what
-should differ is what is said, not how long it takes.
+one, searching in turn is the same. With one beam per group, the default and the paper's advice, this is the paper's algorithm;
+with more, later groups see the beams that an earlier group ended with, not those that it dropped on the way. End marks cost
+nothing: rewrites should differ in what they say, not in their length.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -41,19 +41,46 @@ MAX_REWRITE_TOKENS = 75
 
 @dataclass(frozen=True)
 class Decoding:
-    """How rewrites are looked for."""
+    """How the writer decodes rewrites. Each method looks only at its own options.
+
+    Args:
+        how: ``sample``; ``beam``, the best beam first; ``diverse-beam``, the best beam of each group first, then the second best
+            of each.
+        temperature, top_p, top_k: warp the distribution that samples are drawn from, in the order temperature, top_k, top_p.
+            ``top_k=0`` keeps all tokens.
+        beams: number of beams over all groups; None: as many as candidates.
+        groups: number of groups of diverse beam search; None: as many as beams.
+        diversity_penalty: what diverse beam search takes off a token's log-probability, in nats, for every earlier beam that has
+            the token at the same place.
+        length_penalty: beams are compared by their log-probability over their length to this power.
+        max_rewrite_tokens: the most tokens of a rewrite, its end mark included; a rewrite that has not ended by then is cut off
+            there and is a ``BrokenOff``.
+    """
 
     how: How = "sample"
-    temperature: float = 1.0  # of sampling
+    temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    beams: int | None = None  # of beam search, over all groups; None: as many as candidates
-    groups: int | None = None  # of diverse beam search; None: as many as beams
-    diversity: float = 1.0  # nats off a token for every earlier beam that has it there
-    length_penalty: float = 1.0  # beams are compared by log-probability over length to this power
+    top_k: int = 0
+    beams: int | None = None
+    groups: int | None = None
+    diversity_penalty: float = 1.0
+    length_penalty: float = 1.0
+    max_rewrite_tokens: int = MAX_REWRITE_TOKENS
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> Decoding:
+        """The decoding with these options, by their names.
+
+        Raises:
+            UserError: an option that decoding does not have.
+        """
+        names = [field.name for field in fields(Decoding)]
+        if unknown := [name for name in options if name not in names]:
+            raise UserError(f"Decoding has no option {unknown[0]!r}; its options are {', '.join(names)}.")
+        return Decoding(**options)
 
     def checked(self, n: int) -> Decoding:
-        """The same with numbers in place of None.
+        """The same decoding with numbers in place of None, for ``n`` candidates of each prompt.
 
         Raises:
             UserError: a value out of range, or numbers that do not go together.
@@ -62,7 +89,7 @@ class Decoding:
             raise UserError(f"Rewrites are looked for by {', '.join(get_args(How))}; got {self.how!r}.")
         if n < 1:
             raise UserError(f"The number of candidates must be at least 1; got {n}.")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if self.how == "sample" and not (self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
             got = f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}"
             greedy = "" if self.temperature else " Greedy decoding is a beam of one: --way beam -n 1."
             raise UserError(f"Sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0 (0 is all); got {got}.{greedy}")
@@ -72,49 +99,40 @@ class Decoding:
             raise UserError(f"{beams} beams cannot give {n} candidates: beams must be at least as many.")
         if groups < 1 or beams % groups:
             raise UserError(f"{beams} beams cannot be split into {groups} groups of equal size.")
-        if self.diversity < 0:
-            raise UserError(f"diversity must be at least 0; got {self.diversity}.")
-        values = {**vars(self), "beams": beams, "groups": groups}
-        return Decoding(**values)
+        if self.diversity_penalty < 0:
+            raise UserError(f"diversity_penalty must be at least 0; got {self.diversity_penalty}.")
+        return replace(self, beams=beams, groups=groups)
+
+
+SAMPLE = Decoding("sample")
 
 
 def candidates(
     writer: Writer,
     prompts: Sequence[str],
     n: int = 1,
-    how: How = "sample",
-    seed: int = 0,
+    decoding: Decoding = SAMPLE,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    beams: int | None = None,
-    groups: int | None = None,
-    diversity: float = 1.0,
-    length_penalty: float = 1.0,
+    seed: int = 0,
     max_prompt_tokens: int | None = None,
-    max_rewrite_tokens: int = MAX_REWRITE_TOKENS,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[list[str]]:
     """``n`` rewrites of each prompt, in the prompts' order. Repeated ones stay; an empty one is the prompt itself.
 
     Args:
-        how: ``sample``; ``beam``, best first; ``diverse-beam``, the best of each group first, then the second best of each.
-        seed: of samples; beams need none.
-        temperature, top_p, top_k: of samples. They are applied in this order: temperature, top_k, top_p.
-        beams, groups, diversity, length_penalty: of beam searches (``Decoding``); samples do not look at them.
-        max_rewrite_tokens: where a rewrite is broken off that has not ended by itself; its end mark counts. It is ``BrokenOff``.
+        seed: random seed of samples; beam searches draw nothing.
+        max_prompt_tokens: the most tokens of a prompt, its template included; None: what the model's context leaves.
         batch_size: sequences that are written at once.
-        progress: is told ("writing", rewrites done, rewrites in all).
+        progress: called with ("writing", rewrites done, rewrites in all).
 
     Raises:
         UserError: a prompt that is empty or too long, or a setting out of range.
     """
-    decoding = Decoding(how, temperature, top_p, top_k, beams, groups, diversity, length_penalty).checked(n)
+    decoding = decoding.checked(n)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1; got {batch_size}.")
-    encoding = writer.encoding(max_prompt_tokens, max_rewrite_tokens)
+    encoding = writer.encoding(max_prompt_tokens, decoding.max_rewrite_tokens)
     cleaned = [clean(prompt) for prompt in prompts]
     ids = {prompt: encoding.for_writing(prompt) for prompt in dict.fromkeys(cleaned)}
     job = _Job(writer, encoding, decoding, n, seed, batch_size, ids)
@@ -181,7 +199,7 @@ class _Job:
             by_group: list[list[list[_Ids]]] = []  # group, prompt, beam
             for _ in range(groups):
                 earlier = [[beam.ids for group in by_group for beam in group[row]] for row in range(len(part))]
-                penalties = [Hamming(earlier, width, choice.diversity, self._longest(part))] if by_group else []
+                penalties = [Hamming(earlier, width, choice.diversity_penalty, self._longest(part))] if by_group else []
                 by_group.append(self._written(part, width, width, penalties))
             for row, prompt in enumerate(part):
                 ranked = [group[row][rank] for rank in range(width) for group in by_group]
@@ -224,7 +242,7 @@ class _Job:
             do_sample=False,
             num_beams=beams,
             num_return_sequences=returned,
-            max_new_tokens=encoding.max_rewrite_tokens,
+            max_new_tokens=self.decoding.max_rewrite_tokens,
             length_penalty=float(self.decoding.length_penalty) if beams > 1 else None,
             eos_token_id=encoding.ends,
             pad_token_id=encoding.pad,
@@ -309,11 +327,12 @@ class Hamming:
     Args:
         earlier: for each prompt, the token ids of the beams of earlier groups, without end marks.
         width: beams of each prompt in the batch.
+        penalty: nats off a token's score for each earlier beam that has it at the same place.
         begin: the column in which rewrites begin.
     """
 
-    def __init__(self, earlier: Sequence[Sequence[Sequence[int]]], width: int, diversity: float, begin: int) -> None:
-        self._earlier, self._width, self._diversity, self._begin = earlier, width, diversity, begin
+    def __init__(self, earlier: Sequence[Sequence[Sequence[int]]], width: int, penalty: float, begin: int) -> None:
+        self._earlier, self._width, self._penalty, self._begin = earlier, width, penalty, begin
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         place = input_ids.shape[1] - self._begin
@@ -322,4 +341,4 @@ class Hamming:
             for beam in beams:
                 if place < len(beam):
                     taken[row, beam[place]] += 1
-        return scores - self._diversity * taken.to(scores).repeat_interleave(self._width, dim=0)
+        return scores - self._penalty * taken.to(scores).repeat_interleave(self._width, dim=0)

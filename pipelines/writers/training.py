@@ -32,7 +32,7 @@ from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, OutputFolder, check
 from pipelines.writers import card, ingredients
 from pipelines.writers.drift import Drift
 from pipelines.writers.ingredients import Prepared
-from pipelines.writers.sampling import MAX_REWRITE_TOKENS, candidates
+from pipelines.writers.sampling import MAX_REWRITE_TOKENS, Decoding, candidates
 from pipelines.writers.settings import COMMANDS, PromptTrainSettings
 from pipelines.writers.writer import Writer
 
@@ -216,7 +216,8 @@ def write_result(settings: PromptTrainSettings, writer: Writer) -> None:
 def _rewritten(settings: PromptTrainSettings, writer: Any, prompts: list[str]) -> list[list[str]]:
     """A rewrite of each prompt, as long as those that are learnt from."""
     longest = min(settings.data.max_rewrite_tokens, MAX_REWRITE_TOKENS)
-    return candidates(writer, prompts, seed=settings.seed, max_rewrite_tokens=longest) if prompts else []
+    decoding = Decoding(max_rewrite_tokens=longest)
+    return candidates(writer, prompts, decoding=decoding, seed=settings.seed) if prompts else []
 
 
 def _last_validation(metrics: Path) -> dict[str, float] | None:
