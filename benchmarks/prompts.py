@@ -31,13 +31,13 @@ DELTA = 0.1
 BEST_OF = 4
 
 
-def studio(judge: dict[str, Any], pictures: int, seed: int) -> Any:
+def scorer(judge: dict[str, Any], pictures: int, seed: int) -> Any:
     import reward_models
     from pipelines import families
-    from pipelines.writers.studio import Sampling, Studio
+    from pipelines.writers.rewrite_scorer import DrawingSettings, RewriteScorer
 
     judges = {"oracle": reward_models.load("oracle", **judge)}
-    return Studio(families.load_pipeline("tiny"), judges, Sampling(pictures, seed, **DRAWING))
+    return RewriteScorer(families.load_pipeline("tiny"), judges, DrawingSettings(pictures, seed, **DRAWING))
 
 
 def sft(folder: Path) -> Path:
@@ -72,7 +72,7 @@ def measure(writer: Path | None, seed: int, best_of: int = 1) -> dict[str, Any]:
     if writer is not None:
         drawn = candidates(Writer.load(writer), prompts, best_of, Decoding(max_rewrite_tokens=48), seed=seed)
         texts = [found[0] for found in drawn] if best_of == 1 else _best(prompts, drawn)
-    at_work = studio({}, PICTURES, CAPTION_SEED)
+    at_work = scorer({}, PICTURES, CAPTION_SEED)
     pictures = at_work.pictures(prompts, texts)
     repeated = [prompt for prompt in prompts for _ in range(PICTURES)]
     oracle = at_work.judges["oracle"]
@@ -89,7 +89,7 @@ def measure(writer: Path | None, seed: int, best_of: int = 1) -> dict[str, Any]:
 def _best(prompts: list[str], drawn: list[list[str]]) -> list[str]:
     """By the judge that training had, on a picture of each that the measurement does not use."""
     rows = [(prompt, text) for prompt, texts in zip(prompts, drawn, strict=True) for text in texts]
-    scores = studio(JUDGE, 1, CAPTION_SEED + 1).scores([p for p, _ in rows], [t for _, t in rows])["oracle"]
+    scores = scorer(JUDGE, 1, CAPTION_SEED + 1).scores([p for p, _ in rows], [t for _, t in rows])["oracle"]
     return [texts[int(np.argmax(of_prompt))] for texts, of_prompt in zip(drawn, scores.reshape(len(prompts), -1), strict=True)]
 
 

@@ -14,8 +14,8 @@ from diffalign.errors import UserError
 from pipelines import families
 from pipelines.semantics import distance, load_embedding
 from pipelines.writers.optimizer import PromptOptimizer
+from pipelines.writers.rewrite_scorer import DrawingSettings, RewriteScorer, lost_by
 from pipelines.writers.rewriting import rewrite_file, to_text
-from pipelines.writers.studio import Sampling, Studio, lost_by
 from pipelines.writers.writer import Writer
 
 SHORT = {"max_rewrite_tokens": 6}
@@ -49,11 +49,11 @@ def test_nothing_goes_beyond_the_cap(optimizer: PromptOptimizer) -> None:
     assert [(r.text, r.distance, r.unchanged) for r in nothing_left] == [("a red circle", 0.0, True)]
 
 
-def test_a_rewrite_that_was_broken_off_says_so(optimizer: PromptOptimizer) -> None:
+def test_a_truncated_rewrite_says_so(optimizer: PromptOptimizer) -> None:
     (short,) = optimizer("a cat", **SHORT)
-    assert short.broken_off and type(short.text) is str
-    assert "broken off" in to_text([[short]]) and "broken off" not in to_text([[replace(short, broken_off=False)]])
-    assert not PromptOptimizer(ends_at_once())("a cat", **SHORT)[0].broken_off
+    assert short.truncated and type(short.text) is str
+    assert "truncated" in to_text([[short]]) and "truncated" not in to_text([[replace(short, truncated=False)]])
+    assert not PromptOptimizer(ends_at_once())("a cat", **SHORT)[0].truncated
 
 
 def ends_at_once() -> Writer:
@@ -67,8 +67,8 @@ def test_what_the_generator_does_not_read_is_told() -> None:
     long = "a red circle on a white background, " + ", ".join(["vivid"] * 60)
     (lost,) = lost_by(pipe, [long])
     assert lost.endswith("vivid") and lost_by(pipe, ["a red circle", long]) == ["", lost] and lost_by(object(), [long]) == [""]
-    studio = Studio(pipe, {"oracle": reward_models.load("oracle")}, Sampling(steps=1, guidance_scale=1.0))
-    chosen = PromptOptimizer(ends_at_once(), None, studio)
+    scorer = RewriteScorer(pipe, {"oracle": reward_models.load("oracle")}, DrawingSettings(steps=1, guidance_scale=1.0))
+    chosen = PromptOptimizer(ends_at_once(), None, scorer)
     assert chosen(long, draw=1, **SHORT)[0].lost == lost  # no embedding is needed to know
     assert PromptOptimizer(chosen.writer).before(lambda prompt: prompt.upper())("a cat") == "A CAT"
     with pytest.warns(UserWarning, match="does not read the end"):
@@ -86,14 +86,14 @@ class _Deaf:
 
 
 def test_judges_put_the_best_first() -> None:
-    how = Sampling(steps=2, guidance_scale=2.0)
-    studio = Studio(families.load_pipeline("tiny"), {"oracle": reward_models.load("oracle")}, how)
-    chosen = PromptOptimizer(writer("gpt2", template="rephrase"), None, studio)
+    drawing = DrawingSettings(steps=2, guidance_scale=2.0)
+    scorer = RewriteScorer(families.load_pipeline("tiny"), {"oracle": reward_models.load("oracle")}, drawing)
+    chosen = PromptOptimizer(writer("gpt2", template="rephrase"), None, scorer)
     found = chosen(["a red circle", "a blue square"], n=4, draw=4, **SHORT)
     for rewrites in found:
         scores = [r.scores["oracle"] for r in rewrites]
         assert scores == sorted(scores, reverse=True) and len(scores) > 1
-        expected = studio.scores([r.prompt for r in rewrites], [r.text for r in rewrites])["oracle"]
+        expected = scorer.scores([r.prompt for r in rewrites], [r.text for r in rewrites])["oracle"]
         assert scores == pytest.approx(expected.tolist(), abs=1e-5)
     best = chosen("a red circle", n=1, draw=4, **SHORT)
     assert best[0].text == found[0][0].text

@@ -16,8 +16,8 @@ from pipelines.comparison import compare
 from pipelines.rewrite_pairs import read_rewrites
 from pipelines.writers import evaluation_report
 from pipelines.writers.drift import Drift, read_drift
+from pipelines.writers.rewrite_scorer import DrawingSettings, RewriteScorer
 from pipelines.writers.sampling import Decoding, candidates
-from pipelines.writers.studio import Sampling, Studio
 from pipelines.writers.writer import Writer
 
 PROMPTS = ("a red circle on a blue background", "a small green square", "a red star", "a yellow star", "a cyan cross")
@@ -73,22 +73,24 @@ def test_the_five_commands_one_after_the_other(
 
     both = f"sft={folder / 'sft'},sem={folder / 'sem'}"
     evaluate = ["--prompts", folder / "prompts.txt", "--writers", both, "--best-of", "2", "--embedding", "tiny"]
-    chosen_with, scores = [], Studio.scores
-    monkeypatch.setattr(Studio, "scores", lambda self, *given: chosen_with.append(self.how.seed) or scores(self, *given))
+    chosen_with, scores = [], RewriteScorer.scores
+    monkeypatch.setattr(
+        RewriteScorer, "scores", lambda self, *given: chosen_with.append(self.drawing.seed) or scores(self, *given)
+    )
     warmth = ["--temperature", "0.7", "--top-p", "0.9", "--delta", "0.2"]
     said = fine(capsys, "evaluate", *evaluate, *DRAWN, *warmth, "--pictures", "2", "--out", folder / "evaluation")
-    assert "sem, best of 2" in said and "What the weights promise" in said
+    assert "sem, best of 2" in said and "Predicted and measured drift" in said
     values = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     assert [way["name"] for way in values["ways"]] == ["plain", "sft", "sft, best of 2", "sem", "sem, best of 2"]
     assert (values["temperature"], values["top_p"], values["drawn"]["seed"]) == (0.7, 0.9, 0)
     assert chosen_with == [1, 1]  # the best of several is chosen on pictures that are not measured
-    promised, distances = values["ways"][3]["promised"], read_drift(folder / "sem").distances
-    assert promised["beyond"] == pytest.approx(sum(d > 0.2 for d in distances) / len(distances))  # at this delta
-    assert values["ways"][3]["broken_off"] > 0 and values["ways"][0]["broken_off"] == 0 and "broken off" in said
+    predicted, distances = values["ways"][3]["predicted_drift"], read_drift(folder / "sem").distances
+    assert predicted["beyond"] == pytest.approx(sum(d > 0.2 for d in distances) / len(distances))  # at this delta
+    assert values["ways"][3]["truncated"] > 0 and values["ways"][0]["truncated"] == 0 and "truncated" in said
     assert values["left out"] == [] and values["max_distance"] is None
-    plain_way = values["ways"][0]
-    assert plain_way["distance"] == 0 and plain_way["unchanged"] == 1 and plain_way["beyond"] == 0
-    assert {"oracle.taste", "oracle.faithfulness"} <= plain_way["parts"].keys()
+    typed = values["ways"][0]
+    assert typed["distance"] == 0 and typed["unchanged"] == 1 and typed["beyond"] == 0
+    assert {"oracle.taste", "oracle.faithfulness"} <= typed["parts"].keys()
     assert (folder / "evaluation" / "side_by_side.png").stat().st_size > 10_000
 
 
@@ -129,7 +131,7 @@ def test_writers_are_compared_with_each_other_and_their_pictures_kept(folder: Pa
     more = [again.difference, again.difference_low, again.difference_high]
     assert match["differences"]["oracle"] == pytest.approx(more, abs=0.01)
     prompts = ["a red star", "a yellow star"]
-    assert kept[kept.system == "two"].seed.tolist() == [seed for p in prompts for seed in Sampling(pictures=2).seeds(p)]
+    assert kept[kept.system == "two"].seed.tolist() == [seed for p in prompts for seed in DrawingSettings(pictures=2).seeds(p)]
     written = candidates(Writer.load("tiny"), prompts, 1, Decoding("beam", max_rewrite_tokens=6))
     told = [json.loads(line)["rewrite"] for line in (systems["two"] / "metadata.jsonl").read_text().splitlines()]
     assert told[::2] == [rewrites[0] for rewrites in written] and set(kept.category) == {"stars"}

@@ -273,7 +273,7 @@ def test_what_the_weights_promise_can_be_asked_for_any_threshold(tmp_path: Path)
     kept.write(tmp_path)
     weights = [math.exp(-2.0 * d) for d in kept.distances]
     for delta, beyond in ((0.05, weights[1] + weights[2]), (0.3, weights[2]), (0.5, 0.0)):
-        told = read_drift(tmp_path).promised(delta)
+        told = read_drift(tmp_path).predicted_drift(delta)
         assert told.tilted_beyond == pytest.approx(beyond / sum(weights)) and told.tilted_beyond <= told.bound
     assert read_drift(tmp_path / "nothing") is None
     (tmp_path / "distances.json").write_text('{"alpha": 1}')

@@ -140,8 +140,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
 
 
-def _add_way(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--way", default="sample", choices=("sample", "beam", "diverse-beam"), help="how (default sample)")
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    text = "decoding method (default sample)"
+    parser.add_argument("--way", "--decoding", default="sample", choices=("sample", "beam", "diverse-beam"), help=text)
 
 
 def _add_beams(parser: argparse.ArgumentParser) -> None:
@@ -173,16 +174,16 @@ def _prompts(args: argparse.Namespace, split: str) -> list[Any]:
     return read_prompts(args.prompts, args.column, strict=False)[: args.count]
 
 
-def _studio(args: argparse.Namespace) -> Any:
+def _scorer(args: argparse.Namespace) -> Any:
     from pipelines import families
     from pipelines.judge_options import load_judges
     from pipelines.sampling import sampler_name
-    from pipelines.writers.studio import Sampling, Studio
+    from pipelines.writers.rewrite_scorer import DrawingSettings, RewriteScorer
 
     judges = load_judges(args.judges, args.judge_options, args.device, typed=True)
     pipe = families.load_pipeline(args.generator, dtype=args.dtype, device=args.device)
     drawing = {"guidance_scale": args.guidance_scale, "sampler": sampler_name(args.sampler), "batch_size": args.batch_size}
-    return Studio(pipe, judges, Sampling(args.pictures, args.seed, args.steps, **drawing), args.generator)
+    return RewriteScorer(pipe, judges, DrawingSettings(args.pictures, args.seed, args.steps, **drawing), args.generator)
 
 
 def _writer(where: str, args: argparse.Namespace) -> Any:
@@ -251,7 +252,7 @@ def _build(args: argparse.Namespace) -> int:
         built = build.build(
             prompts,
             _writer(args.writer, args),
-            _studio(args),
+            _scorer(args),
             load_embedding(args.embedding, device=args.device),
             args.out,
             proposing=proposing,
@@ -280,7 +281,7 @@ def _add_rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
     parser.add_argument("--writer", required=True, help=WRITER)
     parser.add_argument("-n", type=whole(1), default=1, help="rewrites of each prompt (default 1)")
-    _add_way(parser)
+    _add_method(parser)
     parser.add_argument("--draw", type=whole(1), help="candidates to choose from (default: 4 for each, where there is a choice)")
     parser.add_argument("--max-distance", type=float, help="never further from the prompt than this; else the prompt itself")
     parser.add_argument("--embedding", help=f"{EMBEDDING.removesuffix(' (default clip)')} (default: none without --max-distance)")
@@ -313,7 +314,7 @@ def _rewrite(args: argparse.Namespace) -> int:
     prompts = args.texts or [prompt.text for prompt in _prompts(args, "test")]
     name = args.embedding or ("clip" if args.max_distance is not None else None)
     embedding = load_embedding(name, device=args.device) if name else None
-    optimizer = PromptOptimizer(_writer(args.writer, args), embedding, _studio(args) if args.generator else None)
+    optimizer = PromptOptimizer(_writer(args.writer, args), embedding, _scorer(args) if args.generator else None)
     options = {
         "n": args.n,
         "how": args.way,
@@ -356,7 +357,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     text = "leave all pictures in FOLDER/pictures, a folder for each writer, for `diffalign score` and other judges"
     parser.add_argument("--keep-pictures", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
-    _add_way(parser)
+    _add_method(parser)
     _add_writing(parser)
     _add_beams(parser)
     _add_drawing(parser)
@@ -371,16 +372,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipelines.writers.sampling import Decoding
 
     outputs.check_folder(args.out, args.overwrite)
-    ways = []
+    contenders = []
     named = _named(args.writers)
     for (name, where), writer in zip(named.items(), _writers(named.values(), args), strict=True):
-        ways.append(evaluation.Way(name, writer, drift=read_drift(where)))
-        ways += [evaluation.Way(f"{name}, best of {args.best_of}", writer, args.best_of)] if args.best_of else []
+        contenders.append(evaluation.Contender(name, writer, drift=read_drift(where)))
+        if args.best_of:
+            contenders.append(evaluation.Contender(f"{name}, best of {args.best_of}", writer, args.best_of))
     with Bar(unit="picture") as bar:
         evaluation.evaluate(
             _prompts(args, "test"),
-            ways,
-            _studio(args),
+            contenders,
+            _scorer(args),
             load_embedding(args.embedding, device=args.device),
             args.out,
             decoding=Decoding(args.way, **_decoding_options(args)),

@@ -1,7 +1,7 @@
-"""How far the winners lie from their prompts in the data that a writer was trained on, kept with the writer.
+"""The distances of the winners from their prompts in a writer's training data, kept with the writer.
 
-``distances.json`` in the folder of a run of Sem-DPO: what the weights promise (``objectives.sem_dpo.tilted``) can be said from it
-for any threshold, beside what is measured of the writer in the same embedding.
+They are in ``distances.json`` in the folder of a run of Sem-DPO. From them follows, for any threshold, the drift that the weights
+predict (``objectives.sem_dpo.tilted``), to be compared with what is measured of the writer in the same embedding.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ DISTANCES_FILE = "distances.json"
 
 @dataclass(frozen=True)
 class Drift:
-    """Distances of the winners that a writer was trained on, and how they were weighed."""
+    """The distances of the winners that a writer was trained on, and the strength of the weights."""
 
-    alpha: float
-    embedding: str  # its name; "the data" where the distances were a column
-    fingerprint: str  # of the embedding; empty where they were a column
-    distances: list[float]
+    alpha: float  # a winner at the distance d has the weight exp(-alpha d)
+    embedding: str  # name of the embedding; "the data" where the distances were a column
+    fingerprint: str  # fingerprint of the embedding; empty where the distances were a column
+    distances: list[float]  # 1 - cos, in [0, 2]
 
-    def promised(self, delta: float) -> Tilt:
-        """What the weights do to the distances, and the bound on how many are further than ``delta``."""
+    def predicted_drift(self, delta: float) -> Tilt:
+        """The distances as the weights see them, and the bound on the share of winners further than ``delta``."""
         return tilted(torch.tensor(self.distances, dtype=torch.float64), self.alpha, delta)
 
     def write(self, folder: Path) -> None:
-        """Beside the writer."""
+        """Write ``distances.json`` into the writer's folder."""
         write_json(folder / DISTANCES_FILE, asdict(self))
 
 
 def read_drift(folder: str | Path) -> Drift | None:
-    """What ``write`` wrote; None where there is nothing.
+    """Read ``distances.json`` from a writer's folder; None where there is none.
 
     Raises:
-        UserError: the file is not as it was written.
+        UserError: the file is not one that ``Drift.write`` wrote.
     """
     path = Path(folder).expanduser() / DISTANCES_FILE
     if not path.is_file():

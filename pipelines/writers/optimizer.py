@@ -21,10 +21,10 @@ from diffalign.errors import UserError
 from pipelines.progress import Progress
 from pipelines.prompts import FORMATS, Prompt, as_prompts, read_prompts
 from pipelines.semantics import Embedding, distance, load_embedding
-from pipelines.writers.fitting import unwritable
-from pipelines.writers.sampling import BrokenOff, Decoding, candidates
-from pipelines.writers.studio import Sampling, Studio, lost_by, standardised
+from pipelines.writers.rewrite_scorer import DrawingSettings, RewriteScorer, lost_by, standardised
+from pipelines.writers.sampling import Decoding, Truncated, candidates
 from pipelines.writers.templates import clean
+from pipelines.writers.usable_prompts import unwritable
 from pipelines.writers.writer import Writer
 from reward_models._judge import device_of
 
@@ -41,7 +41,7 @@ class Rewrite:
     distance: float | None = None  # 1 - cos between prompt and text, in [0, 2]; None without an embedding
     score: float | None = None  # of its pictures among those of the other candidates, over all judges; None without a generator
     scores: Mapping[str, float] = field(default_factory=dict)  # each judge's own, for the prompt, larger is better
-    broken_off: bool = False  # the writer had not ended at ``max_rewrite_tokens``
+    truncated: bool = False  # the writer had not ended at ``max_rewrite_tokens``
     unchanged: bool = False  # the prompt itself, because nothing near enough was found, or because the writer left it
     lost: str = ""  # its end that the generator (without one, the embedding) does not read (CLIP: beyond 77 tokens)
     problem: str = ""  # why the prompt could not be rewritten, and is here unchanged (``strict=False``)
@@ -55,11 +55,11 @@ class PromptOptimizer:
 
     Args:
         embedding: of meaning (``pipelines.semantics``); without one there is no distance and no cap on it.
-        studio: a generator with judges; with one, rewrites are drawn, and the best are those whose pictures score best.
+        scorer: a generator with judges; with one, rewrites are drawn, and the best are those whose pictures score best.
     """
 
-    def __init__(self, writer: Writer, embedding: Embedding | None = None, studio: Studio | None = None) -> None:
-        self.writer, self.embedding, self.studio = writer, embedding, studio
+    def __init__(self, writer: Writer, embedding: Embedding | None = None, scorer: RewriteScorer | None = None) -> None:
+        self.writer, self.embedding, self.scorer = writer, embedding, scorer
 
     @classmethod
     def from_pretrained(
@@ -69,7 +69,7 @@ class PromptOptimizer:
         embedding: str | None = "clip",
         generator: Any = None,
         judges: str | Mapping[str, Any] | None = None,
-        sampling: Sampling | None = None,
+        drawing: DrawingSettings | None = None,
         device: str | None = None,
         dtype: str = "float32",
         template: str | None = None,
@@ -84,7 +84,7 @@ class PromptOptimizer:
             embedding: as ``load_embedding`` names them; ``None`` for none. ``tiny`` belongs to the tiny world.
             generator: a Diffusers pipeline, or a model's name, to draw rewrites with.
             judges: names as on the command line (``"pickscore,hps-v2.1"``), or loaded judges by name.
-            sampling: how rewrites are drawn.
+            drawing: how pictures of rewrites are drawn.
             device: the accelerator if there is one, else the CPU, if not given.
             template, instruction, system: what the writer is shown, where not as it was trained (``Writer.load``).
 
@@ -97,7 +97,7 @@ class PromptOptimizer:
         turns = {"instruction": instruction, "system": system}
         writer = Writer.load(where, dtype=dtype, template=template, base=base, **turns).to(place)
         chosen = None if embedding is None else load_embedding(embedding, device=place)
-        return cls(writer, chosen, _studio(generator, judges, sampling or Sampling(), place, dtype) if generator else None)
+        return cls(writer, chosen, _scorer(generator, judges, drawing or DrawingSettings(), place, dtype) if generator else None)
 
     @overload
     def __call__(self, prompts: str, **options: Any) -> list[Rewrite]: ...
@@ -121,14 +121,14 @@ class PromptOptimizer:
         Several are a list, or a file by its ``Path`` (as ``pipelines.prompts.read_prompts`` reads it). For files that take long,
         ``pipelines.writers.rewriting.rewrite_file`` goes on where it was cut off.
 
-        Best are those whose pictures score best, if there is a studio; otherwise they stay in the writer's order. The same seed
+        Best are those whose pictures score best, if there is a scorer; otherwise they stay in the writer's order. The same seed
         gives the same rewrites, whatever other prompts there are.
 
         Args:
             max_distance: rewrites further from their prompt are thrown away; where none is left, the prompt itself is returned,
                 ``unchanged``.
             draw: how many candidates to choose from; by default four for each rewrite that is wanted where there is a cap or a
-                studio, else as many as are wanted.
+                scorer, else as many as are wanted.
             strict: False gives a prompt that cannot be rewritten back unchanged, with the ``problem``, in place of an error.
             decoding: options of ``pipelines.writers.sampling.Decoding``, such as ``how="beam"`` or ``temperature=0.7``.
 
@@ -142,13 +142,13 @@ class PromptOptimizer:
         problems = unwritable(self.writer, asked, how.max_rewrite_tokens)
         if problems and strict:
             raise UserError(_refused(problems, len(asked)))
-        choosing = max_distance is not None or self.studio is not None
+        choosing = max_distance is not None or self.scorer is not None
         wanted = draw or (DRAWN * n if choosing else n)
         fit = [prompt for k, prompt in enumerate(asked) if k not in problems]
         drawn = candidates(self.writer, fit, wanted, how, seed=seed, batch_size=batch_size, progress=progress)
         found = self._measured(fit, [list(dict.fromkeys(texts)) for texts in drawn], max_distance, batch_size)
-        if self.studio is not None and fit:
-            found = [_with_lost(self.studio.pipe, rewrites) for rewrites in self._ranked(found, progress)]
+        if self.scorer is not None and fit:
+            found = [_with_lost(self.scorer.pipe, rewrites) for rewrites in self._ranked(found, progress)]
         each = iter(found)
         kept = [[_left(asked[k], problems[k])] if k in problems else next(each)[:n] for k in range(len(asked))]
         return kept[0] if alone else kept
@@ -208,7 +208,7 @@ class PromptOptimizer:
         asked, texts = [p for p, _ in rows], [text for _, text in rows]
         distances, lost = distance(self.embedding, asked, texts, batch_size).tolist(), self.embedding.cut(texts)
         measured = [
-            Rewrite(p, str(text), far, unchanged=text == p, broken_off=_broken_off(text), lost=end)
+            Rewrite(p, str(text), far, unchanged=text == p, truncated=_is_truncated(text), lost=end)
             for (p, text), far, end in zip(rows, distances, lost, strict=True)
         ]
         each, out = iter(measured), []
@@ -220,7 +220,7 @@ class PromptOptimizer:
     def _ranked(self, found: Sequence[Sequence[Rewrite]], progress: Progress | None) -> list[list[Rewrite]]:
         """By what their pictures score, the best first."""
         rows = [r for rewrites in found for r in rewrites]
-        scores = self.studio.scores([r.prompt for r in rows], [r.text for r in rows], progress)
+        scores = self.scorer.scores([r.prompt for r in rows], [r.text for r in rows], progress)
         ends = [sum(len(rewrites) for rewrites in found[:k]) for k in range(len(found) + 1)]
         spans = [slice(low, high) for low, high in pairwise(ends)]
         # Prompt by prompt, so that a rewrite's score does not depend on what else was asked for.
@@ -263,18 +263,18 @@ def _with_lost(pipe: Any, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
 
 
 def _unmeasured(prompt: str, text: str) -> Rewrite:
-    return Rewrite(prompt, str(text), unchanged=text == prompt, broken_off=_broken_off(text))
+    return Rewrite(prompt, str(text), unchanged=text == prompt, truncated=_is_truncated(text))
 
 
-def _broken_off(text: str) -> bool:
-    return isinstance(text, BrokenOff)
+def _is_truncated(text: str) -> bool:
+    return isinstance(text, Truncated)
 
 
-def _studio(generator: Any, judges: str | Mapping[str, Any], sampling: Sampling, device: str, dtype: str) -> Studio:
+def _scorer(generator: Any, judges: str | Mapping[str, Any], drawing: DrawingSettings, device: str, dtype: str) -> RewriteScorer:
     """From names or loaded things."""
     from pipelines import families
     from pipelines.judge_options import load_judges
 
     if isinstance(generator, (str, os.PathLike)):
         generator = families.load_pipeline(generator, dtype=dtype, device=device)
-    return Studio(generator, load_judges(judges, device=device) if isinstance(judges, str) else judges, sampling)
+    return RewriteScorer(generator, load_judges(judges, device=device) if isinstance(judges, str) else judges, drawing)

@@ -36,15 +36,15 @@ class Rewritten:
     rewrites: int
     left: int  # prompts that could not be rewritten, and stand there unchanged with the reason
     unchanged: int  # prompts that stayed as they were for another reason
-    broken_off: int  # rewrites that had not ended
+    truncated: int  # rewrites that had not ended
 
     def to_text(self) -> str:
         """A line for the terminal, and one for each thing that is not as it should be."""
         lines = [f"{self.path}: {self.rewrites} rewrites of {self.prompts} prompts, {self.unchanged} of them unchanged"]
         if self.left:
             lines.append(f"{self.left} prompts could not be rewritten; the column problem says why")
-        if self.broken_off:
-            lines.append(f"{self.broken_off} rewrites had not ended at --max-rewrite-tokens")
+        if self.truncated:
+            lines.append(f"{self.truncated} rewrites had not ended at --max-rewrite-tokens")
         return "\n".join(lines)
 
 
@@ -118,8 +118,8 @@ def rewrite_file(
 
 def _purpose(optimizer: PromptOptimizer, prompts: Sequence[str], chunk: int, options: Any) -> str:
     """A short name for everything that rewrites depend on."""
-    embedding, studio = optimizer.embedding, optimizer.studio
-    with_what = [embedding.fingerprint if embedding else None, studio.identity() if studio else None]
+    embedding, scorer = optimizer.embedding, optimizer.scorer
+    with_what = [embedding.fingerprint if embedding else None, scorer.identity() if scorer else None]
     parts = [optimizer.writer.fingerprint(), *with_what, list(prompts), chunk, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -128,7 +128,7 @@ def _counted(path: Path, found: Sequence[Sequence[dict[str, Any]]]) -> Rewritten
     rows = [row for rows in found for row in rows]
     left = sum(bool(row["problem"]) for row in rows)
     unchanged = sum(rows[0]["unchanged"] for rows in found) - left
-    return Rewritten(path, len(found), len(rows), left, unchanged, sum(row["broken_off"] for row in rows))
+    return Rewritten(path, len(found), len(rows), left, unchanged, sum(row["truncated"] for row in rows))
 
 
 def to_text(found: Sequence[Sequence[Rewrite]]) -> str:
@@ -145,7 +145,7 @@ def _told(rewrite: Rewrite) -> str:
     facts += [f"{name} {value:.4g}" for name, value in rewrite.scores.items()]
     facts += ["unchanged"] if rewrite.unchanged else []
     facts += [f"cannot be rewritten: {rewrite.problem}"] if rewrite.problem else []
-    facts += ["broken off: --max-rewrite-tokens"] if rewrite.broken_off else []
+    facts += ["truncated: --max-rewrite-tokens"] if rewrite.truncated else []
     facts += [f"the text encoder does not read {rewrite.lost!r}"] if rewrite.lost else []
     return f"{rewrite.text}  [{'; '.join(facts)}]" if facts else rewrite.text
 
@@ -161,5 +161,5 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _row(rewrite: Rewrite, rank: int) -> dict[str, Any]:
     known = {"prompt": rewrite.prompt, "rewrite": rewrite.text, "rank": rank, "distance": rewrite.distance}
-    ends = {"unchanged": rewrite.unchanged, "broken_off": rewrite.broken_off, "lost": rewrite.lost, "problem": rewrite.problem}
+    ends = {"unchanged": rewrite.unchanged, "truncated": rewrite.truncated, "lost": rewrite.lost, "problem": rewrite.problem}
     return {**known, "score": rewrite.score, **rewrite.scores, **ends}

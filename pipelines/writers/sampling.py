@@ -54,7 +54,7 @@ class Decoding:
             the token at the same place.
         length_penalty: beams are compared by their log-probability over their length to this power.
         max_rewrite_tokens: the most tokens of a rewrite, its end mark included; a rewrite that has not ended by then is cut off
-            there and is a ``BrokenOff``.
+            there and is a ``Truncated``.
     """
 
     how: How = "sample"
@@ -160,7 +160,7 @@ def _own_settings(writer: Writer) -> Iterator[None]:
         writer.model.generation_config = kept
 
 
-class BrokenOff(str):
+class Truncated(str):
     """A rewrite that was broken off before it had ended."""
 
 
@@ -207,7 +207,7 @@ class _Job:
 
     def _text(self, written: _Ids) -> str:
         text = self.encoding.text(written.ids)
-        return text if written.ended else BrokenOff(text)
+        return text if written.ended else Truncated(text)
 
     def _by_length(self) -> list[str]:
         """Prompts of like length go together, which wastes the least on padding."""

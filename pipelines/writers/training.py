@@ -229,4 +229,4 @@ def _weights(drift: Drift | None) -> dict[str, Any] | None:
     """What Sem-DPO's weights did to the winners of the data, and the bound."""
     if drift is None:
         return None
-    return {"alpha": drift.alpha, "embedding": drift.embedding, "delta": FAR, **vars(drift.promised(FAR))}
+    return {"alpha": drift.alpha, "embedding": drift.embedding, "delta": FAR, **vars(drift.predicted_drift(FAR))}

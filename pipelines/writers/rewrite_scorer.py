@@ -1,7 +1,7 @@
-"""What rewrites lead to: pictures of them, judged against the prompts that people typed.
+"""Score rewrites by their pictures: a generator draws them, judges score them for the prompt that was typed.
 
-A rewrite is as good as its pictures are, for somebody who asked for the prompt: judges never see the rewrite. All rewrites of a
-prompt are drawn from the same noise, so that they differ by their words alone.
+Judges never see the rewrite: it is as good as its pictures are for somebody who typed the prompt. All rewrites of a prompt are
+drawn from the same noise, so that their pictures differ by the words alone.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How rewrites are drawn; what is None is the generator's own."""
+class DrawingSettings:
+    """How pictures of rewrites are drawn. None stands for the generator's own default."""
 
-    pictures: int = 1  # of each rewrite
+    pictures: int = 1  # pictures of each rewrite
     seed: int = 0
     steps: int = 25
     guidance_scale: float | None = None
@@ -40,32 +40,32 @@ class Sampling:
     width: int | None = None
 
     def seeds(self, prompt: str) -> list[int]:
-        """Of a prompt's pictures, whatever they are drawn from: they follow from its text and the seed alone."""
+        """The seeds of a prompt's pictures, which depend on its text and ``seed`` alone: all its rewrites share them."""
         place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
         return [sampling.picture_seed(self.seed, place, k) for k in range(self.pictures)]
 
     def options(self) -> dict[str, Any]:
-        """What ``pipelines.sampling.sample`` takes."""
+        """The keyword arguments of ``pipelines.sampling.sample``."""
         names = ("steps", "guidance_scale", "sampler", "batch_size", "height", "width")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
-class Studio:
-    """A generator (a Diffusers text-to-image pipeline) with judges."""
+class RewriteScorer:
+    """A generator (a Diffusers text-to-image pipeline) with judges, by name."""
 
     pipe: Any
     judges: Mapping[str, Scorer]
-    how: Sampling = Sampling()
+    drawing: DrawingSettings = DrawingSettings()
     name: str = ""
-    """what the generator is called: a folder or hub id; empty: as the pipeline itself says"""
+    """Name of the generator: a folder or hub id; empty: ``pipe.name_or_path``."""
 
     def identity(self) -> list[Any]:
-        """Everything that scores depend on."""
-        return [self._networks(), {name: provenance_of(judge) for name, judge in self.judges.items()}, vars(self.how)]
+        """Plain values of everything that scores depend on."""
+        return [self._networks(), {name: provenance_of(judge) for name, judge in self.judges.items()}, vars(self.drawing)]
 
     def generator(self) -> dict[str, str]:
-        """Where the generator was read from, and a short name for its weights."""
+        """Where the generator was read from, and a digest of its weights."""
         name = self.name or str(getattr(self.pipe, "name_or_path", None) or "")
         known = json.dumps(self._networks(), sort_keys=True)
         return {"name": name, "fingerprint": hashlib.sha256(known.encode()).hexdigest()[:16]}
@@ -75,20 +75,20 @@ class Studio:
         return {name: digest(part) for name, part in parts if hasattr(part, "state_dict")}
 
     def pictures(self, prompts: Sequence[str], rewrites: Sequence[str], progress: Progress | None = None) -> list[Image.Image]:
-        """``how.pictures`` of each rewrite, one after the other, from the noise of its prompt. [N * pictures]"""
-        rows = [(rewrite, seed) for prompt, rewrite in zip(prompts, rewrites, strict=True) for seed in self.how.seeds(prompt)]
-        out, size = [], self.how.batch_size
+        """[N * pictures]: ``drawing.pictures`` pictures of each of the N rewrites in turn, from the noise of its prompt."""
+        rows = [(rewrite, seed) for prompt, rewrite in zip(prompts, rewrites, strict=True) for seed in self.drawing.seeds(prompt)]
+        out, size = [], self.drawing.batch_size
         for low in range(0, len(rows), size):
             part = rows[low : low + size]
-            out += sampling.sample(self.pipe, [r for r, _ in part], seeds=[s for _, s in part], **self.how.options())
+            out += sampling.sample(self.pipe, [r for r, _ in part], seeds=[s for _, s in part], **self.drawing.options())
             if progress is not None:
                 progress("drawing", len(out), len(rows))
         return out
 
     def scores(self, prompts: Sequence[str], rewrites: Sequence[str], progress: Progress | None = None) -> dict[str, np.ndarray]:
-        """[N] of each judge: the mean over a rewrite's pictures of their score for its prompt, larger is better.
+        """By judge [N] float64: the mean score of a rewrite's pictures for its prompt, larger is better.
 
-        A rewrite that occurs twice is drawn and judged once.
+        Equal pairs of prompt and rewrite are drawn and judged once.
 
         Raises:
             UserError: a judge cannot judge these pictures, or gives no number for one.
@@ -96,14 +96,14 @@ class Studio:
         different = list(dict.fromkeys(zip(prompts, rewrites, strict=True)))
         asked = [prompt for prompt, _ in different]
         drawn = self.pictures(asked, [rewrite for _, rewrite in different], progress)
-        scored = judged(self.judges, drawn, [prompt for prompt in asked for _ in range(self.how.pictures)])
+        scored = judged(self.judges, drawn, [prompt for prompt in asked for _ in range(self.drawing.pictures)])
         place = {pair: n for n, pair in enumerate(different)}
         rows = [place[pair] for pair in zip(prompts, rewrites, strict=True)]
         return {name: values.reshape(len(different), -1).mean(axis=1)[rows] for name, values in scored.items()}
 
 
 def lost_by(pipe: Any, texts: Sequence[str]) -> list[str]:
-    """What of each text a pipeline does not read, because it lies beyond the tokens of its first text encoder; "" for nothing."""
+    """The end of each text that a pipeline does not read, as its first text encoder takes fewer tokens; "" where it reads all."""
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is None:
         return [""] * len(texts)
@@ -112,10 +112,10 @@ def lost_by(pipe: Any, texts: Sequence[str]) -> list[str]:
 
 
 def judged(judges: Mapping[str, Scorer], pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """[N] float64 of each judge for pictures of prompts, larger is better whatever the judge.
+    """By judge [N] float64: the scores of N pictures for their prompts, with the sign changed where smaller is better.
 
     Raises:
-        UserError: a judge cannot judge these, or gives no number.
+        UserError: a judge cannot judge these pictures, or gives no number for one.
     """
     import reward_models
     from reward_models.base import JudgeError
@@ -135,10 +135,13 @@ def judged(judges: Mapping[str, Scorer], pictures: Sequence[Image.Image], prompt
 
 
 def standardised(scores: Mapping[str, Sequence[Sequence[float]]]) -> list[np.ndarray]:
-    """One number for each rewrite from several judges', prompt by prompt: their mean, each brought to a common scale.
+    """The mean over judges of each rewrite's standardised scores: for each prompt an array with a number for each rewrite.
 
-    A judge's scores are taken relative to their mean over a prompt's rewrites, and divided by their deviation around it over all
-    prompts: 1 is a difference as there usually is between two rewrites of a prompt. A judge to which all are alike says nothing.
+    A judge's scores are centred on their mean over the rewrites of a prompt and divided by their pooled standard deviation over
+    all prompts. A judge whose scores do not differ adds nothing.
+
+    Args:
+        scores: by judge, for each prompt, the scores of its rewrites.
     """
     parts = [_standardised(of_judge) for of_judge in scores.values()]
     return [np.mean(columns, axis=0) for columns in zip(*parts, strict=True)]
