@@ -83,8 +83,8 @@ class RewriteTable(Generic[Row]):
     where: str
     left_out: Mapping[str, int]  # how many rows, by reason: ties, identical, repeated, unwanted, unusable
     problems: tuple[RowProblem, ...]  # of each unusable row its place and reason
-    longer_talks: int = 0  # conversations with turns before the user's last, which are not read
-    system_turns: int = 0  # those of them in which there is a system's
+    multi_turn: int = 0  # conversations with turns before the user's last, which are not read
+    system_turns: int = 0  # those of them with a system turn
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,10 +100,10 @@ class RewriteTable(Generic[Row]):
         """One line: where the data are, how many, and what was left out."""
         left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
         first = f" (the first: {self.problems[0]})" if self.problems else ""
-        talks = f"; of {self.longer_talks} conversations only the last turns are read" if self.longer_talks else ""
+        turns = f"; of {self.multi_turn} conversations only the last turns are read" if self.multi_turn else ""
         if self.system_turns:
-            talks += f" ({self.system_turns} have a system turn: the writer's own is given with --system TEXT)"
-        return f"{self.where}: {len(self)} {'rewrites' if isinstance(self.rows[0], Expansion) else 'pairs'}{left}{first}{talks}"
+            turns += f" ({self.system_turns} have a system turn: the writer's own is given with --system TEXT)"
+        return f"{self.where}: {len(self)} {'rewrites' if isinstance(self.rows[0], Expansion) else 'pairs'}{left}{first}{turns}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,12 +129,12 @@ _NUMBERS = {"label": ("label",), "weight": ("weight",)}
 
 @dataclass(frozen=True)
 class _Form:
-    """What a row must have and may have: for each role of a column the names that it may go by."""
+    """The columns that a row must have and may have: for each role of a column its usual names."""
 
     what: str
     required: Mapping[str, tuple[str, ...]]
     optional: Mapping[str, tuple[str, ...]]
-    talk: str  # the role whose column may hold the prompt, too, as the first part of a conversation
+    conversation_role: str  # role of the column that may hold a whole conversation, the prompt included
 
     @property
     def roles(self) -> Mapping[str, tuple[str, ...]]:
@@ -225,12 +225,12 @@ def _table(
     others = [name for name in rows.columns if name not in names.values() and name not in known]
     found: dict[str, Row] = {}
     left_out = {"ties": 0, "identical": 0, "repeated": 0, "unwanted": 0}
-    problems, longer, systems = [], 0, 0
+    problems, multi_turn, systems = [], 0, 0
     for index in range(len(rows)):
         try:
             row, cells = _parsed(rows, index, names, others, parse)
             earlier = [_earlier_turns(cells[name]) for name in dict.fromkeys(names.values())]
-            longer += any(earlier)
+            multi_turn += any(earlier)
             systems += any(turn["role"] == "system" for turns in earlier for turn in turns)
         except RowProblem as problem:
             problems.append(problem)
@@ -241,7 +241,7 @@ def _table(
             left_out["repeated"] += key in found
             found.setdefault(key, row)
     left_out["unusable"] = len(problems)
-    table = RewriteTable(tuple(found.values()), rows.description, left_out, tuple(problems), longer, systems)
+    table = RewriteTable(tuple(found.values()), rows.description, left_out, tuple(problems), multi_turn, systems)
     if not found:
         why = ", ".join(f"{n} {reason}" for reason, n in table.left_out.items() if n) or "it has no rows"
         first = f" The first that is unusable: {problems[0]}." if problems else ""
@@ -292,7 +292,7 @@ def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, st
         if name is not None:
             names[role] = name
     lacking = [role for role in form.required if role not in names]
-    if lacking == ["prompt"] and _is_talk(rows, names[form.talk]):
+    if lacking == ["prompt"] and _is_conversation(rows, names[form.conversation_role]):
         return names  # the prompt is the first part of the conversation
     if lacking:
         needed = ", ".join(" or ".join(usual[:3]) for usual in form.required.values())
@@ -307,7 +307,7 @@ def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, st
     return names
 
 
-def _is_talk(rows: _Rows, column: str) -> bool:
+def _is_conversation(rows: _Rows, column: str) -> bool:
     """Whether the first readable cell of the column is a conversation."""
     for index in range(len(rows)):
         try:
@@ -347,16 +347,16 @@ def _expansion(cells: Mapping[str, Any], names: Mapping[str, str]) -> Expansion:
     return Expansion(prompt, _text(cells[side], names[side], "assistant"), _weight(cells, names))
 
 
-def _prompt(cells: Mapping[str, Any], names: Mapping[str, str], talk: str, or_else: str | None = None) -> str:
+def _prompt(cells: Mapping[str, Any], names: Mapping[str, str], role: str, or_else: str | None = None) -> str:
     """The prompt's column, or the user's part of a conversation; ``or_else`` where that has none."""
     if "prompt" in names:
         return _text(cells["prompt"], names["prompt"], "user")
-    turns = _turns(cells[talk])
+    turns = _turns(cells[role])
     if or_else is not None and not (turns and any(turn["role"] == "user" for turn in turns)):
         return or_else
     if turns is None:
-        raise ValueError(f"there is no prompt: {names[talk]} is not a conversation as it is in other rows")
-    return _text(turns, names[talk], "user")
+        raise ValueError(f"there is no prompt: {names[role]} is not a conversation as it is in other rows")
+    return _text(turns, names[role], "user")
 
 
 def _text(cell: Any, name: str, speaker: str) -> str:

@@ -231,15 +231,15 @@ def test_turns_that_are_not_read_are_said(tmp_path: Path) -> None:
     longer = [{"role": "system", "content": "be brief"}, *asked]
     answers = {side: [{"role": "assistant", "content": f"a {side} cat"}] for side in ("chosen", "rejected")}
     table = read_rewrites(jsonl(tmp_path / "a.jsonl", [{"prompt": asked, **answers}]))
-    assert table.longer_talks == 0 and "conversations" not in table.description and "--system" not in table.description
+    assert table.multi_turn == 0 and "conversations" not in table.description and "--system" not in table.description
     rows = [{"prompt": longer, **answers}, {"prompt": [{"role": "user", "content": "a dog"}], **answers}]
     table = read_rewrites(jsonl(tmp_path / "b.jsonl", rows))
-    assert table.longer_talks == 1 and "of 1 conversations only the last turns are read" in table.description
+    assert table.multi_turn == 1 and "of 1 conversations only the last turns are read" in table.description
     assert table.system_turns == 1 and "(1 have a system turn: the writer's own is given with --system TEXT)" in table.description
     whole = {side: [*asked, *answer] for side, answer in answers.items()}
-    assert read_rewrites(jsonl(tmp_path / "c.jsonl", [whole])).longer_talks == 0
+    assert read_rewrites(jsonl(tmp_path / "c.jsonl", [whole])).multi_turn == 0
     more = {side: [*asked, *answers["chosen"], *talk] for side, talk in whole.items()}
-    assert read_rewrites(jsonl(tmp_path / "d.jsonl", [more])).longer_talks == 1
+    assert read_rewrites(jsonl(tmp_path / "d.jsonl", [more])).multi_turn == 1
     assert read_rewrites(tmp_path / "d.jsonl").system_turns == 0
 
 

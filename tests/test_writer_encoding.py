@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from diffalign.errors import UserError
-from pipelines.writers.encoding import Encoded, Encoding, Problem
+from pipelines.writers.encoding import Encoded, Encoding, UnusableRow
 from pipelines.writers.templates import template_for
 
 REWRITE = "a fluffy cat, soft light"
@@ -171,7 +171,7 @@ def test_limits_are_met_exactly() -> None:
         ({"context": asked}, "prompt too long"),
     ):
         row = encoding(**limits).row("x", "a cat", rewrites)
-        assert isinstance(row, Problem) and row.kind == kind, limits
+        assert isinstance(row, UnusableRow) and row.kind == kind, limits
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_limits_are_met_exactly() -> None:
 )
 def test_what_is_wrong_with_a_row(limits: dict, prompt: str, rewrites: dict, message: str) -> None:
     row = encoding(**limits).row("pairs.jsonl:3", prompt, rewrites)
-    assert isinstance(row, Problem)
+    assert isinstance(row, UnusableRow)
     assert str(row).startswith("pairs.jsonl:3: ")
     assert message in str(row)
 

@@ -5,7 +5,7 @@ adds to them; where the tokenizer would join the two at the seam it is encoded b
 tokenizer adds one or a chat template writes it; the end mark comes once, at the end of the rewrite.
 
 Nothing is ever cut. A rewrite that is too long would lose its end, and the writer would learn not to stop; a prompt that is too
-long would lose its place in the template. Such a row is a ``Problem``, for the caller to report and to leave out.
+long would lose its place in the template. Such a row is a ``UnusableRow``, for the caller to report and to leave out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Problem:
+class UnusableRow:
     """Why a row cannot be used."""
 
     origin: str  # where the row stands
@@ -133,7 +133,7 @@ class Encoding:
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
-    def row(self, origin: str, prompt: str, rewrites: Mapping[str, str]) -> Encoded | Problem:
+    def row(self, origin: str, prompt: str, rewrites: Mapping[str, str]) -> Encoded | UnusableRow:
         """A prompt with its rewrites, or what is wrong with one of them.
 
         Args:
@@ -142,24 +142,24 @@ class Encoding:
         """
         for name, text in {"prompt": prompt, **rewrites}.items():
             if problem := self._unfit(name, text):
-                return Problem(origin, *problem)
+                return UnusableRow(origin, *problem)
         before, after = self.template.prompt_text(prompt), {k: self.template.rewrite_text(v) for k, v in rewrites.items()}
         alone, *whole = self._ids(before, *(before + text for text in after.values()))
         ids = [*self.begin, *alone]
         if problem := self._too_long(prompt, ids, room_for=1):
-            return Problem(origin, "prompt too long", problem)
+            return UnusableRow(origin, "prompt too long", problem)
         encoded = {name: self._added(alone, each, after[name]) for name, each in zip(after, whole, strict=True)}
         for name, each in encoded.items():
             if self.max_rewrite_tokens is not None and len(each) > self.max_rewrite_tokens:
                 allowed = f"{self.max_rewrite_tokens} are allowed (max_rewrite_tokens)"
                 message = f"{name} takes {len(each)} tokens with its end mark, and {allowed}: {_shown(rewrites[name])}"
-                return Problem(origin, "rewrite too long", message)
+                return UnusableRow(origin, "rewrite too long", message)
             if self.context is not None and len(ids) + len(each) > self.context:
                 message = (
                     f"the prompt takes {len(ids)} tokens with its template and {name} takes {len(each)} with its end mark, "
                     f"together more than the {self.context} that the writer can read: {_shown(rewrites[name])}"
                 )
-                return Problem(origin, "rewrite too long", message)
+                return UnusableRow(origin, "rewrite too long", message)
         return Encoded(ids, encoded)
 
     def for_writing(self, prompt: str) -> Ids:

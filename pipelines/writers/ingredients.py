@@ -37,7 +37,7 @@ from pipelines.semantics import distance, load_embedding
 from pipelines.tiny import shipped
 from pipelines.writers import _sources
 from pipelines.writers.drift import Drift
-from pipelines.writers.encoding import Encoded, Encoding, Problem
+from pipelines.writers.encoding import Encoded, Encoding, UnusableRow
 from pipelines.writers.settings import PromptTrainSettings, RewriteSettings
 from pipelines.writers.writer import Writer
 
@@ -46,7 +46,7 @@ TINY_EXPANSIONS, TINY_SEED = 4000, 5
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTexts:
     """What training needs."""
 
     writer: Writer
@@ -86,7 +86,7 @@ def tiny_expansions() -> RewriteTable[Expansion]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedRows:
     """Rows as token ids, with the texts they came from."""
 
     rows: list[RewritePair] | list[Expansion]
@@ -94,7 +94,7 @@ class Rows:
     counts: Mapping[str, int]
 
 
-def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say, gold: bool = False) -> Rows:
+def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say, gold: bool = False) -> EncodedRows:
     """Every row as tokens. Nothing is cut: what does not fit is left out.
 
     Args:
@@ -107,7 +107,7 @@ def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say,
     encoding = writer.encoding(data.max_prompt_tokens, None if bound else data.max_rewrite_tokens)
     found = [(row, _encoded(row, encoding, gold)) for row in table]
     kept = [(row, got) for row, got in found if isinstance(got, Encoded)]
-    problems = [got for _, got in found if isinstance(got, Problem)]
+    problems = [got for _, got in found if isinstance(got, UnusableRow)]
     for problem in problems[:5]:
         say(f"left out {problem}")
     by_kind = {kind: sum(p.kind == kind for p in problems) for kind in dict.fromkeys(p.kind for p in problems)}
@@ -120,19 +120,19 @@ def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say,
             f"The first: {listed}. Raise max_prompt_tokens or max_rewrite_tokens where texts are too long, or max_left_out."
         )
     counts = {"rows": len(kept), **{f"left out, {why}": n for why, n in {**table.left_out, **by_kind}.items() if n}}
-    return Rows([row for row, _ in kept], [got for _, got in kept], counts)
+    return EncodedRows([row for row, _ in kept], [got for _, got in kept], counts)
 
 
-def _encoded(row: RewritePair | Expansion, encoding: Encoding, gold: bool) -> Encoded | Problem:
+def _encoded(row: RewritePair | Expansion, encoding: Encoding, gold: bool) -> Encoded | UnusableRow:
     if isinstance(row, Expansion):
         return encoding.row(row.origin, row.prompt, {"rewrite": row.rewrite})
     if gold and not row.gold:
-        return Problem(row.origin, "no gold", "there is no reference rewrite (column gold), which gold_weight learns from")
+        return UnusableRow(row.origin, "no gold", "there is no reference rewrite (column gold), which gold_weight learns from")
     texts = {"chosen": row.chosen, "rejected": row.rejected, **({"gold": row.gold} if gold else {})}
     return encoding.row(row.origin, row.prompt, texts)
 
 
-def as_tokens(rows: Rows, pad: int, distances: Tensor | None = None) -> EncodedRewrites:
+def as_tokens(rows: EncodedRows, pad: int, distances: Tensor | None = None) -> EncodedRewrites:
     """The rows as the core takes them, with gold rewrites if they were encoded."""
     weight = torch.tensor([row.weight for row in rows.rows])
     prompt = Ragged([e.prompt for e in rows.encoded])
@@ -173,7 +173,7 @@ class Distances:
         return Drift(alpha, self.embedding, self.fingerprint, self.values[list(rows)].tolist())
 
 
-def distances_of(rows: Rows, settings: RewriteSettings, say: Say, progress: Progress | None) -> Distances:
+def distances_of(rows: EncodedRows, settings: RewriteSettings, say: Say, progress: Progress | None) -> Distances:
     """Measured, or read.
 
     Raises:
@@ -236,7 +236,7 @@ def prepare(
     accelerator: Accelerator,
     say: Say,
     progress: bool = True,
-) -> Prepared:
+) -> PreparedTexts:
     """Encode and measure the data, attach what is trained.
 
     Raises:
@@ -258,7 +258,7 @@ def prepare(
     writer, reference = _attach(settings, writer, accelerator)
     weights = TrainedWeights(writer.model)
     data_digest = digest_of(table, settings, data)
-    return Prepared(
+    return PreparedTexts(
         writer=writer,
         weights=weights,
         reference=reference,
@@ -278,7 +278,7 @@ def wants_gold(settings: PromptTrainSettings) -> bool:
     return getattr(settings.objective, "gold_weight", 0.0) > 0
 
 
-def check_dry(settings: PromptTrainSettings, table: RewriteTable, rows: Rows) -> None:
+def check_dry(settings: PromptTrainSettings, table: RewriteTable, rows: EncodedRows) -> None:
     """What of the data and of other models can be found out without measuring or training anything.
 
     Raises:
@@ -361,7 +361,7 @@ def make_trainable(settings: PromptTrainSettings, writer: Writer) -> None:
 # ------------------------------------------------------------------------------------------------------- run context
 
 
-def run_context(settings: PromptTrainSettings, prepared: Prepared, processes: Processes) -> TextRunContext:
+def run_context(settings: PromptTrainSettings, prepared: PreparedTexts, processes: Processes) -> TextRunContext:
     """Everything an objective may ask for."""
     batch = settings.batch
     loader = TextLoader(

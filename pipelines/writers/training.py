@@ -31,7 +31,7 @@ from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, OutputFolder, check_output, start_accelerator, to_yaml
 from pipelines.writers import card, ingredients
 from pipelines.writers.drift import Drift
-from pipelines.writers.ingredients import Prepared
+from pipelines.writers.ingredients import PreparedTexts
 from pipelines.writers.sampling import MAX_REWRITE_TOKENS, Decoding, candidates
 from pipelines.writers.settings import COMMANDS, PromptTrainSettings
 from pipelines.writers.writer import Writer
@@ -40,7 +40,9 @@ FAR = 0.1
 """A distance beyond which a rewrite is said to have drifted, in reports."""
 
 
-def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, accelerator: Accelerator, report: Any) -> Trainer:
+def build_trainer(
+    name: str, settings: PromptTrainSettings, prepared: PreparedTexts, accelerator: Accelerator, report: Any
+) -> Trainer:
     """The trainer of a run."""
     everyone = ManyProcesses(accelerator)
     context = ingredients.run_context(settings, prepared, everyone)
@@ -59,7 +61,7 @@ def build_trainer(name: str, settings: PromptTrainSettings, prepared: Prepared, 
     )
 
 
-def run_identity(name: str, settings: PromptTrainSettings, prepared: Prepared, world: int) -> dict[str, Any]:
+def run_identity(name: str, settings: PromptTrainSettings, prepared: PreparedTexts, world: int) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint."""
     return {
         **settings_identity(name, settings, world),
@@ -169,7 +171,7 @@ def train_writer(
 def finish(
     name: str,
     settings: PromptTrainSettings,
-    prepared: Prepared,
+    prepared: PreparedTexts,
     trainer: Trainer,
     epochs: run.Epochs,
     shown: list[str],
