@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from diffalign.data.columns import hint as columns_hint
-from diffalign.data.open import TIES
+from diffalign.data.open import TIES, check_columns, open_rows
 from diffalign.data.pairs import RowProblem, number_from, score_from, text_from
 from diffalign.data.readers import arrow, hub, listing, parquet, saved
 from diffalign.errors import UserError
@@ -280,12 +280,7 @@ def _parsed(
 
 def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, str]:
     """Column name of every role that has one; a name given by the user comes before the usual ones."""
-    has = ", ".join(rows.columns) or "no columns"
-    for role, name in columns.items():
-        if role not in form.roles:
-            raise UserError(f"columns: {role!r} is not a role of a column; the roles are {', '.join(sorted(form.roles))}.")
-        if name not in rows.columns:
-            raise UserError(f"columns: {role}={name}, but {rows.description} has no column {name!r}. It has: {has}.")
+    check_columns(columns, form.roles, rows)
     names = {}
     for role, usual in form.roles.items():
         name = columns.get(role) or next((u for u in usual if u in rows.columns and u not in columns.values()), None)
@@ -300,6 +295,7 @@ def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, st
         if form is _PAIRS and all(any(u in rows.columns for u in usual) for usual in _EXPANSIONS.required.values()):
             only = " One rewrite for each prompt can be imitated (supervised fine-tuning), but says nothing of preferences."
         missing = f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing"
+        has = ", ".join(rows.columns) or "no columns"
         raise UserError(
             f"{rows.description} does not have the columns that {form.what} need: {missing}. It has: {has}. Needed: {needed}; "
             f"optional {', '.join(form.optional)}. {columns_hint([(form.roles, list(form.required))], rows.columns)}.{only}"
@@ -421,19 +417,9 @@ def _distance(cells: Mapping[str, Any], names: Mapping[str, str]) -> float | Non
 
 def _open(where: str | Path, split: str) -> _Rows:
     path = Path(where).expanduser()
-    place = str(path) if path.exists() else str(where)
     if path.is_file() and path.suffix.lower() == ".json":
         return _json_rows(path)
-    claims = [reader for reader in (listing, parquet, arrow, saved, hub) if reader.claims(place)]
-    if len(claims) == 1:
-        return claims[0].open_rows(place, split)
-    forms = "; ".join(FORMS)
-    if claims:
-        both = " and ".join(reader.FORM for reader in claims)
-        raise UserError(f"{place} can be read in more than one way: {both}. Point at the file or folder that is meant.")
-    if not path.exists():
-        raise UserError(f"There is no file or folder {place} (seen from {Path.cwd()}). Rewrites can be: {forms}.")
-    raise UserError(f"{place} exists, but is in none of the known forms of data. Rewrites can be: {forms}.")
+    return open_rows(where, split, (listing, parquet, arrow, saved, hub), "Rewrites", FORMS)
 
 
 def _json_rows(path: Path) -> _Rows:

@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -43,9 +43,7 @@ def open_pairs(
         raise UserError(f"Data are named by a path or a hub id; got a {type(where).__name__}. Save it first: to_parquet(FILE).")
     if ties not in TIES:
         raise UserError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}.")
-    expanded = os.path.expanduser(where)
-    place = str(Path(expanded)) if os.path.exists(expanded) else str(where)
-    rows = _reader(place).open_rows(place, split)
+    rows = open_rows(where, split)
     layout, names = _layout(rows, columns or {})
     if scores is not None:
         names |= _scores(rows, layout, names, columns or {}, scores)
@@ -62,30 +60,49 @@ def _modules(package: ModuleType) -> list[Any]:
     return [importlib.import_module(f"{package.__name__}.{name}") for name in found]
 
 
-def _reader(place: str) -> Any:
-    known = _modules(readers)
+def open_rows(
+    where: str | Path, split: str, known: Sequence[Any] = (), what: str = "Preference data", forms: Sequence[str] = ()
+) -> Rows:
+    """Open a file, a folder, or the id of a data set on the hub, by the one reader that knows its form of storage.
+
+    Args:
+        split: the split of a data set that has several.
+        known: the reader modules to choose from; none: all of ``readers/``.
+        what: what the rows hold, for messages.
+        forms: the forms that the readers know, for messages; none: each reader's ``FORM``.
+
+    Raises:
+        UserError: there is no such place, its form is not known, or more than one reader knows it.
+    """
+    expanded = os.path.expanduser(where)
+    place = str(Path(expanded)) if os.path.exists(expanded) else str(where)
+    known = known or _modules(readers)
     claims = [reader for reader in known if reader.claims(place)]
     if len(claims) == 1:
-        return claims[0]
-    forms = "; ".join(reader.FORM for reader in known)
+        return claims[0].open_rows(place, split)
+    can_be = f"{what} can be: {'; '.join(forms or [reader.FORM for reader in known])}."
     if claims:
         both = " and ".join(reader.FORM for reader in claims)
         raise UserError(f"{place} can be read in more than one way: {both}. Point at the file or folder that is meant.")
     if not Path(place).exists():
-        raise UserError(f"There is no file or folder {place} (seen from {Path.cwd()}). Preference data can be: {forms}.")
-    raise UserError(f"{place} exists, but is in none of the known forms of preference data. They are: {forms}.")
+        raise UserError(f"There is no file or folder {place} (seen from {Path.cwd()}). {can_be}")
+    raise UserError(f"{place} exists, but is in none of the known forms of data. {can_be}")
+
+
+def check_columns(columns: Mapping[str, str], roles: Collection[str], rows: Rows) -> None:
+    """Raise ``UserError`` if the user's ``columns`` (role: name) hold a role or the name of a column that does not exist."""
+    for role, name in columns.items():
+        if role not in roles:
+            raise UserError(f"columns: {role!r} is not a role of a column; the roles are {', '.join(sorted(roles))}.")
+        if name not in rows.columns:
+            has = _list(rows.columns)
+            raise UserError(f"columns: {role}={name}, but {rows.description} has no column {name!r}. It has: {has}.")
 
 
 def _layout(rows: Rows, columns: Mapping[str, str]) -> tuple[Layout, dict[str, str]]:
     """The one layout whose required roles all have a column."""
     known: list[Layout] = _modules(layouts)
-    roles = [role for layout in known for role in (*layout.REQUIRED, *layout.OPTIONAL)]
-    for role, name in columns.items():
-        if role not in roles:
-            raise UserError(f"columns: {role!r} is not a role of a column; the roles are {', '.join(sorted(set(roles)))}.")
-        if name not in rows.columns:
-            has = _list(rows.columns)
-            raise UserError(f"columns: {role}={name}, but {rows.description} has no column {name!r}. It has: {has}.")
+    check_columns(columns, {role for layout in known for role in (*layout.REQUIRED, *layout.OPTIONAL)}, rows)
     fitting = []
     for layout in known:
         names = _names(layout, rows.columns, columns)
