@@ -1,10 +1,10 @@
-"""``diffalign prompts``: a language model that rewrites prompts so that they score better and still mean the same.
+"""``diffalign prompts``: train and use a language model that rewrites prompts so that they score better and mean the same.
 
-build      preferences between rewrites: a writer proposes, a generator draws, judges choose
+build      build preferences between rewrites: a writer proposes, a generator draws, judges choose
 sft        teach a writer to imitate rewrites
-train      teach it what is preferred and means the same, by Sem-DPO
-rewrite    rewrite a prompt, or a file of them
-evaluate   plain prompts against what writers make of them
+train      teach a writer by Sem-DPO to prefer rewrites that score better and mean the same
+rewrite    rewrite a prompt, or a file of prompts
+evaluate   compare writers with each other and with the plain prompts
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from pipelines.several import Joined, told_unknown
 
-HELP = "prompts that score better and still mean the same"
+HELP = "rewrite prompts so that they score better and mean the same"
 OBJECTIVES = {"sft": "prompt-sft", "train": "sem-dpo"}
-WRITER = "'tiny', a folder (of a run, too), or a hub id of a causal language model"
-GENERATOR = "what draws: 'tiny', a Diffusers folder, a hub id, a .safetensors file or a folder that diffalign trained into"
+WRITER = "language model that rewrites: 'tiny', a folder (of a model, a LoRA or a run), or a hub id"
+GENERATOR = "image model that draws: 'tiny', a Diffusers folder, a hub id, a .safetensors file, or the folder of a run"
+MAX_DISTANCE = "largest distance of a rewrite from its prompt; the prompt itself stays where none is near enough (default: any)"
 GOES_ON = "The same command goes on where it stopped; with --overwrite it begins anew."
-EMBEDDING = "embedding of meaning: clip, clip-h, tiny, or a folder or hub id of a text encoder (default clip)"
+EMBEDDING = "text embedding that distances are measured in: clip, clip-h, tiny, or a text encoder's folder or hub id"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,70 +98,72 @@ def _dry_run(name: str, settings: Any, check_output: Callable[[], None]) -> int:
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
-    """How rewrites are looked for."""
+    """The options of the writers."""
     from pipelines.sampling_options import whole
 
-    parser.add_argument("--base", metavar="MODEL", help="the base model of a writer's LoRA, if it is not where it was")
-    parser.add_argument("--template", help="rephrase, chat, or a text with {prompt} in it (default: as the writer was trained)")
-    parser.add_argument("--instruction", metavar="TEXT", help="of a chat template: the user's turn, with {prompt} in it")
-    parser.add_argument("--system", metavar="TEXT", help="of a chat template: the system's turn")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampled rewrites (default 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of sampled rewrites (default 1)")
-    parser.add_argument("--top-k", type=whole(0), default=0, help="of sampled rewrites (default 0: all tokens)")
-    parser.add_argument("--max-rewrite-tokens", type=whole(1), default=75, metavar="N", help="of a rewrite (default 75)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of everything that is drawn (default 0)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of writer and generator")
-    parser.add_argument("--device", help="such as cuda, cuda:1 or cpu (default: the best there is)")
+    parser.add_argument("--base", metavar="MODEL", help="base model of a writer that is a LoRA, if it is not the one on record")
+    text = "prompt template: rephrase, chat, or a text with {prompt} in it (default: the one of the training)"
+    parser.add_argument("--template", help=text)
+    parser.add_argument("--instruction", metavar="TEXT", help="user turn of a chat template, with {prompt} in it")
+    parser.add_argument("--system", metavar="TEXT", help="system turn of a chat template")
+    parser.add_argument("--seed", type=whole(0), default=0, help="random seed of rewrites and pictures (default 0)")
+    text = "precision of the weights of writer and generator (default float32)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help=text)
+    parser.add_argument("--device", help="device: cuda, cuda:1, mps or cpu, say (default: the best there is)")
 
 
-def _add_drawing(parser: argparse.ArgumentParser, needed: bool = True) -> None:
-    """How rewrites are drawn and judged."""
+def _add_decoding(parser: argparse.ArgumentParser, method: bool = True) -> None:
+    """The options of ``Decoding``, with its method or without."""
     from pipelines.sampling_options import whole
 
-    parser.add_argument("--generator", required=needed, help=GENERATOR)
-    text = "judges of the pictures, for the prompt that was typed"
-    how = {"action": Joined} if needed else {}  # `rewrite` also takes words without an option
-    parser.add_argument("--judges", "--judge", required=needed, metavar="NAME,...", help=text, **how)
-    options = {"nargs": "+", "action": "extend", "default": [], "metavar": "JUDGE.OPTION=VALUE"}
-    parser.add_argument("--judge-options", **options, help="what a judge is loaded with")
-    parser.add_argument("--pictures", type=whole(1), default=1, metavar="N", help="of each rewrite (default 1)")
-    parser.add_argument("--steps", type=whole(1), default=25, help="of drawing (default 25)")
-    parser.add_argument("--guidance-scale", type=float, help="of drawing (default: the generator's own)")
-    parser.add_argument("--sampler", default="auto", help="auto, ddim, dpm++, euler or 'as saved' (default auto)")
-    parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N", help="pictures drawn together (default 16)")
-
-
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    from pipelines.prompts import FORMATS, NAMES
-    from pipelines.sampling_options import whole
-
-    text = f"a {', '.join(FORMATS)} file, one of {', '.join(NAMES)}, or tiny"
-    parser.add_argument("--prompts", required=True, help=text)
-    parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
-    parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    text = "decoding method (default sample)"
-    parser.add_argument("--way", "--decoding", default="sample", choices=("sample", "beam", "diverse-beam"), help=text)
-
-
-def _add_beams(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--diversity",
-        dest="diversity_penalty",
-        type=float,
-        default=1.0,
-        metavar="NATS",
-        help="of a diverse beam: nats off a repeated token (default 1)",
-    )
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: power of the length (default 1)")
+    if method:
+        text = "decoding method (default sample)"
+        parser.add_argument("--way", "--decoding", default="sample", choices=("sample", "beam", "diverse-beam"), help=text)
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default 1)")
+    text = "nucleus sampling: probability of the tokens that are kept (default 1: all)"
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help=text)
+    text = "top-k sampling: number of tokens that are kept (default 0: all)"
+    parser.add_argument("--top-k", type=whole(0), default=0, metavar="K", help=text)
+    text = "penalty of diverse beam search on a token that an earlier beam has at the same place (default 1)"
+    parser.add_argument("--diversity", dest="diversity_penalty", type=float, default=1.0, metavar="NATS", help=text)
+    text = "power of the length that scores of beams are divided by (default 1)"
+    parser.add_argument("--length-penalty", type=float, default=1.0, help=text)
+    text = "most tokens of a rewrite (default 75)"
+    parser.add_argument("--max-rewrite-tokens", type=whole(1), default=75, metavar="N", help=text)
 
 
 def _decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of ``Decoding`` that ``_add_writing`` and ``_add_beams`` read, but its method."""
+    """The options of ``Decoding`` without its method."""
     names = ("temperature", "top_p", "top_k", "diversity_penalty", "length_penalty", "max_rewrite_tokens")
     return {name: getattr(args, name) for name in names}
+
+
+def _add_drawing(parser: argparse.ArgumentParser, needed: bool = True) -> None:
+    """The options of the generator and the judges."""
+    from pipelines.sampling_options import whole
+
+    parser.add_argument("--generator", required=needed, help=GENERATOR)
+    text = "judges that score the pictures for the prompt that was typed"
+    joined = {"action": Joined} if needed else {}  # `rewrite` also takes words without an option
+    parser.add_argument("--judges", "--judge", required=needed, metavar="NAME,...", help=text, **joined)
+    options = {"nargs": "+", "action": "extend", "default": [], "metavar": "JUDGE.OPTION=VALUE"}
+    parser.add_argument("--judge-options", **options, help="options that judges are loaded with")
+    parser.add_argument("--pictures", type=whole(1), default=1, metavar="N", help="pictures of each rewrite (default 1)")
+    parser.add_argument("--steps", type=whole(1), default=25, help="sampling steps of the generator (default 25)")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance scale (default: the generator's own)")
+    parser.add_argument("--sampler", default="auto", help="sampler: auto, ddim, dpm++, euler or 'as saved' (default auto)")
+    parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N", help="pictures drawn together (default 16)")
+
+
+def _add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    from pipelines.prompts import FORMATS, NAMES
+    from pipelines.sampling_options import whole
+
+    text = f"prompts: a {', '.join(FORMATS)} file, one of {', '.join(NAMES)}, or tiny"
+    parser.add_argument("--prompts", required=required, help=text)
+    parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
+    text = "number of prompts, from the first on (default: all; 500 of tiny)"
+    parser.add_argument("--count", type=whole(1), metavar="N", help=text)
 
 
 def _prompts(args: argparse.Namespace, split: str) -> list[Any]:
@@ -191,7 +194,7 @@ def _writer(where: str, args: argparse.Namespace) -> Any:
 
 
 def _writers(places: Iterable[str], args: argparse.Namespace) -> list[Any]:
-    """Writers in their order; ``--base`` is the base of all that are LoRAs."""
+    """The writers in their order, with ``--base`` as the base of all that are LoRAs."""
     from diffalign.errors import UserError
     from pipelines.writers.writer import Writer
     from reward_models._judge import device_of
@@ -213,24 +216,25 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     _add_prompts(parser)
     parser.set_defaults(goes_on=GOES_ON)
     parser.add_argument("--writer", required=True, help=WRITER)
-    parser.add_argument("--out", "--output", required=True, type=Path, metavar="FILE", help="the pairs: .jsonl or .parquet")
-    parser.add_argument("--candidates", type=whole(2), default=8, metavar="K", help="rewrites of each prompt (default 8)")
+    text = "file to write the pairs to: .jsonl or .parquet"
+    parser.add_argument("--out", "--output", required=True, type=Path, metavar="FILE", help=text)
+    parser.add_argument("--candidates", type=whole(2), default=8, metavar="K", help="candidates for each prompt (default 8)")
     parser.add_argument(
         "--ways",
         action=Joined,
         default="sample,diverse-beam",
-        help="how they are found: sample, beam, diverse-beam (default: the first and third)",
+        metavar="METHOD,...",
+        help="decoding methods that share out the candidates: sample, beam, diverse-beam (default sample,diverse-beam)",
     )
-    parser.add_argument("--with-prompt", action="store_true", help="the prompt itself is a candidate, too")
-    parser.add_argument(
-        "--min-gap", type=float, default=1.0, help="between best and worst, in usual differences of two rewrites (default 1)"
-    )
-    parser.add_argument("--max-distance", type=float, help="rewrites further from their prompt are never chosen")
-    parser.add_argument("--embedding", default="clip", help=EMBEDDING)
-    parser.add_argument("--chunk", type=whole(1), default=8, help="prompts between two saves (default 8)")
+    parser.add_argument("--with-prompt", action="store_true", help="make the prompt itself a candidate, too")
+    text = "least gap between best and worst score, in standard deviations (default 1)"
+    parser.add_argument("--min-gap", type=float, default=1.0, help=text)
+    parser.add_argument("--max-distance", type=float, help="largest distance from the prompt of a chosen rewrite (default: any)")
+    parser.add_argument("--embedding", default="clip", help=f"{EMBEDDING} (default clip)")
+    parser.add_argument("--chunk", type=whole(1), default=8, metavar="N", help="prompts between two saves (default 8)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, and drop candidates of another build")
     _add_writing(parser)
-    _add_beams(parser)
+    _add_decoding(parser, method=False)
     _add_drawing(parser)
 
 
@@ -275,21 +279,19 @@ def _add_rewrite(parser: argparse.ArgumentParser) -> None:
     from pipelines.sampling_options import whole
 
     parser.set_defaults(goes_on=f"With --out: {GOES_ON[0].lower()}{GOES_ON[1:]}")
-    parser.add_argument("texts", nargs="*", metavar="PROMPT", help="prompts; or name a list with --prompts")
-    parser.add_argument("--prompts", help="a file of prompts, or a list by name")
-    parser.add_argument("--column", help="column of the prompts in a .csv, .tsv, .json or .jsonl file")
-    parser.add_argument("--count", type=whole(1), metavar="N", help="only the first so many")
+    parser.add_argument("texts", nargs="*", metavar="PROMPT", help="prompts to rewrite; or name a list with --prompts")
+    _add_prompts(parser, required=False)
     parser.add_argument("--writer", required=True, help=WRITER)
-    parser.add_argument("-n", type=whole(1), default=1, help="rewrites of each prompt (default 1)")
-    _add_method(parser)
-    parser.add_argument("--draw", type=whole(1), help="candidates to choose from (default: 4 for each, where there is a choice)")
-    parser.add_argument("--max-distance", type=float, help="never further from the prompt than this; else the prompt itself")
-    parser.add_argument("--embedding", help=f"{EMBEDDING.removesuffix(' (default clip)')} (default: none without --max-distance)")
-    text = "a .jsonl or .csv file, gone on with after a break; without one, to the terminal"
+    parser.add_argument("-n", type=whole(1), default=1, metavar="N", help="rewrites of each prompt (default 1)")
+    text = "candidates to choose from (default: 4 for each rewrite with --max-distance or --judges, else 1)"
+    parser.add_argument("--draw", type=whole(1), metavar="N", help=text)
+    parser.add_argument("--max-distance", type=float, help=MAX_DISTANCE)
+    parser.add_argument("--embedding", help=f"{EMBEDDING} (default: clip with --max-distance, else none)")
+    text = "file to write to: .jsonl or .csv (default: the terminal)"
     parser.add_argument("--out", "--output", type=Path, metavar="FILE", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the file, and drop what is left of another job")
     _add_writing(parser)
-    _add_beams(parser)
+    _add_decoding(parser)
     _add_drawing(parser, needed=False)
 
 
@@ -347,19 +349,20 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         required=True,
         action=Joined,
         metavar="NAME=WRITER,...",
-        help="writers to compare, each with a name of its own",
+        help="writers to compare, each with a name of its own (default: its folder's)",
     )
-    parser.add_argument("--best-of", type=whole(2), metavar="N", help="and for each the best of N by the judges, for comparison")
-    parser.add_argument("--embedding", default="clip", help=EMBEDDING)
-    parser.add_argument("--max-distance", type=float, help="never further from the prompt than this; else the prompt itself")
+    text = "compare the best of N rewrites of each writer by the judges, too"
+    parser.add_argument("--best-of", type=whole(2), metavar="N", help=text)
+    parser.add_argument("--embedding", default="clip", help=f"{EMBEDDING} (default clip)")
+    parser.add_argument("--max-distance", type=float, help=MAX_DISTANCE)
     parser.add_argument("--delta", type=float, default=0.1, help="distance beyond which a rewrite has drifted (default 0.1)")
-    parser.add_argument("--out", "--output", required=True, type=Path, metavar="FOLDER", help="report, numbers and pictures")
-    text = "leave all pictures in FOLDER/pictures, a folder for each writer, for `diffalign score` and other judges"
+    text = "folder to write report, numbers and pictures to"
+    parser.add_argument("--out", "--output", required=True, type=Path, metavar="FOLDER", help=text)
+    text = "keep all pictures in FOLDER/pictures, a folder for each writer, for `diffalign score` and other judges"
     parser.add_argument("--keep-pictures", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
-    _add_method(parser)
     _add_writing(parser)
-    _add_beams(parser)
+    _add_decoding(parser)
     _add_drawing(parser)
 
 
@@ -398,7 +401,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _named(text: str) -> dict[str, str]:
-    """``sft=runs/sft,sem=runs/sem`` as writers by name; a writer without a name goes by its folder's."""
+    """Writers by name from ``sft=runs/sft,sem=runs/sem``; one without a name has its folder's."""
     from diffalign.errors import UserError
 
     out: dict[str, str] = {}
@@ -414,9 +417,9 @@ def _named(text: str) -> dict[str, str]:
 
 
 _COMMANDS = {
-    "build": (_add_build, _build, "preferences between rewrites: a writer proposes, a generator draws, judges choose"),
+    "build": (_add_build, _build, "build preferences between rewrites: a writer proposes, a generator draws, judges choose"),
     "sft": (_training("sft"), _train, "teach a writer to imitate rewrites"),
-    "train": (_training("train"), _train, "teach a writer what is preferred and means the same, by Sem-DPO"),
-    "rewrite": (_add_rewrite, _rewrite, "rewrite a prompt, or a file of them"),
-    "evaluate": (_add_evaluate, _evaluate, "plain prompts against what writers make of them"),
+    "train": (_training("train"), _train, "teach a writer by Sem-DPO to prefer rewrites that score better and mean the same"),
+    "rewrite": (_add_rewrite, _rewrite, "rewrite a prompt, or a file of prompts"),
+    "evaluate": (_add_evaluate, _evaluate, "compare writers with each other and with the plain prompts"),
 }

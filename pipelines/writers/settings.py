@@ -1,4 +1,4 @@
-"""What the configuration of a prompt writer's run holds."""
+"""The settings of a training run of a prompt writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.config import Schema, flag_of
 from pipelines.image_settings import BatchSettings
 
 COMMANDS = {"prompt-sft": "prompts sft", "sem-dpo": "prompts train"}
-"""How each objective is run: ``diffalign ...``."""
+"""The command that runs each objective: ``diffalign ...``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class LoraSettings:
     """The low-rank adapter (Hu et al. 2021, arXiv 2106.09685)."""
 
     rank: int = option(16, "rank of the adapter", ge=1)
-    lora_alpha: float = option(32.0, "the adapter's scale is lora_alpha / rank", gt=0)
-    targets: tuple[str, ...] = option(("all-linear",), "modules that get an adapter: ends of their names, or all-linear")
-    dropout: float = option(0.0, "dropout in the adapter", ge=0, lt=1)
+    lora_alpha: float = option(32.0, "LoRA alpha: the adapter is scaled by lora_alpha / rank", gt=0)
+    targets: tuple[str, ...] = option(("all-linear",), "layers that get an adapter: ends of their names, or all-linear")
+    dropout: float = option(0.0, "dropout probability in the adapter", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -31,24 +31,30 @@ class LoraSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RewriteSettings:
-    """Which rewrites, and how a prompt and its rewrite are put before the model."""
+    """The rewrites to learn from, and how a prompt and its rewrite are encoded."""
 
     split: str = option("train", "split of the data set")
-    ties: Literal["keep", "drop"] = option("drop", "keep ties with label 1/2, or drop them")
-    columns: dict[str, str] = option(None, "other column names, as ours=theirs")  # type: ignore[assignment]
-    template: str = option("auto", "rephrase, chat, auto, or a text of your own with {prompt} in it")
-    instruction: str | None = option(None, "of a chat template: the user's turn, with {prompt} in it; none for the usual one")
-    system: str | None = option(None, "of a chat template: the system's turn")
-    max_prompt_tokens: int = option(128, "prompts with more tokens are left out and counted", ge=1)
-    max_rewrite_tokens: int = option(128, "rewrites with more tokens are left out and counted, never cut", ge=1)
+    ties: Literal["keep", "drop"] = option("drop", "ties (pairs with label 1/2): keep or drop")
+    columns: dict[str, str] = option(None, "columns with other names than the usual ones, as role=name")  # type: ignore[assignment]
+    template: str = option("auto", "prompt template: rephrase, chat, auto, or a text of your own with {prompt} in it")
+    instruction: str | None = option(None, "user turn of a chat template, with {prompt} in it; none for the usual one")
+    system: str | None = option(None, "system turn of a chat template; none for no such turn")
+    max_prompt_tokens: int = option(
+        128, "most tokens of a prompt, its template included; rows with longer ones are left out and counted", ge=1
+    )
+    max_rewrite_tokens: int = option(
+        128, "most tokens of a rewrite; rows with longer ones are left out and counted, never cut", ge=1
+    )
     max_left_out: float = option(0.01, "share of rows that may be left out before the run is refused", ge=0, le=1)
     validation_pairs: int = option(64, "rows kept out of training for validation", ge=0)
-    embedding: str = option("clip", "embedding of meaning: clip, clip-h, tiny, or a folder or hub id of a text encoder")
-    distances: Literal["measured", "data"] = option(
-        "measured", "distance of a winner from its prompt: measured in the embedding, or the data's column distance"
+    embedding: str = option(
+        "clip", "text embedding that distances are measured in: clip, clip-h, tiny, or a text encoder's folder or hub id"
     )
-    embed_batch: int = option(64, "texts embedded at a time", ge=1)
-    token_rewards: str | None = option(None, "a writer trained by DPO, whose log-ratios reward the tokens (TGDPO)")
+    distances: Literal["measured", "data"] = option(
+        "measured", "distances of winners from their prompts: measured in the embedding, or read from the data's column distance"
+    )
+    embed_batch: int = option(64, "batch size of the embedding", ge=1)
+    token_rewards: str | None = option(None, "writer trained by DPO whose log-ratios are the token rewards of TGDPO")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -56,11 +62,15 @@ class RewriteSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeSettings:
-    """How the arithmetic is done."""
+    """Precision, memory, and the tracker of metrics."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the model; log-likelihoods stay float32")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
-    tracker: str = option("tensorboard", "where metrics go, by Accelerate's name for it; none for the JSONL only")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "precision of the forward and backward pass; log-likelihoods stay float32"
+    )
+    gradient_checkpointing: bool = option(
+        False, "gradient checkpointing: recompute activations in the backward pass, with less memory and a third more time"
+    )
+    tracker: str = option("tensorboard", "tracker of metrics by Accelerate's name; none for the JSONL file alone")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -68,10 +78,10 @@ class ComputeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ShowSettings:
-    """Rewrites of held-out prompts, before and after training, for the card."""
+    """The held-out prompts whose rewrites before and after training are on the model card."""
 
-    prompts: str | None = option(None, "held-out prompts: a file or a set by name; none for nothing to show")
-    prompt_count: int = option(16, "how many of them", ge=1)
+    prompts: str | None = option(None, "held-out prompts: a file or a set by name; none for no rewrites on the card")
+    prompt_count: int = option(16, "number of held-out prompts", ge=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -79,7 +89,7 @@ class ShowSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PromptTrainSettings:
-    """A whole run. ``objective`` holds the settings of the objective."""
+    """The settings of a whole run. ``objective`` holds those of the objective."""
 
     model: str
     output: Path
@@ -101,17 +111,17 @@ class PromptTrainSettings:
 
 
 TOP_LEVEL = {
-    "model": "the writer to start from: a folder (of a run, too), a hub id, or tiny",
-    "base": "of a LoRA to start from: the model below it, if it is not where it was",
-    "pairs": "rewrites to learn from: a file, a folder, a hub id; or tiny, what the tiny world's people write, or prefer",
-    "output": "folder of the run",
-    "adapter": "train a LoRA or the whole model",
-    "seed": "seed of everything",
+    "model": "writer to start from: a folder (of a model, a LoRA or a run), a hub id, or tiny",
+    "base": "base model of a LoRA to start from, if it is not the one on record",
+    "pairs": "rewrites to learn from: a file, a folder or a hub id; or tiny, those of the tiny world's people",
+    "output": "output folder of the run",
+    "adapter": "what is trained: lora, or full for the whole model",
+    "seed": "random seed",
 }
 
 
 def sections(objective: type) -> dict[str, type]:
-    """The sections of a configuration for one objective, in the order they are shown."""
+    """The sections of a configuration for one objective, in the order in which they are printed."""
     from diffalign.train import LoopSettings
     from pipelines.optimizers import OptimizerSettings  # with all optimizers known to it
 
