@@ -1,7 +1,7 @@
-"""Writers: causal language models that rewrite prompts. Importing this is cheap.
+"""Writers: causal language models that rewrite prompts. Importing this package is cheap.
 
-``templates``: what a writer is shown of a prompt, and where its rewrite begins. ``encoding``: prompts and rewrites as token ids.
-``writer``: a model with its tokenizer and template, loaded, trained and saved. ``sampling``: several rewrites of each prompt.
+``templates``: the text around a prompt and its rewrite. ``encoding``: prompts and rewrites as token ids. ``writer``: a model with
+its tokenizer and template, loaded, trained and saved. ``sampling``: decoding several rewrites of each prompt.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["load_writer"]
 def load_writer(
     where: str | os.PathLike[str], *, dtype: str = "float32", template: str | None = None, base: str | None = None
 ) -> Writer:
-    """``Writer.load``: 'tiny', a folder, a hub id, or a LoRA's folder.
+    """Load a writer: ``tiny``, a folder, a hub id, or a LoRA's folder (``Writer.load``).
 
     Raises:
-        UserError: there is no such writer, or it is nothing this program can use.
+        UserError: there is no such writer, or it is no causal language model.
     """
     from pipelines.writers.writer import Writer
 

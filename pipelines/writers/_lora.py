@@ -28,11 +28,15 @@ def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence
     """Freeze ``model`` and add one trainable float32 adapter. The same seed gives the same adapter.
 
     Args:
+        rank: rank of the adapter, at least 1.
+        alpha: the adapter is scaled by alpha / rank; above 0.
         targets: ends of layers' names; ``all-linear`` for all but the output layer; None for PEFT's choice for the architecture,
             or all-linear where it has none.
+        dropout: dropout probability in the adapter, in [0, 1).
+        seed: random seed of the adapter's first weights.
 
     Raises:
-        UserError: a number out of range, or a target that matches no layer.
+        UserError: a number is out of range, or a target matches no layer.
     """
     with quietly():
         from peft import LoraConfig, inject_adapter_in_model
@@ -43,7 +47,7 @@ def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence
         r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=dropout, init_lora_weights=True, task_type="CAUSAL_LM"
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]), quietly():  # it warns of GPT-2's transposed layers and then does what is right
+    with torch.random.fork_rng(devices=[]), quietly():  # PEFT warns of GPT-2's transposed layers and then treats them correctly
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for parameter in model.parameters():
@@ -85,18 +89,18 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def layers_of(model: nn.Module) -> Layers:
-    """What the adapter that is attached does to each layer; nothing if there is none."""
+    """The weights of the attached adapter by layer; empty if there is none."""
     return peft_layers.layers_of(model, "The adapter")
 
 
 def config_of(model: nn.Module) -> Any:
-    """PEFT's configuration of the adapter that is attached."""
+    """PEFT's configuration of the attached adapter."""
     return copy.deepcopy(model.peft_config[ADAPTER])
 
 
 def config_for(layers: Layers, model: nn.Module) -> Any:
-    """PEFT's configuration of an adapter with these layers, whatever they came from."""
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weights lie the other way round
+    """PEFT's configuration of an adapter that consists of ``layers``."""
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight matrix is transposed
 
     modules = dict(model.named_modules())
     transposed = any(isinstance(getattr(modules[name], "base_layer", modules[name]), Conv1D) for name in layers)
@@ -104,7 +108,7 @@ def config_for(layers: Layers, model: nn.Module) -> Any:
 
 
 def write(layers: Layers, config: Any, folder: Path, base: str) -> None:
-    """Weights and configuration as PEFT's own ``save_pretrained`` lays them out: ``PeftModel.from_pretrained`` reads them."""
+    """Write weights and configuration into ``folder`` as PEFT's ``save_pretrained`` does."""
     from safetensors.torch import save_file
 
     weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in peft_layers.weights(layers).items()}
@@ -116,7 +120,7 @@ def write(layers: Layers, config: Any, folder: Path, base: str) -> None:
 
 
 def described(model: nn.Module) -> str:
-    """Rank, alpha and targets of the adapter that is attached."""
+    """Rank, alpha and targets of the attached adapter, as JSON."""
     config = model.peft_config[ADAPTER]
     targets = config.target_modules
     where = targets if isinstance(targets, str) else ", ".join(sorted(targets))

@@ -1,9 +1,9 @@
-"""What a person may call a writer, and how each kind is found and read.
+"""Find and read a writer by the name that a user gives.
 
-``tiny``; a folder that ``save_pretrained`` of Transformers or diffalign wrote; a hub id; or the folder of a LoRA that PEFT or
-diffalign wrote, on the base that it names. That base may be a LoRA itself (PEFT leaves it so): all of them are merged into the
-weights on loading, the innermost first, so that what is loaded is always one plain network. What was merged is kept as one LoRA,
-for the result of training on top of it to be one LoRA on the whole model: nothing else do other programs load.
+The name is ``tiny``; a folder that ``save_pretrained`` of Transformers or diffalign wrote; a hub id; or the folder of a LoRA that
+PEFT or diffalign wrote, on the base that it names. That base may be a LoRA itself, as PEFT allows: all LoRAs are merged into the
+weights on loading, the innermost first, so that a loaded writer is always one plain network. The merged LoRAs are kept as one, so
+that training on top of them results in one LoRA on the whole model, the only form that other programs load.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BESIDE, TRAINED_ON = "base_beside", "trained_on"
-"""In a LoRA's record: the way from its folder to its base's; and the LoRA that it was trained on top of and holds, too."""
+"""Fields of a LoRA's record: its base's folder relative to its own; and the LoRA that it was trained on top of and contains."""
 TINY = Path(__file__).parent.parent / "tiny" / "writer"
 _MORE_THAN_LORA = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
-"""Fields of PEFT's configuration that stand for changes of other form. DoRA and its like show in the layers."""
+"""Fields of PEFT's configuration for changes that a plain LoRA cannot hold. DoRA and its like show in the layers."""
 _KINDS = "a folder that save_pretrained of Transformers wrote, a LoRA's folder, a hub id (gpt2, or org/name) or 'tiny'"
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, UnpicklingError)
 
@@ -45,12 +45,12 @@ _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, Attribute
 class Origin:
     """Where a writer comes from: enough to read it again."""
 
-    name: str  # what to call it later, from any folder: "tiny", a hub id, or an absolute path
+    name: str  # a name that is valid in any working folder: "tiny", a hub id, or an absolute path
     place: str  # the folder or hub id that the whole model is read from
-    whole: str  # the same, by a name that holds from any folder
+    whole: str  # name of the whole model that is valid in any working folder
     adapters: tuple[str, ...] = ()  # folders of the LoRAs on it, in the order in which they are merged
-    template: Mapping[str, Any] | None = None  # on record
-    holds: str = ""  # of a LoRA: the one that it was trained on top of, and has in it or below it
+    template: Mapping[str, Any] | None = None  # the template on record
+    holds: str = ""  # the LoRA that this LoRA was trained on top of and contains; empty for none
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class Merged:
     """The LoRAs that were merged into a writer on loading, as one."""
 
     layers: Layers = field(default_factory=dict)
-    more: str = ""  # what of them is no plain LoRA, so that ``layers`` are not all; empty if nothing is
+    more: str = ""  # why ``layers`` do not hold all of the change: a part is no plain LoRA; empty if they do
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
 
 def find(where: str | os.PathLike[str], *, base: str | None = None) -> Origin:
-    """Work out what ``where`` is, reading nothing big.
+    """Find out what ``where`` is without reading weights.
 
     Args:
-        base: for a LoRA: its base model, where it is not the one on record.
+        base: base model of a LoRA, where it is not the one on record.
 
     Raises:
         UserError: there is no such thing, or it is no causal language model.
@@ -132,7 +132,7 @@ def _adapter(path: Path, called: str, base: str | None, above: tuple[str, ...]) 
 
 
 def _recorded(path: Path, note: Mapping[str, Any]) -> str | None:
-    """The base that ``note_of`` named: where it was, or else where it lies as seen from the LoRA, if both were moved."""
+    """The base that ``note_of`` recorded: its path, or its path relative to the LoRA if both were moved."""
     name, beside = note.get("base_model"), note.get(BESIDE)
     if name and beside and not os.path.exists(name) and (path / beside).is_dir():
         return str((path / beside).resolve())
@@ -140,7 +140,7 @@ def _recorded(path: Path, note: Mapping[str, Any]) -> str | None:
 
 
 def note_of(base: str, holds: str, folder: Path) -> dict[str, Any]:
-    """What a LoRA's record in ``folder`` says of the whole model ``base`` and of the LoRA that it ``holds``, if any."""
+    """The fields of a LoRA's record in ``folder`` for the whole model ``base`` and the LoRA that it ``holds``, if any."""
     note: dict[str, Any] = {"base_model": base}
     if os.path.isabs(base):
         note[BESIDE] = os.path.relpath(os.path.realpath(base), folder.resolve())
@@ -150,7 +150,7 @@ def note_of(base: str, holds: str, folder: Path) -> dict[str, Any]:
 
 
 def is_writer(where: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds what a run of a writer leaves at its end, or a LoRA of a language model by PEFT itself."""
+    """Whether a folder holds the result of a writer's training run, or PEFT's LoRA of a causal language model."""
     path = Path(where).expanduser()
     if (path / LORA_FILE).is_file():  # some image models have an ADAPTER_CONFIG beside it
         return False
@@ -215,14 +215,14 @@ def _has(name: str, file: str, download: Any) -> bool:
 
 
 def read(origin: Origin, dtype: torch.dtype) -> tuple[PreTrainedModel, Any, Merged]:
-    """The model in evaluation mode, on the CPU, with all LoRAs merged; the tokenizer; and what was merged.
+    """The model on the CPU, in evaluation mode, with all LoRAs merged; its tokenizer; and the LoRAs that were merged.
 
     Raises:
         UserError: a part is missing, incomplete or unreadable, or the model is no causal language model.
     """
     import torch
 
-    # an update of a LoRA is lost where it is smaller than half a step of bfloat16: merged in float32, rounded once
+    # a LoRA's update smaller than half a step of bfloat16 would be lost: merge in float32 and round once
     model, merged = _model(origin.place, torch.float32 if origin.adapters else dtype), Merged()
     for folder in origin.adapters:
         model, merged = _with(model, merged, folder, origin.place)
@@ -256,12 +256,12 @@ def _is_causal(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    # BERT and its kin are in both: they read both ways unless told otherwise
+    # BERT and its relatives are in both mappings: they attend in both directions by default
     return config.model_type in CAUSAL and not config.is_encoder_decoder and config.model_type not in MASKED
 
 
 def _with(model: PreTrainedModel, merged: Merged, folder: str, base: str) -> tuple[PreTrainedModel, Merged]:
-    """``model`` with the LoRA of ``folder`` in its weights; and ``merged`` and that LoRA as one, as far as that goes."""
+    """``model`` with the LoRA of ``folder`` merged into its weights; and ``merged`` and that LoRA as one LoRA, if possible."""
     from safetensors import SafetensorError
 
     with quietly():
@@ -288,18 +288,21 @@ def _joined(merged: Merged, carrying: PeftModel, folder: str) -> Merged:
         if odd:
             raise UserError(f"{called} is more than a plain LoRA ({', '.join(odd)}), which cannot be used here.")
         layers = peft_layers.layers_of(carrying.get_base_model(), called)
-    except UserError as error:  # such a writer can be used; only a LoRA cannot be put on top of it
+    except UserError as error:  # such a writer can be used, but no LoRA can be trained on top of it
         return replace(merged, more=merged.more or str(error))
     return replace(merged, layers=low_rank.joined({"": merged.layers}, {"": layers})[""])
 
 
 def rows_of(model: PreTrainedModel) -> int:
-    """How many tokens the model has embeddings of."""
+    """The number of tokens that the model has embeddings of."""
     return model.get_input_embeddings().weight.shape[0]
 
 
 def _refuse_another_tokenizer(origin: Origin, tokenizer: Any, rows: int) -> None:
-    """Of a pad token nothing is asked: many add one and leave the model as it is (``Encoding.pad`` takes another then)."""
+    """Raise UserError if the tokenizer has tokens that the model does not.
+
+    The pad token is exempt: many tokenizers have one that their model lacks, and ``Encoding.pad`` then takes another.
+    """
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != tokenizer.pad_token]
     if beyond:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The card of a trained writer: what it is, how it is asked, and how it was made."""
+"""The model card of a trained writer: what it is, how to use it, and how it was trained."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipelines.writers.writer import Writer
 
 
 def write(settings: PromptTrainSettings, summary: Mapping[str, Any], curves: Path | None, paper: str, writer: Writer) -> Path:
-    """Write ``README.md`` into the run's folder. Absolute paths are cut to their last part: a card is meant to be given away.
+    """Write ``README.md`` into the run's folder. Absolute paths are cut to their last part, as a card is for others to read.
 
     Raises:
-        UserError: it could not be written; an older one stays.
+        UserError: the card could not be written; an older one stays.
     """
     base, kind = public(settings.model), "LoRA of the" if settings.adapter == "lora" else "version of the"
     name = summary["objective"]
@@ -45,7 +45,7 @@ def write(settings: PromptTrainSettings, summary: Mapping[str, Any], curves: Pat
 
 def _with_diffalign(settings: PromptTrainSettings, summary: Mapping[str, Any]) -> str:
     measured = summary["weights"] is not None and settings.data.distances == "measured"
-    embedding = public(settings.data.embedding) if measured else None  # the one that training measured meaning in
+    embedding = public(settings.data.embedding) if measured else None  # the one that training measured distances in
     return (
         "```python\nfrom pipelines.writers.optimizer import PromptOptimizer\n\n"
         f"optimizer = PromptOptimizer.from_pretrained({_name(settings)!r}, embedding={embedding!r})\n"
@@ -54,7 +54,7 @@ def _with_diffalign(settings: PromptTrainSettings, summary: Mapping[str, Any]) -
 
 
 def _without_diffalign(settings: PromptTrainSettings, writer: Writer) -> str:
-    """The same ids go in and the same come out as here: the text around a prompt, and where to stop."""
+    """A program that gives the same token ids to the model as diffalign and stops at the same ids."""
     encoding, template, name = writer.encoding(), writer.template, _name(settings)
     lora = settings.adapter == "lora"
     cls, package = ("AutoPeftModelForCausalLM", "peft") if lora else ("AutoModelForCausalLM", "transformers")

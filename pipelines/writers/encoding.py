@@ -1,11 +1,11 @@
-"""Prompts and rewrites as token ids, the same for training and for writing.
+"""Prompts and rewrites as token ids, the same in training and in decoding.
 
-A prompt is encoded by itself, so that a writer at work sees the very ids it was trained on. Its rewrite is what the whole text
-adds to them; where the tokenizer would join the two at the seam it is encoded by itself. The begin mark comes once, if the
-tokenizer adds one or a chat template writes it; the end mark comes once, at the end of the rewrite.
+A prompt is encoded by itself, so that decoding starts from the very ids of training. The ids of its rewrite are those that the
+whole text adds; where the tokenizer would merge the two at the boundary, the rewrite is encoded by itself. The begin mark comes
+once, if the tokenizer adds one or a chat template writes it; the end mark comes once, at the end of the rewrite.
 
 Nothing is ever cut. A rewrite that is too long would lose its end, and the writer would learn not to stop; a prompt that is too
-long would lose its place in the template. Such a row is a ``UnusableRow``, for the caller to report and to leave out.
+long would lose the template's text after it. Such a row is an ``UnusableRow``, for the caller to report and to leave out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipelines.writers.templates import Template, clean, marks_of
 Ids = list[int]
 Kind = Literal["empty", "mark in text", "prompt too long", "rewrite too long", "no gold"]
 SHOWN = 60
-"""Characters of a text in a message."""
+"""Most characters of a text that a message shows."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt and rewrites of it, by whatever name the caller gave each."""
+    """A prompt and its rewrites as token ids; the caller names the rewrites."""
 
     prompt: Ids
     rewrites: Mapping[str, Ids]  # each with its end mark
@@ -33,9 +33,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class UnusableRow:
-    """Why a row cannot be used."""
+    """A row that cannot be used, and why."""
 
-    origin: str  # where the row stands
+    origin: str  # file and row, for messages
     kind: Kind
     message: str
 
@@ -47,13 +47,13 @@ class Encoding:
     """A tokenizer with a template and limits, in tokens.
 
     Args:
-        context: how many tokens the model can read; None if there is no limit.
-        max_prompt_tokens: the most a prompt may take, its template included; None: what the context leaves.
-        max_rewrite_tokens: the most a rewrite may take, its end mark included; None: what the context leaves.
-        known: how many tokens the model has embeddings of; None: all of the tokenizer's.
+        context: most tokens that the model can read, prompt and rewrite together; None if there is no limit.
+        max_prompt_tokens: most tokens of a prompt, its template included; None: what the context leaves.
+        max_rewrite_tokens: most tokens of a rewrite, its end mark included; None: what the context leaves.
+        known: number of tokens that the model has embeddings of; None: all of the tokenizer's.
 
     Raises:
-        UserError: there is nothing that could end a rewrite, or a limit that leaves no room.
+        UserError: the tokenizer has no token that ends a rewrite, or a limit leaves no room.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Encoding:
         self.end = self._end_mark()
 
     def _begin_marks(self) -> Ids:
-        """Ids that come before the template's text; nothing where the text has the begin mark itself."""
+        """The ids before the template's text; none where the text has the begin mark itself."""
         bos = self._tokenizer.bos_token
         in_text = self.template.has_marks or (bos and self.template.before.startswith(bos))
         return [] if in_text else _begin_marks(self._tokenizer)
@@ -93,24 +93,24 @@ class Encoding:
 
     @property
     def ends(self) -> list[int]:
-        """Ids at which writing stops: the mark of a rewrite's end, and the tokenizer's if that is another."""
+        """The ids at which decoding stops: the end mark of a rewrite, and the tokenizer's if that is another."""
         eos = self._tokenizer.eos_token_id
         return [self.end] if eos in (None, self.end) else [self.end, eos]
 
     @property
     def pad(self) -> int:
-        """An id to fill up with, one that the model knows; nothing looks at it."""
+        """An id for padding that the model has an embedding of; the attention mask hides it."""
         pad = self._tokenizer.pad_token_id
         return self.end if pad is None or (self._known is not None and pad >= self._known) else pad
 
     # ---------------------------------------------------------------------------------------------------------- texts
 
     def prompt(self, prompt: str) -> Ids:
-        """What the model sees before it writes."""
+        """The ids of a prompt with the template's text around it."""
         return [*self.begin, *self._ids(self.template.prompt_text(prompt))[0]]
 
     def rewrite(self, prompt: str, rewrite: str) -> Ids:
-        """What it should write, with one end mark."""
+        """The ids of a rewrite of ``prompt``, with one end mark."""
         before, after = self.template.prompt_text(prompt), self.template.rewrite_text(rewrite)
         return self._added(*self._ids(before, before + after), after)
 
@@ -119,7 +119,7 @@ class Encoding:
         return ids if self.template.closing else [*ids, self.end]
 
     def text(self, ids: Iterable[int]) -> str:
-        """The rewrite that ``ids`` spell, as far as the first end mark."""
+        """The text of a rewrite's ``ids``, up to the first end mark."""
         kept = []
         for token in ids:
             if token in self.ends:
@@ -128,17 +128,17 @@ class Encoding:
         return clean(self._tokenizer.decode(kept, skip_special_tokens=True))
 
     def _ids(self, *texts: str) -> list[Ids]:
-        # not verbose: "longer than the maximum length" is what the limits here are for
+        # not verbose: the tokenizer would warn of texts beyond its maximum length, which are refused here
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
     def row(self, origin: str, prompt: str, rewrites: Mapping[str, str]) -> Encoded | UnusableRow:
-        """A prompt with its rewrites, or what is wrong with one of them.
+        """Encode a prompt with its rewrites, or say why the row cannot be used.
 
         Args:
-            origin: where the row stands, for messages.
-            rewrites: texts by name ("chosen", "rejected", say).
+            origin: file and row, for messages.
+            rewrites: texts by name, such as "chosen" and "rejected".
         """
         for name, text in {"prompt": prompt, **rewrites}.items():
             if problem := self._unfit(name, text):
@@ -163,10 +163,10 @@ class Encoding:
         return Encoded(ids, encoded)
 
     def for_writing(self, prompt: str) -> Ids:
-        """The ids of a prompt that is to be rewritten now.
+        """The ids of a prompt that is to be rewritten.
 
         Raises:
-            UserError: it is empty, has a special token's text in it, or leaves no room for ``max_rewrite_tokens``.
+            UserError: the prompt is empty, has a special token's text in it, or leaves no room for ``max_rewrite_tokens``.
         """
         if why := self.unwritable(prompt):
             raise UserError(f"A prompt cannot be rewritten: {why}.")
@@ -208,7 +208,7 @@ def _check(context: int | None, prompt: int | None, rewrite: int | None) -> None
 
 
 def _begin_marks(tokenizer: Any) -> Ids:
-    """What the tokenizer puts before every text; usually nothing or the begin mark."""
+    """The ids that the tokenizer puts before every text; usually none or the begin mark."""
     with_marks, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     for start in range(len(with_marks) - len(bare) + 1):
         if with_marks[start : start + len(bare)] == bare:

@@ -1,6 +1,6 @@
-"""What a long job has found so far: a file of JSON lines that it goes on from when it was cut off.
+"""The results of a long job so far, as a file of JSON lines that an interrupted job continues from.
 
-The first line says what the job is. A line is whole or not there: what was cut off in the middle does not count.
+The first line identifies the job. A last line that was not written to its end is ignored and overwritten.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 
 class Lines:
-    """The lines of the job ``purpose``, kept in ``path``."""
+    """The lines of the job that ``purpose`` identifies, kept in ``path``."""
 
     def __init__(self, path: Path, purpose: str) -> None:
         self.path, self._head = path, json.dumps({"purpose": purpose})
 
     def foreign(self) -> bool:
-        """Whether there is a file of another job."""
+        """Whether the file exists and belongs to another job."""
         if not self.path.exists():
             return False
         first = self.path.read_bytes().split(b"\n", 1)
         return len(first) == 2 and first[0].decode("utf-8", "replace") != self._head
 
     def read(self) -> list[Any]:
-        """What was added, in order; nothing without a file."""
+        """The values that were added, in order; none if there is no file."""
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")[1:-1]  # the last is empty, or cut off
@@ -34,7 +34,7 @@ class Lines:
 
     @contextmanager
     def adding(self) -> Iterator[Callable[[Any], None]]:
-        """A function that adds a line, which is on disk when it returns."""
+        """A function that adds a value; its line is handed to the operating system when the function returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1

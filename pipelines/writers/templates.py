@@ -1,9 +1,9 @@
-"""What a writer is shown of a prompt, and where its rewrite begins.
+"""The text around a prompt and around its rewrite, for a writer to read and to write.
 
 ``rephrase`` is Promptist's (Hao et al. 2022, arXiv 2212.09611): "{prompt} Rephrase:" and the rewrite after a space. ``chat`` is
 whatever the tokenizer's own chat template makes of an instruction, ours or the user's, and of a system turn where one is given,
 with the rewrite as the assistant's turn. Both, and a text of the user's own, come out as fixed strings: they are kept with a
-trained writer, so that it is shown tomorrow what it was trained on, also where a chat template prints the date.
+trained writer, so that it always reads the text that it was trained on, also where a chat template prints the date.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INSTRUCTION = (
 )
 NAMES = ("auto", "rephrase", "chat")
 _PROMPT, _REWRITE = "qqpromptqq", "qqrewriteqq"
-"""Stand for the texts in a chat template that is tried out: words that no template writes itself, and that none would change."""
+"""Placeholders for the texts when a chat template is rendered: words that no template writes itself or changes."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,30 @@ class Template:
     """The text around a prompt and around its rewrite."""
 
     name: str
-    before: str  # the prompt
-    after: str  # the prompt; the rewrite's own text begins where this ends
-    lead: str  # of the rewrite, a space at most: byte-level BPE has it inside a word's first token
-    closing: str  # ends in the mark that ends a rewrite; empty: the tokenizer's end mark
-    has_marks: bool  # whether ``before`` has the begin mark if there is to be one; else the tokenizer adds its own
+    before: str  # text before the prompt
+    after: str  # text after the prompt; the rewrite follows it
+    lead: str  # text before the rewrite, at most a space: byte-level BPE has it inside a word's first token
+    closing: str  # text after the rewrite, which ends in its end mark; empty: the tokenizer's end mark
+    has_marks: bool  # whether ``before`` holds the begin mark, if one is wanted; else the tokenizer adds its own
 
     def prompt_text(self, prompt: str) -> str:
-        """What the writer sees before it begins to write."""
+        """The text that the writer reads before it writes."""
         return self.before + clean(prompt) + self.after
 
     def rewrite_text(self, rewrite: str) -> str:
-        """What it should write, the end mark included where the template has one."""
+        """The text that the writer should write, with the template's end mark if it has one."""
         return self.lead + clean(rewrite) + self.closing
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values, for ``from_record``."""
+        """The template as plain values, for ``from_record``."""
         return asdict(self)
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Template:
-        """What ``as_record`` gave.
+        """The template of a record that ``as_record`` made.
 
         Raises:
-            UserError: it is none.
+            UserError: ``record`` is none.
         """
         try:
             return Template(**record)
@@ -62,22 +62,24 @@ class Template:
 
 
 def clean(text: str) -> str:
-    """Without white space at the ends, and with one space where there is white space inside: line breaks mean nothing to a
-    text encoder."""
+    """``text`` without white space at its ends, and with one space for any white space inside.
+
+    Line breaks mean nothing to a text encoder.
+    """
     return " ".join(text.split())
 
 
 def template_for(choice: str, tokenizer: Any, instruction: str | None = None, system: str | None = None) -> Template:
-    """The template of a name, or of a text with ``{prompt}`` in it.
+    """The template for ``choice``: ``rephrase``, ``chat``, ``auto``, or a text with ``{prompt}`` in it.
 
     Args:
         choice: ``auto`` is ``chat`` where the tokenizer has a chat template, else ``rephrase``.
-        instruction: of ``chat``: the user's turn, with ``{prompt}`` in it; None is ``INSTRUCTION``.
-        system: of ``chat``: the system's turn; None for none, which some chat templates fill with a text of their own.
+        instruction: user turn of ``chat``, with ``{prompt}`` in it; None is ``INSTRUCTION``.
+        system: system turn of ``chat``; None for no such turn, which some chat templates fill with a text of their own.
 
     Raises:
-        UserError: another word; a text with several places for the prompt; ``chat`` with a tokenizer that has no chat template,
-            or one that cannot be used; an instruction without a place for the prompt, or one for another template.
+        UserError: ``choice`` is another word or has several places for the prompt; the tokenizer has no chat template that can be
+            used for ``chat``; an instruction has no place for the prompt, or the template is not ``chat``.
     """
     own = instruction is not None or system is not None
     if choice == "auto":
@@ -97,7 +99,7 @@ def template_for(choice: str, tokenizer: Any, instruction: str | None = None, sy
 
 def _text(name: str, text: str) -> Template:
     before, _, after = text.partition(PLACE)
-    after = after.rstrip(" ")  # a prompt that ends in a space would leave the rewrite's first word without the one it is used to
+    after = after.rstrip(" ")  # the space before the rewrite's first word belongs to that word's token
     return Template(name, before, after, lead="" if after[-1:].isspace() else " ", closing="", has_marks=False)
 
 
@@ -121,7 +123,7 @@ def _chat(tokenizer: Any, instruction: str, system: str | None) -> Template:
             "to train a writer; use the template 'rephrase'."
         )
     answer, _, rest = whole.partition(_REWRITE)
-    shown = answer if answer.startswith(opened) else opened  # a header that only a finished turn has belongs to the prompt, too
+    shown = answer if answer.startswith(opened) else opened  # a header that only finished turns have belongs to the prompt, too
     lead = shown[len(shown.rstrip(" ")) :]
     before, _, after = shown.rstrip(" ").partition(_PROMPT)
     return Template("chat", before, after, lead, _up_to_first_mark(rest, tokenizer), has_marks=True)
@@ -131,23 +133,23 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> st
     from jinja2 import TemplateError
 
     try:
-        # without the thoughts that reasoning models begin with; other templates do not know the word and ignore it
+        # without the thoughts that reasoning models begin with; other templates ignore the option
         return tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False, **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"The tokenizer's chat template cannot be used ({error}); use the template 'rephrase'.") from error
 
 
 def _up_to_first_mark(text: str, tokenizer: Any) -> str:
-    """``text`` as far as the first special token in it, or nothing where there is none.
+    """``text`` up to and with its first special token; empty if it has none.
 
-    This mark ends a turn, and need not be the tokenizer's end mark: Qwen2.5's base models end a text with another.
+    That token ends a turn, and need not be the tokenizer's end mark: Qwen2.5's base models end a text with another.
     """
     ends = [text.index(mark) + len(mark) for mark in marks_of(tokenizer) if mark in text]
     return text[: min(ends)] if ends else ""
 
 
 def marks_of(tokenizer: Any) -> list[str]:
-    """The special tokens, as texts: what a prompt or a rewrite must not contain."""
+    """The texts of the special tokens, which a prompt or a rewrite must not contain."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     unknown = {tokenizer.unk_token} if tokenizer.unk_token != tokenizer.eos_token else set()  # GPT-2 has one for all
     return sorted(mark for mark in (added | set(tokenizer.all_special_tokens)) - unknown if mark.strip())
