@@ -1,17 +1,17 @@
-"""What Sem-DPO is worth on the tiny world: faithfulness against taste, at the same data and budget, over alpha.
+"""Measure Sem-DPO on the tiny world: faithfulness against taste over alpha, with the same data and budget.
 
     python benchmarks/prompts.py --out runs/prompts [--seeds 0 1 2] [--alphas 0 0.5 1 2 5 10]
     python benchmarks/prompts.py --out runs/prompts --report
-    python benchmarks/prompts.py --out runs/normalised --normalise step --seeds 0       (or --pairs FILE: what else is a choice)
+    python benchmarks/prompts.py --out runs/normalised --normalise step --seeds 0       (or --pairs FILE)
 
 The writer after SFT (on what the tiny world's people write, half of whom change what the prompt said) proposed the rewrites of
 the shipped pairs (``pipelines/tiny/shipped.py`` says how they were made). People who weigh style nine to one against content
 chose, so that more than a third of the preferred rewrites mean something else. From the same pairs, by the same number of steps,
 come DPO (alpha = 0) and Sem-DPO.
 
-Measured on captions of the test split, against the prompt that was typed: the oracle's taste and faithfulness, the win rate over
-the plain prompt by the world's own people (equal weights, whom no training saw), the distance, and best-of-n for comparison.
-Every run's numbers are kept in ``OUT/results``; what is there is not run again.
+Measured on captions of the test split, for the prompt that was typed: the oracle's taste and faithfulness, the win rate over the
+plain prompt by the world's own people (who weigh both alike, and whom no training saw), the distance, and best-of-n for
+comparison. The numbers of every run are kept in ``OUT/results``; a run whose numbers are there is not repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def scorer(judge: dict[str, Any], pictures: int, seed: int) -> Any:
 
 
 def sft(folder: Path) -> Path:
-    """The writer that everything starts from."""
+    """Train the writer by SFT that all other runs start from."""
     from pipelines.writers.training import train_writer
 
     output = folder / "sft"
@@ -51,7 +51,7 @@ def sft(folder: Path) -> Path:
 
 
 def train(alpha: float, seed: int, folder: Path, **more: Any) -> Path:
-    """A writer by Sem-DPO at one alpha; 0 is DPO."""
+    """Train a writer by Sem-DPO with one alpha; 0 is DPO."""
     from pipelines.writers.training import train_writer
 
     output = folder / "models" / f"alpha{alpha:g}-{seed}"
@@ -61,7 +61,7 @@ def train(alpha: float, seed: int, folder: Path, **more: Any) -> Path:
 
 
 def measure(writer: Path | None, seed: int, best_of: int = 1) -> dict[str, Any]:
-    """One number for each picture, or each prompt, of one writer; of the plain prompts for None."""
+    """Numbers for each picture, or each prompt, of one writer; None measures the plain prompts."""
     from pipelines.semantics import distance, load_embedding
     from pipelines.tiny import scenes
     from pipelines.writers.sampling import Decoding, candidates
@@ -87,14 +87,14 @@ def measure(writer: Path | None, seed: int, best_of: int = 1) -> dict[str, Any]:
 
 
 def _best(prompts: list[str], drawn: list[list[str]]) -> list[str]:
-    """By the judge that training had, on a picture of each that the measurement does not use."""
+    """The best rewrite of each prompt by the judge of the training data, on pictures that the measurement does not use."""
     rows = [(prompt, text) for prompt, texts in zip(prompts, drawn, strict=True) for text in texts]
     scores = scorer(JUDGE, 1, CAPTION_SEED + 1).scores([p for p, _ in rows], [t for _, t in rows])["oracle"]
     return [texts[int(np.argmax(of_prompt))] for texts, of_prompt in zip(drawn, scores.reshape(len(prompts), -1), strict=True)]
 
 
 def run(alphas: Sequence[float], seeds: Sequence[int], folder: Path, **more: Any) -> None:
-    """Everything that has no result yet."""
+    """Train and measure every run that has no result yet."""
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
 
@@ -133,7 +133,7 @@ def row(name: str, results: list[dict[str, Any]], plain: dict[str, Any]) -> dict
 
 
 def report(folder: Path, alphas: Sequence[float]) -> None:
-    """``prompts.md`` and ``prompts.png``."""
+    """Write ``prompts.md`` and ``prompts.png``."""
     plain = json.loads((folder / "results" / "plain.json").read_text())
     rows = [row("plain", [plain], plain)]
     named = [("SFT", "sft"), (f"SFT, best of {BEST_OF} by the judge", "sft-best")]
@@ -160,7 +160,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def against_dpo(rows: list[dict[str, Any]]) -> str:
-    """What each alpha gives up and saves."""
+    """How much taste each alpha gives up, and how much faithfulness it saves."""
     means = {r["name"]: {key: float(np.mean(r[key])) for key in ("taste", "faithfulness")} for r in rows}
     if "DPO" not in means:
         return ""
@@ -198,9 +198,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0, 5.0, 10.0])
-    parser.add_argument("--normalise", default="none", help="of the weights: none, step, data; give it an --out of its own")
-    parser.add_argument("--pairs", default="tiny", help="other pairs, as `prompts build --candidates 4` makes; the same")
-    parser.add_argument("--report", action="store_true", help="only the report")
+    parser.add_argument(
+        "--normalise", default="none", help="normalisation of the weights: none, step or data; needs an --out of its own"
+    )
+    parser.add_argument("--pairs", default="tiny", help="pairs to learn from, of `prompts build`; needs an --out of its own")
+    parser.add_argument("--report", action="store_true", help="write the report only")
     args = parser.parse_args()
     if not args.report:
         run(args.alphas, args.seeds, args.out, normalise=args.normalise, pairs=args.pairs)

@@ -1,13 +1,13 @@
-"""Preferences between rewrites of a prompt, and pairs of plain and expanded prompts, as files that somebody has.
+"""Read and write preferences between rewrites of a prompt, and pairs of plain and expanded prompts.
 
     table = read_rewrites("pairs.jsonl")
     table[0].prompt, table[0].chosen, table[0].rejected
 
 Rows come from JSON, JSON lines, CSV, TSV, Parquet, a data set saved on disk, or one of the hub. Texts may be plain, or
-conversations as TRL has them (lists of turns with role and content): then the last turn of the user is the prompt and the last
-one of the assistant the rewrite; how many conversations have more turns, which are not read, is said, and how many of these have
-a system's. Of a row that cannot be used the place and the reason are kept; a pair of twice the same rewrite teaches nothing and
-is left out, as is a row that was there before. Both are counted.
+conversations in TRL's form (lists of turns with role and content): then the user's last turn is the prompt and the assistant's
+last turn the rewrite. Conversations with more turns, which are not read, are counted, as are those of them with a system turn.
+Rows that cannot be used are kept as problems, each with its place and the reason. A pair of two equal rewrites teaches nothing
+and is left out, as is a row that repeats an earlier one; both are counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffalign.written_aside import write_file
 from reward_models._pictures import ENDINGS as PICTURES
 
 ENDINGS = (".jsonl", ".ndjson", ".parquet")
-"""Of files that ``write_rewrites`` writes."""
+"""Endings of the files that ``write_rewrites`` writes."""
 FORMS = (
     "a .jsonl, .json, .csv, .tsv or .parquet file",
     "a folder of parquet shards",
@@ -50,7 +50,7 @@ class RewritePair:
     label: float = 1.0  # probability that ``chosen`` is preferred, in [1/2, 1]
     weight: float = 1.0  # factor on the pair's loss, >= 0
     distance: float | None = None  # 1 - cos between prompt and ``chosen``, in [0, 2]
-    chosen_score: float | None = None  # a judge's
+    chosen_score: float | None = None  # a judge's score, larger is better
     rejected_score: float | None = None
     gold: str | None = None  # a reference rewrite, better than both
     origin: str = field(default="", compare=False)  # file and row, for messages
@@ -63,7 +63,7 @@ class RewritePair:
 
 @dataclass(frozen=True)
 class Expansion:
-    """A plain prompt and what somebody made of it, to be imitated."""
+    """A plain prompt and a rewrite of it to be imitated."""
 
     prompt: str
     rewrite: str
@@ -81,8 +81,8 @@ class RewriteTable(Generic[Row]):
 
     rows: tuple[Row, ...]
     where: str
-    left_out: Mapping[str, int]  # how many rows, by reason: ties, identical, repeated, unwanted, unusable
-    problems: tuple[RowProblem, ...]  # of each unusable row its place and reason
+    left_out: Mapping[str, int]  # number of rows by reason: ties, identical, repeated, unwanted, unusable
+    problems: tuple[RowProblem, ...]  # place and reason of each unusable row
     multi_turn: int = 0  # conversations with turns before the user's last, which are not read
     system_turns: int = 0  # those of them with a system turn
 
@@ -97,7 +97,7 @@ class RewriteTable(Generic[Row]):
 
     @property
     def description(self) -> str:
-        """One line: where the data are, how many, and what was left out."""
+        """A line for the terminal: the data's place, the number of rows, and what was left out."""
         left = "".join(f", {n} {why} left out" for why, n in self.left_out.items() if n)
         first = f" (the first: {self.problems[0]})" if self.problems else ""
         turns = f"; of {self.multi_turn} conversations only the last turns are read" if self.multi_turn else ""
@@ -107,7 +107,7 @@ class RewriteTable(Generic[Row]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that training sees of the rows, however they are stored."""
+        """The sha256 of everything that training sees of the rows, whatever their form of storage."""
         sha = hashlib.sha256()
         for row in self.rows:
             sha.update(json.dumps(_seen(row)).encode())
@@ -162,7 +162,7 @@ _EXPANSIONS = _Form(
 
 
 class _Rows(Protocol):
-    """As ``diffalign.data.table.Rows``, of which less is needed here."""
+    """The part of ``diffalign.data.table.Rows`` that is needed here."""
 
     columns: tuple[str, ...]
     description: str
@@ -180,14 +180,18 @@ class _Rows(Protocol):
 def read_rewrites(
     where: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train", ties: str = "keep"
 ) -> RewriteTable[RewritePair]:
-    """Preferences between rewrites: a file, a folder, or the id of a data set on the hub.
+    """Read preferences between rewrites.
 
-    ``columns`` says which column plays a role (``{"prompt": "text", "gold": "best"}``) where the names differ from the usual
-    ones; columns without a role become ``provenance``. A ``label`` below 1/2 turns the pair round. ``ties="drop"`` leaves out
-    pairs with label 1/2.
+    Columns without a role become ``provenance``. A ``label`` below 1/2 swaps the two rewrites of a pair.
+
+    Args:
+        where: a file, a folder, or the id of a data set on the hub.
+        columns: names of columns by role (``{"prompt": "text", "gold": "best"}``), where they differ from the usual ones.
+        split: split of a data set that has several.
+        ties: ``keep`` pairs with label 1/2, or ``drop`` them.
 
     Raises:
-        UserError: an unknown place, split, column or form of data, or no row that can be used.
+        UserError: the place, split, a column or the form of the data is unknown, or no row can be used.
     """
     if ties not in TIES:
         raise UserError(f"ties is {ties!r}; it must be one of {', '.join(TIES)}.")
@@ -197,19 +201,22 @@ def read_rewrites(
 def read_expansions(
     where: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train"
 ) -> RewriteTable[Expansion]:
-    """Prompts with one rewrite each, for supervised fine-tuning; of preferences the preferred rewrite.
+    """Read prompts with one rewrite each, for supervised fine-tuning; preferences give their preferred rewrite.
 
-    The column is called ``rewrite``, ``completion`` or ``chosen``, say, or ``messages`` where it is a conversation. Rows that a
-    ``label`` below 1/2 calls unwanted are left out.
+    The column of rewrites is called ``rewrite``, ``completion`` or ``chosen``, say, or ``messages`` for conversations. Without a
+    column of rejected rewrites, rows with a ``label`` below 1/2 are left out.
+
+    Args:
+        where, columns, split: see ``read_rewrites``.
 
     Raises:
-        UserError: as ``read_rewrites``.
+        UserError: see ``read_rewrites``.
     """
     return _table(where, split, columns or {}, _EXPANSIONS, _expansion)
 
 
 class _LeftOut(Exception):
-    """A row that is as it should be and still not used; the message is the reason."""
+    """A valid row that is not used; the message is the reason."""
 
 
 def _table(
@@ -251,8 +258,10 @@ def _table(
 
 
 def _refuse_pictures(table: RewriteTable) -> None:
-    """Raises ``UserError`` for preferences between pictures: they have the columns of preferences between rewrites, and a writer
-    would learn to write names of files."""
+    """Raise ``UserError`` for preferences between pictures.
+
+    They have the columns of preferences between rewrites, and a writer would learn to write names of files.
+    """
     texts = [row.rewrite if isinstance(row, Expansion) else row.chosen for row in table]
     named = [text for text in texts if Path(text).suffix.lower() in PICTURES]
     if 2 * len(named) > len(texts):
@@ -269,7 +278,7 @@ def _parsed(
     others: Sequence[str],
     parse: Callable[[Mapping[str, Any], Mapping[str, str]], Row],
 ) -> tuple[Row, Mapping[str, Any]]:
-    """A row, and the cells that it was made of: each is read once, for readers are quick only with the same columns."""
+    """A row, and the cells that it was made of: they are read together, as readers are fast only with the same columns."""
     cells = rows.row(index, (*dict.fromkeys(names.values()), *others))
     try:
         row = parse({role: cells.get(name) for role, name in names.items()}, names)
@@ -279,7 +288,7 @@ def _parsed(
 
 
 def _names(rows: _Rows, form: _Form, columns: Mapping[str, str]) -> dict[str, str]:
-    """Column name of every role that has one; a name given by the user comes before the usual ones."""
+    """The column of every role that has one; a name given by the user takes precedence over the usual ones."""
     check_columns(columns, form.roles, rows)
     names = {}
     for role, usual in form.roles.items():
@@ -344,7 +353,10 @@ def _expansion(cells: Mapping[str, Any], names: Mapping[str, str]) -> Expansion:
 
 
 def _prompt(cells: Mapping[str, Any], names: Mapping[str, str], role: str, or_else: str | None = None) -> str:
-    """The prompt's column, or the user's part of a conversation; ``or_else`` where that has none."""
+    """The prompt: the cell of its column, or the user's last turn of the conversation of ``role``.
+
+    A conversation without a turn of the user gives ``or_else``, if that is not None.
+    """
     if "prompt" in names:
         return _text(cells["prompt"], names["prompt"], "user")
     turns = _turns(cells[role])
@@ -356,7 +368,11 @@ def _prompt(cells: Mapping[str, Any], names: Mapping[str, str], role: str, or_el
 
 
 def _text(cell: Any, name: str, speaker: str) -> str:
-    """A cell as text, of a conversation the speaker's last turn. Raises ``ValueError`` with the reason."""
+    """A cell's text; the speaker's last turn if it is a conversation.
+
+    Raises:
+        ValueError: there is no text; the message says why.
+    """
     turns = _turns(cell)
     if turns is not None:
         said = [turn["content"] for turn in turns if turn["role"] == speaker]
@@ -373,7 +389,7 @@ def _text(cell: Any, name: str, speaker: str) -> str:
 
 
 def _turns(cell: Any) -> list[Mapping[str, Any]] | None:
-    """The turns of a conversation, which in a CSV file is text; None for anything else."""
+    """The turns of a conversation, which a CSV file holds as JSON text; None for anything else."""
     if isinstance(cell, str) and cell.lstrip().startswith("[{"):
         try:
             cell = json.loads(cell)
@@ -385,7 +401,7 @@ def _turns(cell: Any) -> list[Mapping[str, Any]] | None:
 
 
 def _earlier_turns(cell: Any) -> list[Mapping[str, Any]]:
-    """What a conversation says before the user's last turn, or before an answer where no user speaks."""
+    """The turns before the user's last turn, or before the last turn if the user has none; none if the cell is text."""
     turns = _turns(cell) or []
     last = max((k for k, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
     return turns[:last]
@@ -407,7 +423,7 @@ def _weight(cells: Mapping[str, Any], names: Mapping[str, str]) -> float:
 
 
 def _distance(cells: Mapping[str, Any], names: Mapping[str, str]) -> float | None:
-    """A cosine distance; what rounding put just outside of [0, 2] is put back."""
+    """A cosine distance; a value that rounding put just outside of [0, 2] is clamped."""
     value = score_from(cells.get("distance"), names.get("distance", "distance"))
     return None if value is None else min(max(number_from(value, names["distance"], -1e-5, 2 + 1e-5), 0.0), 2.0)
 
@@ -423,7 +439,7 @@ def _open(where: str | Path, split: str) -> _Rows:
 
 
 def _json_rows(path: Path) -> _Rows:
-    """A JSON list of objects; a file of JSON lines that is called .json is read as such."""
+    """The rows of a JSON list of objects. A .json file of JSON lines is read, too."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -438,7 +454,7 @@ def _json_rows(path: Path) -> _Rows:
 
 
 class _JsonRows:
-    """Objects of a list; what is no object is a problem of that row."""
+    """The rows of a JSON list; an item that is no object is a problem of its row."""
 
     def __init__(self, path: Path, items: list[Any]) -> None:
         self._path, self._items = path, items
@@ -462,12 +478,12 @@ class _JsonRows:
 
 
 def write_rewrites(rows: Sequence[RewritePair] | Sequence[Expansion], path: str | Path) -> None:
-    """Rows as JSON lines or Parquet, by the name's ending; there is never half a file. ``provenance`` becomes columns beside.
+    """Write rows as JSON lines or Parquet, by the file's ending, with a column for each key of ``provenance``.
 
-    Columns in which every row has what a missing column means are left out.
+    Columns in which every row has the default value are left out. If writing fails, an existing file stays as it was.
 
     Raises:
-        UserError: another ending, no rows, or a file that cannot be written.
+        UserError: the ending is another, there are no rows, or the file cannot be written.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in ENDINGS:
@@ -493,7 +509,7 @@ def _columns(rows: Sequence[RewritePair] | Sequence[Expansion]) -> dict[str, lis
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: numbers that are not finite are null."""
+    """The value in JSON's types: numbers that are not finite become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -511,7 +527,7 @@ def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
 
 
 def _array(cells: list[Any]) -> Any:
-    """Cells of several kinds become JSON, as text."""
+    """An Arrow array of the cells; cells of several types become JSON text."""
     import pyarrow as pa
 
     try:

@@ -1,8 +1,8 @@
-"""From settings to what a run gives an objective on rewrites: texts encoded and measured, the writer ready to be trained.
+"""Prepare the training of a prompt writer from its settings: encoded texts, distances, the writer and its reference.
 
-rewrites      read, turned into tokens; rows that do not fit are left out, counted, and refused if there are too many
-distance      of every winner from its prompt, by a frozen embedding of meaning (Sem-DPO)
-token rewards another writer's log-ratios of every token (TGDPO)
+rewrites      read and encoded; rows that do not fit are left out and counted; too many of them are an error
+distances     between every winner and its prompt, in a frozen text embedding (Sem-DPO)
+token rewards the log-ratios of every token between another writer and the start (TGDPO)
 reference     the frozen start: the adapter switched off, or a second model
 """
 
@@ -42,31 +42,35 @@ from pipelines.writers.settings import PromptTrainSettings, RewriteSettings
 from pipelines.writers.writer import Writer
 
 TINY_EXPANSIONS, TINY_SEED = 4000, 5
-"""Rewrites by the tiny world's people that ``--pairs tiny`` means to a writer that imitates."""
+"""Number and seed of the rewrites by the tiny world's people that ``--pairs tiny`` stands for in SFT."""
 
 
 @dataclass(frozen=True)
 class PreparedTexts:
-    """What training needs."""
+    """Writer, reference and encoded data, ready for training."""
 
     writer: Writer
     weights: TrainedWeights
     reference: LanguageModel
-    base_digest: str  # of the model before training: the reference's identity
+    base_digest: str  # digest of the model before training: the reference's identity
     data: EncodedRewrites
     data_digest: str
-    prompts: list[str]  # of the rows of ``data``
-    counts: Mapping[str, int]  # rows used, and left out by reason
+    prompts: list[str]  # the prompt of each row of ``data``
+    counts: Mapping[str, int]  # number of rows used, and of rows left out by reason
     train_rows: list[int]
     validation_rows: list[int]
-    drift: Drift | None = None  # of the rows to train on
+    drift: Drift | None = None  # distances of the rows to train on
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
 def open_rewrites(settings: PromptTrainSettings) -> RewriteTable:
-    """The rows, as texts. Raises UserError where they are not as they should be."""
+    """Read the rows as texts.
+
+    Raises:
+        UserError: the data cannot be read, or lack columns or usable rows.
+    """
     data, imitates = settings.data, settings.objective.about.data[0] == EXPANSIONS
     if imitates and settings.pairs == shipped.NAME:
         return tiny_expansions()
@@ -77,7 +81,7 @@ def open_rewrites(settings: PromptTrainSettings) -> RewriteTable:
 
 
 def tiny_expansions() -> RewriteTable[Expansion]:
-    """What the tiny world's people made of plain captions of its train split."""
+    """Rewrites by the tiny world's people of captions of its train split."""
     from pipelines.tiny.rewriting import expansions
 
     found = expansions(TINY_EXPANSIONS, TINY_SEED)
@@ -87,23 +91,23 @@ def tiny_expansions() -> RewriteTable[Expansion]:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows as token ids, with the texts they came from."""
+    """Rows as texts and as token ids."""
 
     rows: list[RewritePair] | list[Expansion]
     encoded: list[Encoded]
-    counts: Mapping[str, int]
+    counts: Mapping[str, int]  # number of rows used, and of rows left out by reason
 
 
 def encode(table: RewriteTable, writer: Writer, data: RewriteSettings, say: Say, gold: bool = False) -> EncodedRows:
-    """Every row as tokens. Nothing is cut: what does not fit is left out.
+    """Encode every row. Nothing is cut: rows that do not fit are left out.
 
     Args:
-        gold: the objective learns from reference rewrites: a row without one does not fit, either. Otherwise they are not read.
+        gold: whether the objective learns from reference rewrites. If so, rows without one are left out, too.
 
     Raises:
-        UserError: more than ``max_left_out`` of the rows do not fit.
+        UserError: more than the share ``max_left_out`` of the rows are left out, or all of them.
     """
-    bound = writer.context is not None and data.max_rewrite_tokens >= writer.context  # the context says so in any case
+    bound = writer.context is not None and data.max_rewrite_tokens >= writer.context  # then the context is the limit
     encoding = writer.encoding(data.max_prompt_tokens, None if bound else data.max_rewrite_tokens)
     found = [(row, _encoded(row, encoding, gold)) for row in table]
     kept = [(row, got) for row, got in found if isinstance(got, Encoded)]
@@ -133,7 +137,12 @@ def _encoded(row: RewritePair | Expansion, encoding: Encoding, gold: bool) -> En
 
 
 def as_tokens(rows: EncodedRows, pad: int, distances: Tensor | None = None) -> EncodedRewrites:
-    """The rows as the core takes them, with gold rewrites if they were encoded."""
+    """The rows as ``diffalign.data.texts`` has them, with gold rewrites if they were encoded.
+
+    Args:
+        pad: token id for padding.
+        distances: [N] distances of the preferred rewrites from their prompts.
+    """
     weight = torch.tensor([row.weight for row in rows.rows])
     prompt = Ragged([e.prompt for e in rows.encoded])
     if isinstance(rows.rows[0], Expansion):
@@ -154,7 +163,7 @@ def as_tokens(rows: EncodedRows, pad: int, distances: Tensor | None = None) -> E
 
 
 def _scores(rows: Sequence[RewritePair]) -> Tensor | None:
-    """[N, 2] float32, NaN where there is none; None where no row has any."""
+    """[N, 2] float32 scores of chosen and rejected, NaN for an unknown one; None if no row has a score."""
     both = [[float("nan") if s is None else s for s in (row.chosen_score, row.rejected_score)] for row in rows]
     found = torch.tensor(both, dtype=torch.float32)
     return None if bool(found.isnan().all()) else found
@@ -162,22 +171,22 @@ def _scores(rows: Sequence[RewritePair]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Distances:
-    """[N] distances of the preferred rewrites from their prompts, and where they come from."""
+    """The distances of the preferred rewrites from their prompts, and where they come from."""
 
-    values: Tensor
-    embedding: str = "the data"
-    fingerprint: str = ""
+    values: Tensor  # [N], 1 - cos, in [0, 2]
+    embedding: str = "the data"  # name of the embedding
+    fingerprint: str = ""  # fingerprint of the embedding; empty where the distances are a column of the data
 
     def drift(self, rows: Sequence[int], alpha: float) -> Drift:
-        """Of the rows that are trained on."""
+        """The distances of some rows, for the writer's folder."""
         return Drift(alpha, self.embedding, self.fingerprint, self.values[list(rows)].tolist())
 
 
 def distances_of(rows: EncodedRows, settings: RewriteSettings, say: Say, progress: Progress | None) -> Distances:
-    """Measured, or read.
+    """Measure the distances in an embedding, or read them from the data.
 
     Raises:
-        UserError: the embedding is not here, or rows have no distance of their own that were to be read.
+        UserError: the embedding cannot be loaded, or rows lack the distance that was to be read.
     """
     if settings.distances == "data":
         refuse_unmeasured(rows.rows)
@@ -192,7 +201,7 @@ def distances_of(rows: EncodedRows, settings: RewriteSettings, say: Say, progres
 
 
 def refuse_unmeasured(rows: Sequence[RewritePair]) -> None:
-    """Raise UserError for rows without a distance of their own."""
+    """Raise UserError if rows lack a distance of their own."""
     if lacking := [row.origin for row in rows if row.distance is None]:
         raise UserError(
             f"data.distances is data, but {len(lacking)} of {len(rows)} rows have no distance (the first: {lacking[0]}). "
@@ -201,7 +210,7 @@ def refuse_unmeasured(rows: Sequence[RewritePair]) -> None:
 
 
 def digest_of(table: RewriteTable, settings: PromptTrainSettings, data: EncodedRewrites) -> str:
-    """One short name for everything that training sees of the data."""
+    """A digest of everything that training sees of the data."""
     sha = hashlib.sha256(json.dumps([table.fingerprint, settings.data.template]).encode())
     for side in (data.prompt, data.winner, data.loser, data.gold or []):
         for row in side:
@@ -218,7 +227,7 @@ def digest_of(table: RewriteTable, settings: PromptTrainSettings, data: EncodedR
 
 
 def load_writer(settings: PromptTrainSettings, say: Say) -> Writer:
-    """The writer to start from, any LoRA merged into it."""
+    """Load the writer to start from, with any LoRA merged into it."""
     dtype = PRECISIONS[settings.compute.mixed_precision] if settings.adapter == "lora" else "float32"
     chosen = None if settings.data.template == "auto" else settings.data.template
     turns = {"instruction": settings.data.instruction, "system": settings.data.system}
@@ -237,10 +246,10 @@ def prepare(
     say: Say,
     progress: bool = True,
 ) -> PreparedTexts:
-    """Encode and measure the data, attach what is trained.
+    """Encode and measure the data, and make the writer trainable.
 
     Raises:
-        UserError: rows do not fit, an embedding or a writer is missing, or the data lack what the objective needs.
+        UserError: too many rows do not fit, an embedding or a writer is missing, or the data lack what the objective needs.
     """
     say(table.description)
     base_digest, rows = digest(writer.model), encode(table, writer, settings.data, say, wants_gold(settings))
@@ -274,15 +283,15 @@ def prepare(
 
 
 def wants_gold(settings: PromptTrainSettings) -> bool:
-    """Whether reference rewrites are learnt from."""
+    """Whether the objective learns from reference rewrites."""
     return getattr(settings.objective, "gold_weight", 0.0) > 0
 
 
 def check_dry(settings: PromptTrainSettings, table: RewriteTable, rows: EncodedRows) -> None:
-    """What of the data and of other models can be found out without measuring or training anything.
+    """Check the data and the other models as far as that is possible without measuring or training.
 
     Raises:
-        UserError: an embedding or a writer is not here, or the data lack what the objective needs.
+        UserError: an embedding or a writer is missing, or the data lack what the objective needs.
     """
     if not hasattr(settings.objective, "refuse_lacking"):
         return
@@ -302,7 +311,7 @@ def check_dry(settings: PromptTrainSettings, table: RewriteTable, rows: EncodedR
 def _rewarded(
     settings: PromptTrainSettings, data: EncodedRewrites, start: Writer, device: torch.device, progress: Progress
 ) -> EncodedRewrites:
-    """With every token's reward: what another writer, trained by DPO, has made of its log-probability (before beta)."""
+    """``data`` with token rewards: the log-ratio of each token between another writer, trained by DPO, and ``start``."""
     from dataclasses import replace
 
     other = Writer.load(settings.data.token_rewards, template=None)
@@ -320,6 +329,7 @@ def _rewarded(
 def _token_ratios(
     models: Sequence[Writer], prompts: Sequence[Sequence[int]], side: Sequence[Sequence[int]], batch: int, progress: Progress
 ) -> list[list[float]]:
+    """For each row the log-ratio of each token of ``side`` between the two ``models``."""
     out: list[list[float]] = []
     for low in range(0, len(side), batch):
         rows = range(low, min(low + batch, len(side)))
@@ -331,7 +341,7 @@ def _token_ratios(
 
 
 def _attach(settings: PromptTrainSettings, writer: Writer, accelerator: Accelerator) -> tuple[Writer, LanguageModel]:
-    """Make parameters trainable, place everything on the device; the writer and its reference."""
+    """Make parameters trainable and place everything on the device. Returns the writer and its reference."""
     frozen = None
     if settings.adapter == "full" and settings.objective.about.reference != "nobody":
         frozen = writer.frozen_copy(getattr(torch, PRECISIONS[settings.compute.mixed_precision]))
@@ -362,7 +372,7 @@ def make_trainable(settings: PromptTrainSettings, writer: Writer) -> None:
 
 
 def run_context(settings: PromptTrainSettings, prepared: PreparedTexts, processes: Processes) -> TextRunContext:
-    """Everything an objective may ask for."""
+    """The context that an objective's learner works with."""
     batch = settings.batch
     loader = TextLoader(
         prepared.data,

@@ -1,10 +1,10 @@
-"""A trained writer at work: plain prompts in; better ones out, with how far they went.
+"""Rewrite prompts by a trained writer, with the distance of each rewrite from its prompt.
 
 optimizer = PromptOptimizer.from_pretrained("runs/sem-dpo")
 optimizer("a cat")                        # one rewrite
-optimizer("a cat", n=4, max_distance=0.2) # four, none further from the prompt than that
-optimizer(Path("prompts.txt"))            # a list of them for each prompt of a file
-pipe = optimizer.before(pipe)             # a Diffusers pipeline that is shown rewrites
+optimizer("a cat", n=4, max_distance=0.2) # up to four, none further from the prompt than that
+optimizer(Path("prompts.txt"))            # a list of rewrites for each prompt of a file
+pipe = optimizer.before(pipe)             # a Diffusers pipeline that draws rewrites in place of prompts
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from pipelines.writers.writer import Writer
 from reward_models._judge import device_of
 
 DRAWN = 4
-"""Candidates for each rewrite that is asked for, where they are chosen from (a cap on drift, or judges)."""
+"""Number of candidates for each wanted rewrite where there is a choice to make: a cap on the distance, or judges."""
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What became of a prompt."""
+    """A rewrite of a prompt."""
 
     prompt: str
     text: str
     distance: float | None = None  # 1 - cos between prompt and text, in [0, 2]; None without an embedding
-    score: float | None = None  # of its pictures among those of the other candidates, over all judges; None without a generator
-    scores: Mapping[str, float] = field(default_factory=dict)  # each judge's own, for the prompt, larger is better
+    score: float | None = None  # its pictures' standardised score among the candidates, over all judges; None without a generator
+    scores: Mapping[str, float] = field(default_factory=dict)  # score of its pictures for the prompt by judge, larger is better
     truncated: bool = False  # the writer had not ended at ``max_rewrite_tokens``
-    unchanged: bool = False  # the prompt itself, because nothing near enough was found, or because the writer left it
-    lost: str = ""  # its end that the generator (without one, the embedding) does not read (CLIP: beyond 77 tokens)
-    problem: str = ""  # why the prompt could not be rewritten, and is here unchanged (``strict=False``)
+    unchanged: bool = False  # it is the prompt itself: no candidate was near enough, or the writer left the prompt as it is
+    lost: str = ""  # its end that the generator, or without one the embedding, does not read (CLIP: beyond 77 tokens)
+    problem: str = ""  # why the prompt could not be rewritten and is returned unchanged (``strict=False``)
 
     def __str__(self) -> str:
         return self.text
 
 
 class PromptOptimizer:
-    """A writer with what it takes to choose among its rewrites.
+    """A writer with an embedding and a scorer to choose among its rewrites.
 
     Args:
-        embedding: of meaning (``pipelines.semantics``); without one there is no distance and no cap on it.
-        scorer: a generator with judges; with one, rewrites are drawn, and the best are those whose pictures score best.
+        embedding: text embedding that distances are measured in (``pipelines.semantics``); without one there are no distances.
+        scorer: generator and judges; with one, rewrites are drawn, and those whose pictures score best come first.
     """
 
     def __init__(self, writer: Writer, embedding: Embedding | None = None, scorer: RewriteScorer | None = None) -> None:
@@ -77,19 +77,21 @@ class PromptOptimizer:
         system: str | None = None,
         base: str | None = None,
     ) -> PromptOptimizer:
-        """A writer by its folder, hub id, or ``tiny``.
+        """Load an optimizer's parts by their names.
 
         Args:
-            base: the base model of a LoRA, if not the one on record.
-            embedding: as ``load_embedding`` names them; ``None`` for none. ``tiny`` belongs to the tiny world.
-            generator: a Diffusers pipeline, or a model's name, to draw rewrites with.
+            where: the writer: its folder, hub id, or ``tiny``.
+            embedding: name of the embedding for ``load_embedding``; None for none. ``tiny`` is the tiny world's.
+            generator: a Diffusers pipeline, or a model's name, that draws rewrites; None for none.
             judges: names as on the command line (``"pickscore,hps-v2.1"``), or loaded judges by name.
-            drawing: how pictures of rewrites are drawn.
-            device: the accelerator if there is one, else the CPU, if not given.
-            template, instruction, system: what the writer is shown, where not as it was trained (``Writer.load``).
+            drawing: how pictures of rewrites are drawn; None for the defaults.
+            device: by default the accelerator if there is one, else the CPU.
+            dtype: precision of the weights of writer and generator.
+            template, instruction, system: the text around a prompt, where it is not that of the training (``Writer.load``).
+            base: base model of a LoRA, if it is not the one on record.
 
         Raises:
-            UserError: something of this is not here, or a generator without judges (or the other way round).
+            UserError: a part cannot be loaded, or there is a generator without judges, or judges without a generator.
         """
         if (generator is None) != (judges is None):
             raise UserError("Rewrites are drawn by a generator and judged by judges: give both, or neither.")
@@ -116,28 +118,30 @@ class PromptOptimizer:
         progress: Progress | None = None,
         **decoding: Any,
     ) -> list[Rewrite] | list[list[Rewrite]]:
-        """Up to ``n`` different rewrites of each prompt, the best first: a list for one prompt, a list of lists for several.
+        """Up to ``n`` different rewrites of each prompt: a list for one prompt, a list of lists for several.
 
-        Several are a list, or a file by its ``Path`` (as ``pipelines.prompts.read_prompts`` reads it). For files that take long,
-        ``pipelines.writers.rewriting.rewrite_file`` goes on where it was cut off.
-
-        Best are those whose pictures score best, if there is a scorer; otherwise they stay in the writer's order. The same seed
-        gives the same rewrites, whatever other prompts there are.
+        With a scorer, the rewrites whose pictures score best come first; without one, they are in the writer's order. The same
+        seed gives the same rewrites, whatever other prompts there are.
 
         Args:
-            max_distance: rewrites further from their prompt are thrown away; where none is left, the prompt itself is returned,
-                ``unchanged``.
-            draw: how many candidates to choose from; by default four for each rewrite that is wanted where there is a cap or a
-                scorer, else as many as are wanted.
-            strict: False gives a prompt that cannot be rewritten back unchanged, with the ``problem``, in place of an error.
+            prompts: one prompt; a list; or the ``Path`` of a file that ``pipelines.prompts.read_prompts`` reads. For long files
+                use ``pipelines.writers.rewriting.rewrite_file``, which continues after an interruption.
+            n: number of rewrites of each prompt.
+            seed: random seed of sampled rewrites.
+            max_distance: largest distance of a rewrite from its prompt, in [0, 2]; where no candidate is near enough, the prompt
+                itself is returned, ``unchanged``.
+            draw: number of candidates to choose from; by default ``4 * n`` with ``max_distance`` or a scorer, else ``n``.
+            batch_size: sequences that are written, and texts that are embedded, at once.
+            strict: False returns a prompt that cannot be rewritten unchanged, with the ``problem``, in place of an error.
+            progress: called with (stage, number done, number in all).
             decoding: options of ``pipelines.writers.sampling.Decoding``, such as ``how="beam"`` or ``temperature=0.7``.
 
         Raises:
-            UserError: a prompt that is empty, too long, no string, or the name of a file; a cap without an embedding; a number
-                out of range; an option that does not exist.
+            UserError: a prompt is empty, too long, no string, or the name of a file; ``max_distance`` is given without an
+                embedding; a number is out of range; an option does not exist.
         """
         how = Decoding.of(decoding)
-        asked, alone = _asked(prompts, strict)
+        asked, single = _asked(prompts, strict)
         self._check(n, max_distance, draw)
         problems = unwritable(self.writer, asked, how.max_rewrite_tokens)
         if problems and strict:
@@ -151,14 +155,17 @@ class PromptOptimizer:
             found = [_with_lost(self.scorer.pipe, rewrites) for rewrites in self._ranked(found, progress)]
         each = iter(found)
         kept = [[_left(asked[k], problems[k])] if k in problems else next(each)[:n] for k in range(len(asked))]
-        return kept[0] if alone else kept
+        return kept[0] if single else kept
 
     def stream(
         self, prompts: str | Iterable[str | Prompt], chunk: int = 64, progress: Progress | None = None, **options: Any
     ) -> Iterator[list[Rewrite]]:
-        """The same for a list of any length, ``chunk`` prompts at a time; yields one prompt's rewrites after the other's.
+        """Rewrite a list of any length, ``chunk`` prompts at a time; yields the list of each prompt's rewrites in turn.
 
-        ``progress`` is told ("rewriting", prompts done, prompts in all; or done, where the list has no length).
+        Args:
+            progress: called with ("rewriting", prompts done, prompts in all); for an iterable without a length the last is the
+                number done.
+            options: options of ``__call__``.
         """
         if chunk < 1:
             raise UserError(f"chunk is how many prompts are rewritten at a time, 1 or more; it is {chunk}.")
@@ -173,10 +180,13 @@ class PromptOptimizer:
             yield from found
 
     def before(self, pipe: Any, **options: Any) -> Callable[..., Any]:
-        """``pipe``, a Diffusers pipeline, as a function that rewrites prompts before it draws them.
+        """A function that rewrites prompts and passes them on to ``pipe``, a Diffusers pipeline.
 
-        It takes what the pipeline takes; ``prompt`` is a text or a list. ``options`` are those of a call. It warns of a rewrite
-        whose end the pipeline does not read.
+        The function takes the pipeline's arguments; ``prompt`` is a text or a list. It warns if the pipeline does not read the
+        end of a rewrite.
+
+        Args:
+            options: options of ``__call__``.
         """
 
         def rewriting(prompt: str | Sequence[str], *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +210,7 @@ class PromptOptimizer:
     def _measured(
         self, prompts: Sequence[str], drawn: Sequence[Sequence[str]], cap: float | None, batch_size: int
     ) -> list[list[Rewrite]]:
-        """Different candidates with their distances, those beyond the cap thrown away."""
+        """The candidates with their distances, without those further than ``cap``; the prompt itself where none is left."""
         if self.embedding is None or not prompts:
             pairs = zip(prompts, drawn, strict=True)
             return [[_unmeasured(p, text) for text in texts] for p, texts in pairs]
@@ -218,12 +228,12 @@ class PromptOptimizer:
         return out
 
     def _ranked(self, found: Sequence[Sequence[Rewrite]], progress: Progress | None) -> list[list[Rewrite]]:
-        """By what their pictures score, the best first."""
+        """The rewrites of each prompt with the scores of their pictures, the best first."""
         rows = [r for rewrites in found for r in rewrites]
         scores = self.scorer.scores([r.prompt for r in rows], [r.text for r in rows], progress)
         ends = [sum(len(rewrites) for rewrites in found[:k]) for k in range(len(found) + 1)]
         spans = [slice(low, high) for low, high in pairwise(ends)]
-        # Prompt by prompt, so that a rewrite's score does not depend on what else was asked for.
+        # prompt by prompt, so that a rewrite's score does not depend on the other prompts
         overall = [standardised({name: [values[span].tolist()] for name, values in scores.items()})[0] for span in spans]
         out = []
         for span, rewrites, totals in zip(spans, found, overall, strict=True):
@@ -234,7 +244,7 @@ class PromptOptimizer:
 
 
 def _asked(prompts: str | Sequence[str | Prompt] | Path, strict: bool) -> tuple[list[str], bool]:
-    """Cleaned prompts, and whether one was asked for by itself."""
+    """The cleaned prompts, and whether ``prompts`` is a single prompt."""
     if isinstance(prompts, Path):
         return [clean(prompt.text) for prompt in read_prompts(prompts, strict=strict)], False
     if not isinstance(prompts, str):
@@ -258,7 +268,7 @@ def _left(prompt: str, problem: str) -> Rewrite:
 
 
 def _with_lost(pipe: Any, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
-    """With what the generator does not read of each."""
+    """The rewrites with the ends that the generator does not read."""
     return [replace(r, lost=end) for r, end in zip(rewrites, lost_by(pipe, [r.text for r in rewrites]), strict=True)]
 
 
@@ -271,7 +281,7 @@ def _is_truncated(text: str) -> bool:
 
 
 def _scorer(generator: Any, judges: str | Mapping[str, Any], drawing: DrawingSettings, device: str, dtype: str) -> RewriteScorer:
-    """From names or loaded things."""
+    """A scorer of a generator and judges that are given by name or loaded."""
     from pipelines import families
     from pipelines.judge_options import load_judges
 

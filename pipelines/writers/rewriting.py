@@ -1,8 +1,8 @@
-"""A list of prompts rewritten, for the terminal or into a file that a long job goes on with when it was cut off.
+"""Rewrite a list of prompts, for the terminal or into a file. An interrupted job continues where it stopped.
 
     rewrite_file(optimizer, "prompts.txt", "rewrites.jsonl", n=4, max_distance=0.2)
 
-A prompt that the writer cannot take stays as it is, with the reason. What is done lies in ``OUT.part`` until all of it is there.
+A prompt that the writer cannot rewrite stays as it is, with the reason. Finished rewrites are in ``OUT.part`` until all are done.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ ENDINGS = (".jsonl", ".csv")
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a list came to."""
+    """The numbers of a rewritten list."""
 
     path: Path
     prompts: int
     rewrites: int
-    left: int  # prompts that could not be rewritten, and stand there unchanged with the reason
-    unchanged: int  # prompts that stayed as they were for another reason
-    truncated: int  # rewrites that had not ended
+    left: int  # prompts that could not be rewritten, and are in the file unchanged with the reason
+    unchanged: int  # prompts that are unchanged for another reason
+    truncated: int  # rewrites that had not ended at ``max_rewrite_tokens``
 
     def to_text(self) -> str:
-        """A line for the terminal, and one for each thing that is not as it should be."""
+        """A few lines for the terminal: the numbers, and remarks on prompts left unchanged and truncated rewrites."""
         lines = [f"{self.path}: {self.rewrites} rewrites of {self.prompts} prompts, {self.unchanged} of them unchanged"]
         if self.left:
             lines.append(f"{self.left} prompts could not be rewritten; the column problem says why")
@@ -49,7 +49,7 @@ class Rewritten:
 
 
 def check_out(path: Path, overwrite: bool) -> None:
-    """Raises UserError for a file that is there, or one of another kind."""
+    """Raise UserError if the file exists (unless ``overwrite``) or its name has another ending."""
     if path.suffix.lower() not in ENDINGS:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}; rewrites are written as {' or '.join(ENDINGS)}.")
     outputs.check_file(path, overwrite)
@@ -58,7 +58,11 @@ def check_out(path: Path, overwrite: bool) -> None:
 def rewritten(
     optimizer: PromptOptimizer, prompts: Sequence[str], progress: Progress | None = None, **options: Any
 ) -> list[list[Rewrite]]:
-    """Every prompt's rewrites, some prompts at a time."""
+    """The rewrites of every prompt; prompts that cannot be rewritten stay as they are.
+
+    Args:
+        options: options of ``PromptOptimizer.__call__``.
+    """
     return list(optimizer.stream(prompts, CHUNK, progress, strict=False, **options))
 
 
@@ -73,21 +77,21 @@ def rewrite_file(
     progress: Progress | None = None,
     **options: Any,
 ) -> Rewritten:
-    """Rewrite a file of prompts into another: a row for each rewrite, with all that is known of it.
+    """Rewrite a file of prompts into another with a row for each rewrite: its distance, scores and other facts.
 
-    Started again after it was cut off, it goes on where it was. Prompts that cannot be rewritten stay as they are, with the
+    The same call after an interruption continues where it stopped. Prompts that cannot be rewritten stay as they are, with the
     reason in the column ``problem``.
 
     Args:
-        prompts: a file or a list's name, as ``pipelines.prompts.read_prompts`` takes it; or the prompts themselves.
-        out: .jsonl or .csv.
-        column: of the prompts in the file.
-        chunk: prompts between two saves; what is lost when the job is cut off.
-        options: of ``PromptOptimizer``'s call.
+        prompts: a file or a list's name for ``pipelines.prompts.read_prompts``; or the prompts themselves.
+        out: a .jsonl or .csv file.
+        column: column of the prompts in their file.
+        chunk: number of prompts between two saves; the rewrites of at most so many are lost by an interruption.
+        options: options of ``PromptOptimizer.__call__``.
 
     Raises:
-        UserError: ``out`` is there (unless ``overwrite``), what is left beside it is of another job, or the prompts or options
-            are not as they should be.
+        UserError: ``out`` exists (unless ``overwrite``), the unfinished file beside it is from another job, or prompts or options
+            are wrong.
     """
     path = Path(out).expanduser()
     check_out(path, overwrite)
@@ -105,7 +109,7 @@ def rewrite_file(
         lines.path.unlink()
     done = sum(len(part) for part in lines.read())
     with lines.adding() as add:
-        for low in range(done, len(texts), chunk):  # in the company they would have had without a break: equal to the bit
+        for low in range(done, len(texts), chunk):  # the same batches as without an interruption: equal to the bit
             found = optimizer(texts[low : low + chunk], strict=False, **options)
             add([[_row(rewrite, rank) for rank, rewrite in enumerate(rewrites)] for rewrites in found])
             if progress is not None:
@@ -117,7 +121,7 @@ def rewrite_file(
 
 
 def _purpose(optimizer: PromptOptimizer, prompts: Sequence[str], chunk: int, options: Any) -> str:
-    """A short name for everything that rewrites depend on."""
+    """A digest of everything that rewrites depend on."""
     embedding, scorer = optimizer.embedding, optimizer.scorer
     with_what = [embedding.fingerprint if embedding else None, scorer.identity() if scorer else None]
     parts = [optimizer.writer.fingerprint(), *with_what, list(prompts), chunk, options]
@@ -132,15 +136,15 @@ def _counted(path: Path, found: Sequence[Sequence[dict[str, Any]]]) -> Rewritten
 
 
 def to_text(found: Sequence[Sequence[Rewrite]]) -> str:
-    """A line for each rewrite; the prompt above where there are several."""
+    """A line for each rewrite, under its prompt where there are several prompts."""
     lines = []
     for rewrites in found:
         lines += [f"{rewrites[0].prompt}:"] if len(found) > 1 else []
-        lines += [f"{'  ' if len(found) > 1 else ''}{_told(rewrite)}" for rewrite in rewrites]
+        lines += [f"{'  ' if len(found) > 1 else ''}{_line(rewrite)}" for rewrite in rewrites]
     return "\n".join(lines)
 
 
-def _told(rewrite: Rewrite) -> str:
+def _line(rewrite: Rewrite) -> str:
     facts = [] if rewrite.distance is None else [f"distance {rewrite.distance:.3f}"]
     facts += [f"{name} {value:.4g}" for name, value in rewrite.scores.items()]
     facts += ["unchanged"] if rewrite.unchanged else []
@@ -151,7 +155,7 @@ def _told(rewrite: Rewrite) -> str:
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rows as JSON lines or CSV; there is never half a file."""
+    """Write rows as JSON lines or CSV. A file that is there holds all rows, or those of before."""
     if path.suffix.lower() == ".csv":
         names = list(dict.fromkeys(name for row in rows for name in row))
         outputs.write_csv(path, names, [[row.get(name) for name in names] for row in rows])

@@ -1,9 +1,9 @@
-"""Several rewrites of each prompt: by sampling, by beam search, or by diverse beam search.
+"""Decode several rewrites of each prompt: by sampling, by beam search, or by diverse beam search.
 
-Samples are drawn by the Gumbel-max rule: independent Gumbel noise is added to the (warped) logits and the largest taken, which is
-a draw from their softmax. The noise follows from seed, prompt and number of the candidate alone. So the third rewrite of a prompt
-is the same whatever else is written beside it, up to rounding: a batch of another shape may round a logit otherwise, and the
-largest of two that are equal to the last digit may change. (Half precision rounds a thousand times more coarsely.)
+Samples are drawn by the Gumbel-max rule: independent Gumbel noise is added to the (warped) logits and the largest is taken, which
+is a draw from their softmax. The noise depends on the seed, the prompt and the candidate's number alone. So the third rewrite of
+a prompt is the same whatever else is in its batch, up to rounding: a batch of another shape may round a logit differently, and
+the largest of two that are equal to the last digit may change. (Half precision rounds a thousand times more coarsely.)
 
 Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) left Transformers with version 5; this is our own. The beams are
 split into groups that search one after the other, each with ``diversity_penalty`` taken off a token's log-probability for every
@@ -36,7 +36,7 @@ from pipelines.writers.writer import Writer
 
 How = Literal["sample", "beam", "diverse-beam"]
 MAX_REWRITE_TOKENS = 75
-"""As Promptist's; CLIP's text encoder reads 75 and its two marks."""
+"""Promptist's limit; CLIP's text encoder reads 75 tokens and its two marks."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def candidates(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[list[str]]:
-    """``n`` rewrites of each prompt, in the prompts' order. Repeated ones stay; an empty one is the prompt itself.
+    """``n`` rewrites of each prompt, in the prompts' order. Equal rewrites all stay; an empty rewrite becomes the prompt itself.
 
     Args:
         seed: random seed of samples; beam searches draw nothing.
@@ -127,7 +127,7 @@ def candidates(
         progress: called with ("writing", rewrites done, rewrites in all).
 
     Raises:
-        UserError: a prompt that is empty or too long, or a setting out of range.
+        UserError: a prompt is empty or too long, or a setting is out of range.
     """
     decoding = decoding.checked(n)
     if batch_size < 1:
@@ -149,7 +149,7 @@ def candidates(
 
 @contextmanager
 def _own_settings(writer: Writer) -> Iterator[None]:
-    """Within: the model's generation settings are empty; a penalty on repetition, say, would come on top of ours."""
+    """Context in which the model's generation settings are empty: a repetition penalty, say, would be added to our decoding."""
     from transformers import GenerationConfig
 
     kept = writer.model.generation_config
@@ -161,12 +161,12 @@ def _own_settings(writer: Writer) -> Iterator[None]:
 
 
 class Truncated(str):
-    """A rewrite that was broken off before it had ended."""
+    """A rewrite that was cut off at ``max_rewrite_tokens``, before it had ended."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One call of ``candidates``."""
+    """The work of one call of ``candidates``."""
 
     writer: Writer
     encoding: Encoding
@@ -174,10 +174,10 @@ class _Job:
     n: int
     seed: int
     batch_size: int
-    ids: Mapping[str, list[int]]  # by prompt
+    ids: Mapping[str, list[int]]  # token ids of each prompt
 
     def results(self) -> Iterator[tuple[str, list[str]]]:
-        """Prompts with some or all of their rewrites, as they get done."""
+        """Prompts with some or all of their rewrites, as these are finished."""
         if self.decoding.how == "sample":
             yield from self._samples()
         else:
@@ -210,7 +210,7 @@ class _Job:
         return text if written.ended else Truncated(text)
 
     def _by_length(self) -> list[str]:
-        """Prompts of like length go together, which wastes the least on padding."""
+        """The prompts in order of their length: batches of similar length have the least padding."""
         return sorted(self.ids, key=lambda prompt: len(self.ids[prompt]))
 
     def _longest(self, prompts: Sequence[str]) -> int:
@@ -229,7 +229,7 @@ class _Job:
         return warpers
 
     def _written(self, prompts: Sequence[str], beams: int, returned: int, processors: Sequence) -> list[list[_Ids]]:
-        """For each prompt ``returned`` completions, as far as their end mark and without it."""
+        """For each prompt ``returned`` completions, up to their end mark and without it."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         longest, encoding, model = self._longest(prompts), self.encoding, self.writer.model
@@ -259,7 +259,7 @@ class _Job:
         return [rows[i : i + returned] for i in range(0, len(rows), returned)]
 
     def _only_real_tokens(self) -> list:
-        """Models have more outputs than their tokenizers have tokens, rounded up to what is quick to compute."""
+        """A processor that suppresses outputs without a token: models round their number up to one that is quick to compute."""
         from transformers import SuppressTokensLogitsProcessor
 
         outputs, tokens = self.writer.model.get_output_embeddings().weight.shape[0], len(self.writer.tokenizer)
@@ -274,7 +274,7 @@ def _parts(rows: Sequence, size: int) -> Iterator[Sequence]:
 
 @dataclass(frozen=True)
 class _Ids:
-    """A rewrite as far as its end mark and without it."""
+    """A rewrite's token ids up to its end mark and without it."""
 
     ids: list[int]
     ended: bool
@@ -285,11 +285,11 @@ def _before_end(ids: Sequence[int], ends: Sequence[int]) -> _Ids:
     return _Ids(list(ids[:stop]), stop < len(ids))
 
 
-# ---------------------------------------------------------------------------------- what is done to the logits
+# ------------------------------------------------------------------------------------------- logits processors
 
 
 class GumbelNoise:
-    """A logits processor after which the largest logit is a sample. One for each call of ``generate``.
+    """A logits processor after which the largest logit is a sample. Each call of ``generate`` needs one of its own.
 
     Args:
         rows: prompt and number of the candidate, for each row of the batch.
@@ -313,7 +313,7 @@ class GumbelNoise:
                 generator.random(out=uniform[row])
         dtype = widest(scores)
         noise = torch.from_numpy(uniform).to(scores.device, dtype)
-        noise = -(-noise.log()).log()  # of u = 0: minus infinity, never taken; u < 1, but for rows that have ended
+        noise = -(-noise.log()).log()  # u = 0 gives minus infinity, which is never taken; u = 1 is only in rows that have ended
         return scores.to(dtype) + noise.nan_to_num(posinf=0.0, neginf=-torch.inf)
 
 

@@ -1,8 +1,8 @@
-"""A whole run of a prompt writer: settings in; a writer that can be asked, its card and its curves out.
+"""A whole training run of a prompt writer: from its settings to a trained writer with its model card and curves.
 
-prepare   writer, rewrites, their distances from the prompts
-train     the loop of ``diffalign.train``, the one that image models use
-export    a LoRA or a whole model with its tokenizer, card, rewrites of held-out prompts before and after, ``summary.json``
+prepare   load the writer and the rewrites, measure distances
+train     run the loop of ``diffalign.train``, as for image models
+export    write a LoRA or a whole model with its tokenizer, model card, rewrites of held-out prompts, and ``summary.json``
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from pipelines.writers.settings import COMMANDS, PromptTrainSettings
 from pipelines.writers.writer import Writer
 
 FAR = 0.1
-"""A distance beyond which a rewrite is said to have drifted, in reports."""
+"""The distance beyond which a winner counts as drifted, in reports."""
 
 
 def build_trainer(
     name: str, settings: PromptTrainSettings, prepared: PreparedTexts, accelerator: Accelerator, report: Any
 ) -> Trainer:
-    """The trainer of a run."""
+    """The trainer of a run. ``report`` takes the metrics."""
     everyone = ManyProcesses(accelerator)
     context = ingredients.run_context(settings, prepared, everyone)
     return Trainer(
@@ -62,7 +62,7 @@ def build_trainer(
 
 
 def run_identity(name: str, settings: PromptTrainSettings, prepared: PreparedTexts, world: int) -> dict[str, Any]:
-    """What a resumed run must share with the one that wrote the checkpoint."""
+    """The values that a resumed run must share with the run that wrote the checkpoint."""
     return {
         **settings_identity(name, settings, world),
         "reference": prepared.base_digest,
@@ -71,7 +71,7 @@ def run_identity(name: str, settings: PromptTrainSettings, prepared: PreparedTex
 
 
 def settings_identity(name: str, settings: PromptTrainSettings, world: int) -> dict[str, Any]:
-    """The part of it that is known before anything is loaded."""
+    """The part of ``run_identity`` that is known before anything is loaded."""
     return {
         **run.identity(name, settings),
         "token_rewards": settings.data.token_rewards,
@@ -81,7 +81,7 @@ def settings_identity(name: str, settings: PromptTrainSettings, world: int) -> d
 
 
 def rows_per_step(settings: PromptTrainSettings, world: int) -> int:
-    """Over all processes."""
+    """Number of rows in an optimizer step, over all processes."""
     return settings.batch.batch_size * settings.batch.accumulation * world
 
 
@@ -100,12 +100,15 @@ def train(
 
     Args:
         name: ``sem-dpo`` or ``prompt-sft``.
-        resume: go on from the newest checkpoint of the output folder.
-        overwrite: replace the run that is there.
+        settings: settings of the run.
+        resume: continue from the newest checkpoint of the output folder.
+        overwrite: replace a run in the output folder.
+        say: prints a line.
+        progress: whether to show progress bars.
 
     Raises:
-        UserError: writer, rewrites, embedding, output folder or device are not as they should be.
-        NonFiniteLossError: training blew up; the last checkpoint is untouched.
+        UserError: writer, rewrites, embedding, output folder or device cannot be used.
+        NonFiniteLossError: the loss is not finite; the last checkpoint is untouched.
     """
     start = time.perf_counter()
     everyone, shown = shares.started(), []
@@ -118,7 +121,7 @@ def train(
         accelerator = start_accelerator(settings)
         if resume:
             run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
-    with random_numbers_as_they_were():  # not before Accelerate has given this process a GPU of its own
+    with random_numbers_as_they_were():  # only now, as Accelerate has given this process a GPU of its own
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it
         table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
@@ -146,19 +149,22 @@ def train_writer(
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """A prompt writer in one call: ``train_writer("sem-dpo", model="runs/sft", pairs="pairs.jsonl", output="runs/sem")``.
+    """Train a prompt writer in one call: ``train_writer("sem-dpo", model="runs/sft", pairs="pairs.jsonl", output="runs/sem")``.
 
     Args:
         name: ``prompt-sft`` or ``sem-dpo``.
         recipe: a shipped recipe to start from.
+        resume: continue from the newest checkpoint of the output folder.
+        overwrite: replace a run in the output folder.
+        progress: whether to show progress bars.
         options: any setting by its short name, as on the command line (``alpha=5``, ``learning_rate=1e-5``).
 
     Returns:
-        What ``summary.json`` holds.
+        The content of ``summary.json``.
 
     Raises:
-        UserError: as ``train``; mistakes in the options all at once.
-        KeyboardInterrupt: the run was stopped; the same call with ``resume=True`` goes on.
+        UserError: see ``train``; wrong options are named all at once.
+        KeyboardInterrupt: the run was stopped; the same call with ``resume=True`` continues it.
     """
     settings = run.settings_of(name, recipe, options)
     finished = train(name, settings, resume=resume, overwrite=overwrite, progress=progress)
@@ -179,7 +185,7 @@ def finish(
     seconds: float,
     say: Say,
 ) -> None:
-    """Export the writer, write rewrites before and after, curves, summary and card."""
+    """Export the writer with its curves, summary and model card."""
     writer = prepared.writer
     with trainer.ema.applied() if trainer.ema else nullcontext():
         write_result(settings, writer)
@@ -208,7 +214,7 @@ def finish(
 
 
 def write_result(settings: PromptTrainSettings, writer: Writer) -> None:
-    """The adapter, or the whole model, as the parameters are now, into the output folder."""
+    """Write the adapter or the whole model with its present parameters into the output folder."""
     if settings.adapter == "lora":
         writer.save_adapter(settings.output)
     else:
@@ -216,7 +222,7 @@ def write_result(settings: PromptTrainSettings, writer: Writer) -> None:
 
 
 def _rewritten(settings: PromptTrainSettings, writer: Any, prompts: list[str]) -> list[list[str]]:
-    """A rewrite of each prompt, as long as those that are learnt from."""
+    """A rewrite of each prompt, as long as the rewrites in training at most."""
     longest = min(settings.data.max_rewrite_tokens, MAX_REWRITE_TOKENS)
     decoding = Decoding(max_rewrite_tokens=longest)
     return candidates(writer, prompts, decoding=decoding, seed=settings.seed) if prompts else []
@@ -228,7 +234,7 @@ def _last_validation(metrics: Path) -> dict[str, float] | None:
 
 
 def _weights(drift: Drift | None) -> dict[str, Any] | None:
-    """What Sem-DPO's weights did to the winners of the data, and the bound."""
+    """The drift of the training data's winners, plain and as Sem-DPO's weights see it, and its bound."""
     if drift is None:
         return None
     return {"alpha": drift.alpha, "embedding": drift.embedding, "delta": FAR, **vars(drift.predicted_drift(FAR))}

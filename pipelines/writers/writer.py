@@ -1,6 +1,6 @@
 """A writer: a causal language model that rewrites prompts, with its tokenizer and its template.
 
-It is what the commands see of every language model, as ``families._family.Family`` is of image models, and at the same time the
+It is the commands' interface to every language model, as ``families._family.Family`` is to image models, and it is the
 ``diffalign.protocols.TextPolicy`` that is trained.
 """
 
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """A language model with what belongs to it. Nothing is trainable until ``attach_lora`` or ``train_fully`` is called.
+    """A language model with its tokenizer and template. It is frozen until ``attach_lora`` or ``train_fully`` is called.
 
-    Dropout that the model's configuration asks for is off for good: policy and reference must agree where they are equal. A
-    LoRA's own dropout is not touched.
+    Dropout that the model's configuration asks for is switched off: a policy with the reference's weights must give the
+    reference's probabilities. The dropout of an attached LoRA stays.
 
     Args:
-        merged: the LoRAs that are in the model's weights already; None for none.
+        origin: where the writer was read from; None for one that was built in memory.
+        merged: the LoRAs that are merged into the model's weights; None for none.
 
     Raises:
         UserError: the tokenizer has no end mark.
@@ -76,14 +77,15 @@ class Writer:
         instruction: str | None = None,
         system: str | None = None,
     ) -> Writer:
-        """A writer on the CPU, in evaluation mode, with any LoRA merged into its weights.
+        """Load a writer on the CPU, in evaluation mode, with any LoRA merged into its weights.
 
         Args:
-            where: 'tiny', a folder, a hub id, or the folder of a LoRA that PEFT or diffalign wrote.
-            template: see ``templates.template_for``; None takes the one that the writer was trained with, where that is on
-                record, else ``auto``.
-            base: the base model of a LoRA, if not the one on record.
-            instruction, system: of a chat template, in place of what is on record (``templates.template_for``).
+            where: ``tiny``, a folder, a hub id, or the folder of a LoRA that PEFT or diffalign wrote.
+            dtype: float32, bfloat16 or float16.
+            template: see ``templates.template_for``; None is the one that the writer was trained with, if that is on record, else
+                ``auto``.
+            base: base model of a LoRA, if it is not the one on record.
+            instruction, system: turns of a chat template, in place of those on record (``templates.template_for``).
 
         Raises:
             UserError: there is no such writer, it is no causal language model, or it cannot be read.
@@ -96,18 +98,18 @@ class Writer:
 
     @property
     def name(self) -> str:
-        """What it is called: 'tiny', a hub id or a path; empty if it was built in memory."""
+        """Name of the writer: ``tiny``, a hub id or a path; empty if it was built in memory."""
         return self.origin.name if self.origin else ""
 
     # ------------------------------------------------------------------------------------------------ as a text policy
 
     @property
     def network(self) -> nn.Module:
-        """What is called in training: the model, or the wrapper of it that ``with_network`` was given."""
+        """The module that training calls: the model, or the wrapper of it that ``with_network`` was given."""
         return self._network
 
     def with_network(self, network: nn.Module) -> Writer:
-        """The same writer, its calls going through a wrapper (DDP, autocast, compiled) of its model."""
+        """The same writer, called through a wrapper (DDP, autocast, compiled) of its model."""
         other = copy.copy(self)
         other._network = network
         return other
@@ -116,18 +118,19 @@ class Writer:
         """``tokens`` [N, S] int64, ``mask`` [N, S] bool, padded at the right -> logits [N, S, V] in the model's dtype.
 
         Args:
-            last: only those of so many last positions: [N, last, V]. With a large vocabulary the others' cost most of the memory.
+            last: number of last positions to compute logits of, for a result [N, last, V]; None: all. With a large vocabulary
+                logits take most of the memory.
         """
         keep = {"logits_to_keep": last} if last is not None and self._takes_last else {}
         logits = self._network(input_ids=tokens, attention_mask=mask.to(torch.int64), use_cache=False, **keep).logits
         return logits if last is None else logits[:, -last:]
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Everything after ``train_fully``, the adapter after ``attach_lora``; in a stable order."""
+        """The parameters that are trained, in a stable order: all after ``train_fully``, the adapter's after ``attach_lora``."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Within: the model before training, to the bit.
+        """Context in which the writer is the model before training, to the bit.
 
         Raises:
             ValueError: there is no adapter.
@@ -144,13 +147,17 @@ class Writer:
         dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Add a float32 adapter and freeze the rest. ``alpha`` defaults to ``rank``.
+        """Add a trainable float32 adapter and freeze the rest.
 
         Args:
+            rank: rank of the adapter, at least 1.
+            alpha: the adapter is scaled by alpha / rank; None: as large as ``rank``.
             targets: ends of layers' names, or ``all-linear``; None is PEFT's own choice for the architecture.
+            dropout: dropout probability in the adapter, in [0, 1).
+            seed: random seed of the adapter's first weights.
 
         Raises:
-            UserError: a number out of range, a target that matches no layer, or a LoRA below that it cannot be joined with.
+            UserError: a number is out of range, a target matches no layer, or a merged LoRA cannot be joined with another.
         """
         if self.has_adapter:
             raise ValueError("there is an adapter already")
@@ -160,10 +167,10 @@ class Writer:
         self.model.train()
 
     def check_joinable(self) -> None:
-        """Whether what is merged into the weights and a LoRA on top of it can be written as one LoRA on the whole model.
+        """Check that the merged LoRAs and a LoRA on top of them can be written as one LoRA on the whole model.
 
         Raises:
-            UserError: something of it is no plain LoRA.
+            UserError: a merged LoRA is more than a plain LoRA.
         """
         if self.merged.more:
             raise UserError(
@@ -186,17 +193,19 @@ class Writer:
     def frozen_copy(self, half: torch.dtype | None = None) -> Writer:
         """A second, frozen writer with the present weights: the reference of a full fine-tuning run.
 
-        With ``half``, the type of autocast, it takes half of the memory, and under autocast it answers as the model does.
+        Args:
+            half: dtype of autocast, for a copy of half the size that under autocast gives the model's own results; None: the
+                model's dtype.
         """
         if self.has_adapter:
             raise ValueError("with an adapter, adapter_off() is the reference; no copy is needed")
         return Writer(frozen_copy(self.model, half), self.tokenizer, self.template, self.origin)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        """Recompute activations in the backward pass: less memory, about a third more time. For training mode only.
+        """Switch gradient checkpointing on or off: less memory, about a third more time. It acts in training mode only.
 
         Raises:
-            UserError: the architecture cannot.
+            UserError: the architecture does not support it.
         """
         # Transformers 5.2x calls it activation checkpointing and warns of the older name
         names = ("activation_checkpointing", "gradient_checkpointing")
@@ -212,13 +221,13 @@ class Writer:
     # -------------------------------------------------------------------------------------------- encoding and writing
 
     def encoding(self, max_prompt_tokens: int | None = None, max_rewrite_tokens: int | None = None) -> Encoding:
-        """Prompts and rewrites as this writer's token ids, within limits (``encoding.Encoding``)."""
+        """The ``encoding.Encoding`` of prompts and rewrites as this writer's token ids, within these limits."""
         limits = {"max_prompt_tokens": max_prompt_tokens, "max_rewrite_tokens": max_rewrite_tokens}
         return Encoding(self.tokenizer, self.template, context=self.context, known=rows_of(self.model), **limits)
 
     @property
     def context(self) -> int | None:
-        """How many tokens the model can read, prompt and rewrite together; None if there is no limit."""
+        """Most tokens that the model can read, prompt and rewrite together; None if there is no limit."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @property
@@ -226,13 +235,13 @@ class Writer:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device | str) -> Writer:
-        """Move the model; gives the writer itself."""
+        """Move the model to a device. Returns the writer itself."""
         self.model.to(device)
         return self
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within: the model is in evaluation mode."""
+        """Context in which the model is in evaluation mode."""
         training = self.model.training
         self.model.eval()
         try:
@@ -241,7 +250,7 @@ class Writer:
             self.model.train(training)
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Everything that its rewrites depend on beside the settings of sampling, as plain values."""
+        """Plain values of everything that the writer's rewrites depend on, but for seed and decoding."""
         config = {name: value for name, value in self.model.config.to_diff_dict().items() if name != "transformers_version"}
         return {
             "model": digest(self.model),
@@ -256,13 +265,13 @@ class Writer:
     def save_adapter(self, path: str | Path) -> None:
         """Write the adapter into the folder ``path`` as PEFT does: ``PeftModel.from_pretrained(model, path)`` reads it, too.
 
-        Where LoRAs were merged into the writer on loading, they are in it: one LoRA on the whole model, whose ranks add up.
-        Beside it go the tokenizer and ``diffalign.json`` with the base model's name and the template. Other files in ``path``
-        stay.
+        LoRAs that were merged into the writer on loading are part of it: the result is one LoRA on the whole model, and the ranks
+        add up. The tokenizer and ``diffalign.json``, with the base model's name and the template, are written beside it. Other
+        files in ``path`` stay.
 
         Raises:
-            UserError: it could not be written, the folder holds a whole model, or what was merged is no plain LoRA; what was
-                there is untouched.
+            UserError: the files could not be written, the folder holds a whole model, or a merged LoRA is more than a plain LoRA;
+                the folder is left as it was.
         """
         own, below = _lora.layers_of(self.model), self.merged.layers
         self.check_joinable()
@@ -282,7 +291,7 @@ class Writer:
         """Write model, tokenizer and generation settings into the folder ``path``. Other files in ``path`` stay.
 
         Raises:
-            UserError: it could not be written, or the folder holds a LoRA; what was there is untouched.
+            UserError: the files could not be written, or the folder holds a LoRA; the folder is left as it was.
         """
         if self.has_adapter:
             raise ValueError("the model carries an adapter: save_adapter writes it, loading it again merges it")
@@ -303,7 +312,7 @@ class Writer:
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """``model``, in which nothing is dropped in training: layers of dropout, and probabilities that other layers hold."""
+    """``model`` without dropout: in dropout layers, and in other layers that hold a dropout probability."""
     with quietly():
         from peft.tuners.tuners_utils import BaseTunerLayer
 
