@@ -317,23 +317,19 @@ def _rewrite(args: argparse.Namespace) -> int:
     name = args.embedding or ("clip" if args.max_distance is not None else None)
     embedding = load_embedding(name, device=args.device) if name else None
     optimizer = PromptOptimizer(_writer(args.writer, args), embedding, _scorer(args) if args.generator else None)
-    options = {
-        "n": args.n,
-        "how": args.way,
-        "seed": args.seed,
-        "max_distance": args.max_distance,
-        "draw": args.draw,
-        **_decoding_options(args),
-    }
+    options = {"n": args.n, "how": args.way, "seed": args.seed, "max_distance": args.max_distance, "draw": args.draw}
+    options |= _decoding_options(args)
     with Bar(shown=len(prompts) > 8, unit="prompt") as bar:
         if args.out is None:
-            here = args.texts  # a mistake in what was just typed is one; in a list it should not stop the others
-            found = optimizer(here, **options) if here else rewriting.rewritten(optimizer, prompts, bar.advance, **options)
-            told = rewriting.to_text(found)
+            if args.texts:  # a wrong prompt on the command line is an error; in a list it must not stop the others
+                found = optimizer(prompts, **options)
+            else:
+                found = rewriting.rewritten(optimizer, prompts, bar.advance, **options)
+            text = rewriting.to_text(found)
         else:
             more = {"overwrite": args.overwrite, "progress": bar.advance}
-            told = rewriting.rewrite_file(optimizer, prompts, args.out, **more, **options).to_text()
-    print(told)
+            text = rewriting.rewrite_file(optimizer, prompts, args.out, **more, **options).to_text()
+    print(text)
     return 0
 
 

@@ -36,7 +36,7 @@ from pipelines.writers.writer import Writer
 
 @dataclass(frozen=True)
 class Proposing:
-    """How candidates are found: ``count`` for each prompt, shared out among the ``decodings``."""
+    """The proposal of candidates: ``count`` for each prompt, shared out among the ``decodings``."""
 
     count: int = 8
     decodings: tuple[Decoding, ...] = (Decoding("sample"), Decoding("diverse-beam"))

@@ -58,7 +58,7 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Contender:
-    """What is compared: a writer's first rewrite of each prompt, or the best of its first ``best_of`` by the judges."""
+    """A writer in the comparison, with its first rewrite of each prompt or the best of its first ``best_of`` by the judges."""
 
     name: str
     writer: Writer
@@ -193,7 +193,7 @@ def _folder_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class RewriteChoice:
-    """How a contender's rewrites are decoded, and which of them may be chosen."""
+    """The decoding of a contender's rewrites, and the rule by which one is chosen."""
 
     decoding: Decoding
     seed: int
@@ -367,7 +367,7 @@ def _values(
 
 
 def _identity(writer: Writer) -> dict[str, Any]:
-    """Where a writer was read from, and a digest of everything that its rewrites depend on."""
+    """The name of a writer, and a digest of everything that its rewrites depend on."""
     known = json.dumps(writer.fingerprint(), sort_keys=True, default=str)
     return {"name": writer.name, "fingerprint": hashlib.sha256(known.encode()).hexdigest()[:16]}
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How pictures of rewrites are drawn. None stands for the generator's own default."""
+    """Settings of the pictures of rewrites. None stands for the generator's own default."""
 
     pictures: int = 1  # pictures of each rewrite
     seed: int = 0
@@ -65,7 +65,7 @@ class RewriteScorer:
         return [self._networks(), {name: provenance_of(judge) for name, judge in self.judges.items()}, vars(self.drawing)]
 
     def generator(self) -> dict[str, str]:
-        """Where the generator was read from, and a digest of its weights."""
+        """The name of the generator, and a digest of its weights."""
         name = self.name or str(getattr(self.pipe, "name_or_path", None) or "")
         known = json.dumps(self._networks(), sort_keys=True)
         return {"name": name, "fingerprint": hashlib.sha256(known.encode()).hexdigest()[:16]}
@@ -86,7 +86,7 @@ class RewriteScorer:
         return out
 
     def scores(self, prompts: Sequence[str], rewrites: Sequence[str], progress: Progress | None = None) -> dict[str, np.ndarray]:
-        """By judge [N] float64: the mean score of a rewrite's pictures for its prompt, larger is better.
+        """The mean score of the pictures of each rewrite for its prompt, by judge: [N] float64, larger is better.
 
         Equal pairs of prompt and rewrite are drawn and judged once.
 
@@ -112,7 +112,7 @@ def lost_by(pipe: Any, texts: Sequence[str]) -> list[str]:
 
 
 def judged(judges: Mapping[str, Scorer], pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """By judge [N] float64: the scores of N pictures for their prompts, with the sign changed where smaller is better.
+    """The scores of N pictures for their prompts by judge: [N] float64, negated for judges whose smaller scores are better.
 
     Raises:
         UserError: a judge cannot judge these pictures, or gives no number for one.

@@ -41,7 +41,7 @@ MAX_REWRITE_TOKENS = 75
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the writer decodes rewrites. Each method looks only at its own options.
+    """A method of decoding rewrites, with its options. Each method uses only its own options.
 
     Args:
         how: ``sample``; ``beam``, the best beam first; ``diverse-beam``, the best beam of each group first, then the second best
