@@ -24,7 +24,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=whole(1), default=SamplerSettings.steps, help="steps of the sampler (default %(default)s)"
     )
-    parser.add_argument("--guidance-scale", type=_guidance, help="classifier-free guidance scale (default: what the model wants)")
+    parser.add_argument("--guidance-scale", type=number(), help="classifier-free guidance scale (default: what the model wants)")
     one_of = f"sampler: {', '.join(SAMPLERS)} (default auto: ddim, but as saved for flow models)"
     parser.add_argument("--sampler", type=_sampler, default=SamplerSettings.sampler, help=one_of)
     together = "number of pictures sampled together, which alters none of them (default %(default)s)"
@@ -78,14 +78,20 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _guidance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"wants a number, at least 0; got {text!r}")
-    return value
+def number(most: float | None = None) -> Callable[[str], float]:
+    """A parser of finite numbers that are at least 0 and, where it is given, at most ``most``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0 or (most is not None and value > most):
+            wanted = "at least 0" if most is None else f"from 0 to {most:g}"
+            raise argparse.ArgumentTypeError(f"wants a number, {wanted}; got {text!r}")
+        return value
+
+    return parse
 
 
 def _sampler(text: str) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 import reward_models
 from pipelines import cli
 from pipelines.tiny import check_pickscore, scenes, train_pickscore
+from pipelines.tiny.settings import JudgeTraining
 from reward_models import oracle, tiny_pickscore
 from reward_models._scoring import CutPromptWarning
 from reward_models.base import JudgeError
@@ -126,8 +127,8 @@ SMALL = {
 
 def test_the_script_makes_the_same_weights_again_and_they_load(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        train_pickscore.train(tmp_path / name, train_pickscore.JudgeTraining(**SMALL), say=lambda line: None)
-    train_pickscore.train(tmp_path / "other", train_pickscore.JudgeTraining(**SMALL | {"seed": 1}), say=lambda line: None)
+        train_pickscore.train(tmp_path / name, JudgeTraining(**SMALL), say=lambda line: None)
+    train_pickscore.train(tmp_path / "other", JudgeTraining(**SMALL | {"seed": 1}), say=lambda line: None)
     one, two, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "other"))
     assert one == two != other
     pictures, captions = drawn(2)
@@ -136,7 +137,7 @@ def test_the_script_makes_the_same_weights_again_and_they_load(tmp_path: Path) -
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = train_pickscore.JudgeTraining(**SMALL)
+    config = JudgeTraining(**SMALL)
     train_pickscore.train(tmp_path / "whole", config, say=lambda line: None)
 
     def cut(*_: object) -> None:
@@ -167,7 +168,7 @@ def test_a_changed_caption_is_true_no_longer() -> None:
 
 def test_the_loss_is_pick_a_pics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cross-entropy of (label_0, label_1) with the softmax of the two scores, by hand."""
-    training = train_pickscore.JudgeInTraining(train_pickscore.JudgeTraining())
+    training = train_pickscore.JudgeInTraining(JudgeTraining())
     pictures, captions = drawn(4)
     arrays = np.stack([np.asarray(p) for p in pictures])
     asked = [

@@ -3,113 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from pipelines.sampling_options import number, whole
+from pipelines.tiny import settings
 
 HELP = "draw the tiny world's scenes and captions, make preference pairs, train its checkpoint, judge and writer"
 
 SPLITS = ("train", "validation", "test")
 
-TRAINING_OPTIONS: dict[str, tuple[type, str]] = {
-    "seed": (int, "seed of scenes, weights and noise"),
-    "scenes": (int, "different scenes drawn before training"),
-    "vae_crop_steps": (int, "steps of the autoencoder on crops"),
-    "vae_crop_batch": (int, "crops per step"),
-    "vae_steps": (int, "steps of the autoencoder on whole pictures"),
-    "vae_batch": (int, "whole pictures per step of the autoencoder"),
-    "vae_learning_rate": (float, "peak learning rate of the autoencoder"),
-    "kl_weight": (float, "weight of the KL term"),
-    "unet_steps": (int, "steps of UNet and text encoder"),
-    "unet_batch": (int, "pictures per step of UNet and text encoder"),
-    "unet_learning_rate": (float, "peak learning rate of UNet and text encoder"),
-    "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
-    "ema_decay": (float, "decay of the averaged weights"),
-    "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
+TRAININGS = {
+    "train": ("checkpoint", settings.WorldTraining, "pipelines.tiny.train"),
+    "train-flow": ("checkpoint", settings.FlowTraining, "pipelines.tiny.train_flow"),
+    "train-judge": ("judge", settings.JudgeTraining, "pipelines.tiny.train_pickscore"),
+    "train-writer": ("writer", settings.WriterTraining, "pipelines.tiny.train_writer"),
 }
-"""The fields of ``pipelines.tiny.train.WorldTraining``, listed so that ``--help`` need not import torch (a test compares)."""
-
-FLOW_OPTIONS: dict[str, tuple[type, str]] = {
-    "seed": (int, "seed of scenes, weights and noise"),
-    "scenes": (int, "different scenes drawn before training"),
-    "flow_steps": (int, "steps of transformer and text encoders"),
-    "flow_batch": (int, "pictures per step"),
-    "flow_learning_rate": (float, "peak learning rate of AdamW"),
-    "muon_learning_rate": (float, "peak learning rate of Muon, for the matrices in the blocks"),
-    "stages_weight": (float, "weight of what the UNet knows on its way"),
-    "caption_dropout": (float, "share of captions dropped for classifier-free guidance"),
-    "ema_decay": (float, "decay of the averaged weights"),
-    "guidance_scale": (float, "guidance that the checkpoint recommends, written to sampling.json"),
-    "compile_blocks": (bool, "let torch.compile have the networks: 1.7 times as fast, needs a C compiler"),
-}
-"""The fields of ``pipelines.tiny.train_flow.FlowTraining``, in the same way."""
-
-JUDGE_OPTIONS: dict[str, tuple[type, str]] = {
-    "seed": (int, "seed of scenes, weights, pictures and votes"),
-    "scenes": (int, "different scenes with captions drawn for the first step"),
-    "contrast_steps": (int, "steps on captions"),
-    "contrast_batch": (int, "pictures per step on captions"),
-    "contrast_learning_rate": (float, "peak learning rate on captions"),
-    "styled": (float, "share of captions with style words in the first step"),
-    "near_misses": (int, "captions wrong in one word, for each picture"),
-    "rendered": (int, "captions of which people are shown drawings"),
-    "sampled": (int, "captions of which people are shown pictures of the tiny checkpoint"),
-    "candidates": (int, "pictures of each caption; people are asked about every pair of them"),
-    "broken": (float, "share of the drawings that break a claim of their caption"),
-    "choice_steps": (int, "steps on people's choices"),
-    "choice_batch": (int, "captions per step on people's choices"),
-    "choice_learning_rate": (float, "peak learning rate on people's choices"),
-    "captions_kept": (float, "weight of the loss on captions during the steps on people's choices"),
-}
-"""The fields of ``pipelines.tiny.train_pickscore.JudgeTraining``, in the same way."""
-
-WRITER_OPTIONS: dict[str, tuple[type, str]] = {
-    "seed": (int, "seed of captions and weights"),
-    "steps": (int, "steps"),
-    "batch": (int, "rows of 128 tokens per step"),
-    "learning_rate": (float, "peak learning rate"),
-    "captions": (int, "captions of one subject on a page, at most"),
-    "styled": (float, "share of captions with style words"),
-    "lists": (float, "share of pages that list words in any order instead, more than once"),
-}
-"""The fields of ``pipelines.tiny.train_writer.WriterTraining``, in the same way."""
-
-
-LEAST = {"seed": 0, "sampled": 0, "candidates": 2}
-"""Least values of the whole numbers among the options above that may not begin at 1."""
-SHARES = {"styled", "broken", "lists"}
-
+"""What each job trains, its settings, and the module whose ``train`` does it (imported late: it needs torch)."""
 
 # --------------------------------------------------------------------------------------------------------------- arguments
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"wants a whole number, at least {least}; got {text!r}")
-        return value
-
-    return parse
-
-
-def _number(most: float = math.inf) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0.0 <= value <= most or math.isinf(value):
-            wanted = "at least 0" if math.isinf(most) else f"from 0 to {most:g}"
-            raise argparse.ArgumentTypeError(f"wants a number {wanted}; got {text!r}")
-        return value
-
-    return parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,17 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_draw(jobs.add_parser("draw", help="draw scenes with their captions (no model)"))
     _add_captions(jobs.add_parser("captions", help="write different plain captions, one a line (no model)"))
     _add_pairs(jobs.add_parser("pairs", help="sample pairs from a checkpoint and let synthetic people choose"))
-    _add_train(jobs.add_parser("train", help="train the miniature Stable Diffusion from nothing"))
-    _add_train_flow(jobs.add_parser("train-flow", help="train the miniature Stable Diffusion 3 from nothing"))
+    _add_training(jobs.add_parser("train", help="train the miniature Stable Diffusion from nothing"), "train")
+    _add_training(jobs.add_parser("train-flow", help="train the miniature Stable Diffusion 3 from nothing"), "train-flow")
     _add_check(jobs.add_parser("check", help="sample held-out captions and let the oracle count; status 1 if below the bar"))
-    _add_train_judge(jobs.add_parser("train-judge", help="train the miniature PickScore from nothing"))
+    _add_training(jobs.add_parser("train-judge", help="train the miniature PickScore from nothing"), "train-judge")
     words = "count how often the miniature PickScore agrees with the oracle on held-out pairs; status 1 if below the bar"
     _add_check_judge(jobs.add_parser("check-judge", help=words))
-    _add_train_writer(jobs.add_parser("train-writer", help="pretrain the miniature writer of prompts from nothing"))
+    _add_training(jobs.add_parser("train-writer", help="pretrain the miniature writer of prompts from nothing"), "train-writer")
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_whole(0), default=0, help="same seed, same result (default 0)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="same seed, same result (default 0)")
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -142,21 +56,21 @@ def _add_split(parser: argparse.ArgumentParser, default: str) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="tiny (the shipped checkpoint) or a folder (default tiny)")
-    parser.add_argument("--steps", type=_whole(1), help="denoising steps (default 25)")
-    parser.add_argument("--guidance-scale", type=_number(), help="classifier-free guidance (default: the model's own)")
-    parser.add_argument("--batch", type=_whole(1), help="pictures sampled at once (default 32)")
+    parser.add_argument("--steps", type=whole(1), help="denoising steps (default 25)")
+    parser.add_argument("--guidance-scale", type=number(), help="classifier-free guidance (default: the model's own)")
+    parser.add_argument("--batch", type=whole(1), help="pictures sampled at once (default 32)")
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=_whole(1), default=64, help="scenes (default 64)")
+    parser.add_argument("--n", type=whole(1), default=64, help="scenes (default 64)")
     _add_seed(parser)
     _add_split(parser, "train")
-    parser.add_argument("--styled", type=_number(1.0), default=0.35, help="share of captions with style words (default 0.35)")
+    parser.add_argument("--styled", type=number(1.0), default=0.35, help="share of captions with style words (default 0.35)")
     parser.add_argument("--out", "--output", type=Path, required=True, help="a new or empty folder")
 
 
 def _add_captions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=_whole(1), default=300, help="captions (default 300)")
+    parser.add_argument("--n", type=whole(1), default=300, help="captions (default 300)")
     _add_seed(parser)
     _add_split(parser, "test")
     parser.add_argument("--out", "--output", type=Path, required=True, help="text file, one caption a line")
@@ -164,54 +78,39 @@ def _add_captions(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=_whole(1), default=1000, help="pairs (default 1000)")
+    parser.add_argument("--n", type=whole(1), default=1000, help="pairs (default 1000)")
     _add_seed(parser)
     _add_sampling(parser)
     _add_split(parser, "train")
-    parser.add_argument("--styled", type=_number(1.0), default=0.1, help="share of captions with style words (default 0.1)")
+    parser.add_argument("--styled", type=number(1.0), default=0.1, help="share of captions with style words (default 0.1)")
     parser.add_argument(
         "--candidates",
-        type=_whole(2),
+        type=whole(2),
         default=2,
         help="pictures of each caption, of which the two furthest apart are judged (default 2)",
     )
-    parser.add_argument("--sharpness", type=_number(), help="how decided the people are (default: about 80-85 %% agreement)")
-    parser.add_argument("--flip-rate", type=_number(1.0), help="share of careless answers (default 0.05)")
-    parser.add_argument("--tie-band", type=_number(), help="difference in utility below which people may call a tie")
+    parser.add_argument("--sharpness", type=number(), help="how decided the people are (default: about 80-85 %% agreement)")
+    parser.add_argument("--flip-rate", type=number(1.0), help="share of careless answers (default 0.05)")
+    parser.add_argument("--tie-band", type=number(), help="difference in utility below which people may call a tie")
     parser.add_argument("--out", "--output", type=Path, required=True, help="parquet file")
     _add_overwrite(parser)
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_training(parser, TRAINING_OPTIONS, "checkpoint")
-
-
-def _add_train_flow(parser: argparse.ArgumentParser) -> None:
-    _add_training(parser, FLOW_OPTIONS, "checkpoint")
-
-
-def _add_train_judge(parser: argparse.ArgumentParser) -> None:
-    _add_training(parser, JUDGE_OPTIONS, "judge")
-
-
-def _add_train_writer(parser: argparse.ArgumentParser) -> None:
-    _add_training(parser, WRITER_OPTIONS, "writer")
-
-
-def _add_training(parser: argparse.ArgumentParser, options: dict[str, tuple[type, str]], what: str) -> None:
+def _add_training(parser: argparse.ArgumentParser, job: str) -> None:
+    what, kind, _ = TRAININGS[job]
     parser.add_argument("--output", "--out", type=Path, required=True, help=f"folder for the {what}")
     parser.add_argument("--overwrite", action="store_true", help="write over what is in the folder")
-    for name, (kind, words) in options.items():
-        flag = "--" + name.replace("_", "-")
-        if kind is bool:
+    for field in dataclasses.fields(kind):
+        flag, words, bounds = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["bounds"]
+        if isinstance(field.default, bool):
             parser.add_argument(flag, action="store_true", default=None, help=words)
             continue
-        parse = _whole(LEAST.get(name, 1)) if kind is int else _number(1.0 if name in SHARES else math.inf)
-        parser.add_argument(flag, type=parse, help=f"{words} (default: as the shipped {what} was made)")
+        parse = whole(bounds["ge"]) if isinstance(field.default, int) else number(bounds.get("le"))
+        parser.add_argument(flag, type=parse, help=f"{words} (default {field.default})")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=_whole(1), default=256, help="captions (default 256)")
+    parser.add_argument("--n", type=whole(1), default=256, help="captions (default 256)")
     _add_seed(parser)
     _add_sampling(parser)
     parser.add_argument("--out", "--output", type=Path, help="folder for report.json, captions.txt and grid.png")
@@ -219,11 +118,11 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=_whole(1), default=500, help="held-out pairs of either kind (default 500)")
+    parser.add_argument("--n", type=whole(1), default=500, help="held-out pairs of either kind (default 500)")
     _add_seed(parser)
     parser.add_argument("--weights", type=Path, help="a folder that train-judge wrote (default: the shipped judge)")
     words = "pictures of each caption, of which the two furthest apart are judged (default 2)"
-    parser.add_argument("--candidates", type=_whole(2), default=2, help=words)
+    parser.add_argument("--candidates", type=whole(2), default=2, help=words)
     parser.add_argument("--model", default="tiny", help="where the sampled pictures come from (default tiny)")
 
 
@@ -236,19 +135,20 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the request cannot be met (too many captions, a folder in use, an unwritable path, a wrong model).
     """
-    jobs = {"draw": _draw, "captions": _captions, "pairs": _pairs, "train": _train, "check": _check}
-    jobs |= {"train-flow": _train_flow, "train-judge": _train_judge, "check-judge": _check_judge, "train-writer": _train_writer}
-    return jobs[args.job](args)
+    jobs = {"draw": _draw, "captions": _captions, "pairs": _pairs, "check": _check, "check-judge": _check_judge}
+    return jobs.get(args.job, _train)(args)
 
 
 def _draw(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from itertools import islice
 
+    from diffalign.written_aside import folder_aside
     from pipelines.tiny import scenes
     from pipelines.tiny.check import sheet
 
-    with _new_folder(args.out) as folder:
+    _check_unused("--out", args.out, "name a new or an empty folder")
+    with folder_aside(args.out) as folder:
         pictures, captions, lines = [], [], []
         for i, (scene, caption) in enumerate(islice(scenes.stream(args.seed, args.split, args.styled), args.n)):
             pictures.append(scenes.render(scene))
@@ -310,44 +210,13 @@ def _pairs(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pipelines.tiny.train import WorldTraining, train
-
-    _check_output(args)
-    train(args.output, WorldTraining(**_given(args, *TRAINING_OPTIONS)), say=lambda line: print(line, flush=True))
-    return 0
-
-
-def _train_flow(args: argparse.Namespace) -> int:
-    from pipelines.tiny.train_flow import FlowTraining, train
-
-    _check_output(args)
-    train(args.output, FlowTraining(**_given(args, *FLOW_OPTIONS)), say=lambda line: print(line, flush=True))
-    return 0
-
-
-def _train_judge(args: argparse.Namespace) -> int:
-    from pipelines.tiny.train_pickscore import JudgeTraining, train
-
-    _check_output(args)
-    train(args.output, JudgeTraining(**_given(args, *JUDGE_OPTIONS)), say=lambda line: print(line, flush=True))
-    return 0
-
-
-def _train_writer(args: argparse.Namespace) -> int:
-    from pipelines.tiny.train_writer import WriterTraining, train
-
-    _check_output(args)
-    train(args.output, WriterTraining(**_given(args, *WRITER_OPTIONS)), say=lambda line: print(line, flush=True))
-    return 0
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    from diffalign.errors import UserError
-
+    _, kind, module = TRAININGS[args.job]
     going_on = args.output.with_name(args.output.name + ".work").is_dir()
-    occupied = args.output.is_dir() and any(args.output.iterdir())
-    if args.output.is_file() or (occupied and not (args.overwrite or going_on)):
-        raise UserError(f"--output {args.output} is a file or holds something already; name a new folder, or add --overwrite.")
+    if not (args.output.is_dir() and (args.overwrite or going_on)):
+        _check_unused("--output", args.output, "name a new folder, or add --overwrite")
+    chosen = kind(**_given(args, *(field.name for field in dataclasses.fields(kind))))
+    importlib.import_module(module).train(args.output, chosen, say=lambda line: print(line, flush=True))
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -407,13 +276,8 @@ def _sampling(args: argparse.Namespace) -> dict:
     return _given(args, "steps", "guidance_scale", "batch")
 
 
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``path`` when everything went well, and leaves no trace when not."""
+def _check_unused(flag: str, folder: Path, hint: str) -> None:
     from diffalign.errors import UserError
-    from diffalign.written_aside import folder_aside
 
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"--out {path} is a file or holds something already; name a new or an empty folder.")
-    with folder_aside(path) as fresh:
-        yield fresh
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{flag} {folder} is a file or holds something already; {hint}.")

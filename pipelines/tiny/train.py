@@ -16,7 +16,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,9 @@ from torch.nn import functional as F
 from diffalign.optimisation import Ema
 from diffalign.written_aside import folder_aside
 from pipelines.tiny import model, scenes
+from pipelines.tiny.settings import WorldTraining
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class WorldTraining:
-    """Everything that decides the weights."""
-
-    seed: int = 0
-    scenes: int = 60_000
-    vae_crop_steps: int = 2_600
-    vae_crop_batch: int = 64
-    vae_steps: int = 700
-    vae_batch: int = 24
-    vae_learning_rate: float = 2e-3
-    kl_weight: float = 1e-4
-    unet_steps: int = 8_000
-    unet_batch: int = 32
-    unet_learning_rate: float = 1e-3
-    caption_dropout: float = 0.1
-    ema_decay: float = 0.999
-    guidance_scale: float = 4.0
 
 
 def draw_training_set(config: WorldTraining) -> tuple[np.ndarray, list[str]]:

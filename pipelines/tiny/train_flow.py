@@ -26,7 +26,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ from torch.nn import functional as F
 
 from pipelines.families._joint_attention import KEPT, JointAttention
 from pipelines.tiny import flow_model, model, scenes, shipped
+from pipelines.tiny.settings import FlowTraining, WorldTraining
 from pipelines.tiny.train import (
     NetworkTraining,
     Say,
-    WorldTraining,
     draw_training_set,
     encode,
     keep_state,
@@ -53,23 +53,6 @@ ZEROS = 256
 """In T5's place, as ``StableDiffusion3Pipeline`` has them."""
 TAUGHT_BELOW = 0.9
 """Noise level s. SD's table ends at 0.936, and an error of eps is one of 1 / (1 - s) in the velocity."""
-
-
-@dataclass(frozen=True)
-class FlowTraining:
-    """Everything that decides the weights."""
-
-    seed: int = 0
-    scenes: int = 30_000
-    flow_steps: int = 7_000
-    flow_batch: int = 32
-    flow_learning_rate: float = 1e-3
-    muon_learning_rate: float = 2e-3
-    stages_weight: float = 0.3
-    caption_dropout: float = 0.15
-    ema_decay: float = 0.999
-    guidance_scale: float = 4.0
-    compile_blocks: bool = False
 
 
 class TransformerTraining(NetworkTraining):

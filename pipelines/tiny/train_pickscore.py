@@ -50,6 +50,7 @@ from pipelines import sampling
 from pipelines.families import load_pipeline
 from pipelines.tiny import model, pairs, scenes
 from pipelines.tiny.people import TIE, People
+from pipelines.tiny.settings import JudgeTraining
 from reward_models import _clip, oracle, tiny_pickscore
 from reward_models._preprocess import ShortestSide
 
@@ -64,27 +65,6 @@ STYLED = 0.1
 """Share of the captions with style words that people are asked about, as in the shipped pairs."""
 HIGHEST_SCALE = 100.0
 """CLIP's own bound on exp(logit_scale)."""
-
-
-@dataclass(frozen=True)
-class JudgeTraining:
-    """Everything that decides the weights."""
-
-    seed: int = 0
-    scenes: int = 20_000
-    contrast_steps: int = 1_500
-    contrast_batch: int = 48
-    contrast_learning_rate: float = 2e-3
-    styled: float = 0.5
-    near_misses: int = 3
-    rendered: int = 4_000
-    sampled: int = 1_200
-    candidates: int = 4
-    broken: float = 0.3
-    choice_steps: int = 1_000
-    choice_batch: int = 16
-    choice_learning_rate: float = 1e-3
-    captions_kept: float = 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------- near misses

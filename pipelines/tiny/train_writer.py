@@ -16,7 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Toke
 from diffalign.optimisation import OptimizerSettings, build_optimizer, build_schedule
 from diffalign.written_aside import folder_aside
 from pipelines.tiny import model, scenes
+from pipelines.tiny.settings import WriterTraining
 
 Say = Callable[[str], None]
 
@@ -42,19 +43,6 @@ WORDS_IN_LIST = (3, 14)
 """The fewest and the most words on a line of a page without captions."""
 _UNSEEN = -100
 """A target that no loss is taken of; PyTorch's own number for it."""
-
-
-@dataclass(frozen=True)
-class WriterTraining:
-    """Everything that decides the weights."""
-
-    seed: int = 0
-    steps: int = 3_000
-    batch: int = 8
-    learning_rate: float = 2e-3
-    captions: int = 3
-    styled: float = 0.5
-    lists: float = 0.3
 
 
 # --------------------------------------------------------------------------------------------------------------- the parts
