@@ -274,7 +274,8 @@ def test_only_the_loser_is_new() -> None:
 
 def test_losers_are_samples_of_the_reference() -> None:
     """Made again from what is known: the seeds of the visits, the checkpoint, the pairs' own prompts."""
-    from diffalign.sources.past import _picture_seed
+    from diffalign.data.draws import derived_seed
+    from diffalign.sources.past import _STREAMS
 
     learner, given_ = at_work(seppo())
     steps = learner.source.steps(0, 2)
@@ -287,7 +288,7 @@ def test_losers_are_samples_of_the_reference() -> None:
         batch.conditioning,
         seppo().sampling,
         shape=SHAPE,
-        seeds=[_picture_seed(given_.seed, 4 + i) for i in range(4)],
+        seeds=[derived_seed(given_.seed, _STREAMS["picture"], 4 + i) for i in range(4)],
         unconditional=given_.unconditional,
     )
     torch.testing.assert_close(batch.loser.float(), made.final, rtol=0, atol=1e-6)
@@ -471,7 +472,7 @@ def test_what_is_known_about_a_transition_is_its_own() -> None:
         assert batch.label[k] == judged.label[i]
         assert torch.equal(batch.rewards[k], judged.rewards[i])
         assert batch.index[k] == judged.first.index[i]
-        text = learner.source._given.prompts.conditioning(int(batch.index[k]))["encoder_hidden_states"]
+        text = learner.source._run.prompts.conditioning(int(batch.index[k]))["encoder_hidden_states"]
         assert torch.equal(batch.pair.conditioning["encoder_hidden_states"][k], text)
     assert batch.weight.tolist() == [1.0] * 4
 

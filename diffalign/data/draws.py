@@ -28,6 +28,11 @@ def generator(seed: int, stream: str, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
+def derived_seed(seed: int, *place: int) -> int:
+    """A seed in [0, 2**32) of its own for one purpose and position. PyTorch's CPU generator reads no more than 32 bits."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
 @dataclass(frozen=True)
 class Order:
     """Each epoch visits all ``n`` rows once, in a seeded order of its own."""

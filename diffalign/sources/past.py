@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.draws import derived_seed
 from diffalign.learner import RunContext
 from diffalign.references import Snapshot
 from diffalign.sharding import Gathered, is_main
@@ -118,7 +119,7 @@ class SelfSampled:
     def _with_losers(self, batches: Sequence[PairBatch], step: int) -> Sequence[PairBatch]:
         run, sizes = self._run, [len(batch) for batch in batches]
         first = step * run.global_batch + run.processes.rank * sum(sizes)
-        seeds = [_picture_seed(run.seed, first + i) for i in range(sum(sizes))]
+        seeds = [derived_seed(run.seed, _STREAMS["picture"], first + i) for i in range(sum(sizes))]
         conditioning = {name: torch.cat([b.conditioning[name] for b in batches]) for name in batches[0].conditioning}
         made = rollout(
             self.reference,
@@ -139,8 +140,3 @@ def _against(batch: PairBatch, loser: Tensor) -> PairBatch:
     """The batch with other losers, which were sampled and lost for certain."""
     framing = None if batch.framing is None else against_sampled(batch.framing[:, 0])
     return replace(batch, loser=loser, label=torch.ones_like(batch.label), framing=framing)
-
-
-def _picture_seed(seed: int, position: int) -> int:
-    """32 bits of its own for every visit of every row."""
-    return int(np.random.SeedSequence([seed, _STREAMS["picture"], position]).generate_state(1)[0])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.draws import derived_seed
 from diffalign.errors import UserError
 from diffalign.learner import RunContext
 from diffalign.references import Snapshot
@@ -101,7 +102,7 @@ class PolicySteps:
             conditioning,
             self._sampling,
             shape=run.latent_shape,
-            seeds=[_seed(run.seed, "trajectory", first + i) for i in range(sum(len(b) for b in batches))],
+            seeds=[derived_seed(run.seed, _STREAMS["trajectory"], first + i) for i in range(sum(len(b) for b in batches))],
             unconditional=run.unconditional,
             batch_size=run.sampling_batch,
             device=run.device,
@@ -149,7 +150,3 @@ class GatheredBuffer:
             of_mine = slice(rank * size, (rank + 1) * size)
             mine = {name: torch.cat([one[name] for one in held])[of_mine].clone() for name in held[0]}
             self._buffer.load_state_dict({"size": size, "held": mine})
-
-
-def _seed(seed: int, stream: str, position: int) -> int:
-    return int(np.random.SeedSequence([seed, _STREAMS[stream], position]).generate_state(1)[0])

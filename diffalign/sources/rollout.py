@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.draws import derived_seed
 from diffalign.grids import Spacing, steps_down
 from diffalign.protocols import Predictor
 from diffalign.schedule import Schedule
@@ -196,8 +196,8 @@ def _grid(schedule: Schedule, sampling: Sampling, shape: tuple[int, ...], seeds:
 
 
 def _generator(seed: int, stream: str) -> torch.Generator:
-    """A CPU generator of its own for one purpose of one trajectory; 32 bits are all that it reads."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1)[0]))
+    """A CPU generator of its own for one purpose of one trajectory."""
+    return torch.Generator().manual_seed(derived_seed(seed, _STREAMS[stream]))
 
 
 def _normal(seeds: Sequence[int], stream: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:

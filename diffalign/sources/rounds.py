@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.draws import Order
+from diffalign.data.draws import Order, derived_seed
 from diffalign.errors import UserError
 from diffalign.grids import steps_down
 from diffalign.learner import Prompts, RunContext
@@ -179,8 +179,9 @@ class Rounds:
         """All first ones, then all second ones, and so on."""
         run, seeds, starts = self._run, [], []
         for side in range(self._plan.candidates):
-            seeds += [_seed(run.seed, "trajectory", side, position) for position in positions]
-            starts += [_seed(run.seed, "start", 0 if self._plan.same_start else side, position) for position in positions]
+            seeds += [derived_seed(run.seed, _STREAMS["trajectory"], side, position) for position in positions]
+            start = 0 if self._plan.same_start else side
+            starts += [derived_seed(run.seed, _STREAMS["start"], start, position) for position in positions]
         return rollout(
             self._policy,
             run.policy.schedule,
@@ -319,7 +320,3 @@ def stacked(prompts: Prompts, index: Sequence[int]) -> Conditioning:
 
 def _shuffled(seed: int, n: int, *where: int) -> np.ndarray:
     return np.random.default_rng([seed, _STREAMS["order"], *where]).permutation(n)
-
-
-def _seed(seed: int, stream: str, side: int, position: int) -> int:
-    return int(np.random.SeedSequence([seed, _STREAMS[stream], side, position]).generate_state(1)[0])

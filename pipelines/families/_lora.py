@@ -57,7 +57,8 @@ def attach(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    _check(network, rank, alpha, targets, dropout)
+    check_numbers(rank, alpha, dropout)
+    _check_targets(network, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout, init_lora_weights=True)
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), quietly():  # PEFT warns that int8 layers cannot be merged; they never are
@@ -81,10 +82,14 @@ def _cast_but_under_autocast(layer: Any, x: Tensor | None, dtype: torch.dtype) -
     return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
-def _check(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> None:
+def check_numbers(rank: int, alpha: float, dropout: float) -> None:
+    """Raise UserError unless rank >= 1, alpha > 0 and 0 <= dropout < 1."""
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         got = f"rank {rank}, alpha {alpha}, dropout {dropout}"
         raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {got}.")
+
+
+def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
     if not targets:
         raise UserError("LoRA needs at least one target, the end of a layer's name (to_q, say); got none.")
     adaptable = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]

@@ -16,7 +16,7 @@ from torch import nn
 
 from diffalign.errors import UserError
 from pipelines import peft_layers
-from pipelines.families._lora import ADAPTER
+from pipelines.families._lora import ADAPTER, check_numbers
 from pipelines.families._quiet import quietly
 from pipelines.low_rank import Layers
 from pipelines.writers._sources import ADAPTER_WEIGHTS
@@ -42,7 +42,8 @@ def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence
         from peft import LoraConfig, inject_adapter_in_model
 
     chosen = _targets(model, targets)
-    _check(model, rank, alpha, chosen, dropout)
+    check_numbers(rank, alpha, dropout)
+    _check_targets(model, chosen)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=dropout, init_lora_weights=True, task_type="CAUSAL_LM"
     )
@@ -65,10 +66,7 @@ def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> str | lis
     return ALL_LINEAR if list(targets) == [ALL_LINEAR] else list(targets)
 
 
-def _check(model: nn.Module, rank: int, alpha: float, targets: str | list[str], dropout: float) -> None:
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        got = f"rank {rank}, alpha {alpha}, dropout {dropout}"
-        raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {got}.")
+def _check_targets(model: nn.Module, targets: str | list[str]) -> None:
     if isinstance(targets, str):
         return  # all-linear, or a pattern of PEFT's
     if not targets:
