@@ -21,32 +21,27 @@ Spacing = Literal["leading", "trailing", "linspace"]
 Line = Literal["scheduler", "pipeline", "solver"]
 
 
-def timestep_grid(
-    train_steps: int, steps: int, spacing: Spacing = "leading", offset: int = 0, *, leave_out_last: bool = False
-) -> Tensor:
+def timestep_grid(train_steps: int, steps: int, spacing: Spacing = "leading", offset: int = 0) -> Tensor:
     """The levels [S] that a sampler visits, int64, from noise to image; spacings as in arXiv 2305.08891, table 2.
 
     ``leading``   multiples of T // S, shifted up by ``offset`` (1 for SD1.5);
     ``trailing``  T - 1 first, then down by T / S;
     ``linspace``  S points from T - 1 to 0.
-
-    ``leave_out_last`` lays S + 1 points and leaves out the lowest (leading, linspace): Diffusers' DPM-Solver does so.
     """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps lie between 1 and the {train_steps} of training; got {steps}")
-    points = steps + leave_out_last
     if spacing == "leading":
-        grid = np.arange(points)[::-1] * (train_steps // points) + offset
+        grid = np.arange(steps)[::-1] * (train_steps // steps) + offset
     elif spacing == "trailing":
         grid = np.round(np.arange(train_steps, 0, -train_steps / steps)) - 1
     elif spacing == "linspace":
-        grid = np.linspace(0 if points > 1 else train_steps - 1, train_steps - 1, points).round()[::-1]
+        grid = np.linspace(0 if steps > 1 else train_steps - 1, train_steps - 1, steps).round()[::-1]
     else:
         raise ValueError(f"spacing is one of {get_args(Spacing)}; got {spacing!r}")
     if grid[0] >= train_steps:
         first = f"{steps} steps shifted by {offset} begins at {int(grid[0])}"
         raise ValueError(f"a grid of {first}; training ended at {train_steps - 1}")
-    return torch.from_numpy(grid[:steps].astype(np.int64))
+    return torch.from_numpy(grid.astype(np.int64))
 
 
 def perturbed_grid(train_steps: int, steps: int, shift: Tensor) -> Tensor:

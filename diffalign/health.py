@@ -78,15 +78,15 @@ def token_health(
     return {"margin": margin, "accuracy": 0.5 * (1.0 + margin.sign()), **out}
 
 
-def by_timestep(t: Tensor, metrics: Mapping[str, Tensor], train_steps: int, bins: int = BINS) -> list[dict[str, float]]:
-    """Means of the metrics [N] within each timestep bin; bins that no sample fell into are left out. ``t`` [N] in [0, T].
+def by_timestep(t: Tensor, metrics: Mapping[str, Tensor], train_steps: int) -> list[dict[str, float]]:
+    """Means of the metrics [N] within each timestep bin, for ``t`` [N] in [0, T]; bins without a sample are left out.
 
     Each entry has ``t_from`` and ``t_to`` (exclusive but for T itself), ``count``, and one mean per metric.
     """
-    edges = torch.linspace(0, train_steps, bins + 1).round().long()
-    which = (torch.bucketize(t.cpu(), edges.to(t.dtype), right=True) - 1).clamp(max=bins - 1)
+    edges = torch.linspace(0, train_steps, BINS + 1).round().long()
+    which = (torch.bucketize(t.cpu(), edges.to(t.dtype), right=True) - 1).clamp(max=BINS - 1)
     out = []
-    for b in range(bins):
+    for b in range(BINS):
         inside = which == b
         if inside.any():
             means = {name: float(value.float().cpu()[inside].mean()) for name, value in metrics.items()}

@@ -9,7 +9,7 @@ has it converted to another parametrisation by a factor of the level (``Schedule
 ``epsilon`` a velocity's error is multiplied by (1 - sigma)^2.
 
 A transition of a sampled trajectory has a likelihood proper, the Gaussian density of the step (D3PO, arXiv 2311.13231, eq. 13;
-DDPO, arXiv 2305.13301). Here too the default is the released code's mean over dimensions; ``over="sum"`` is the papers'.
+DDPO, arXiv 2305.13301). Here too it is the released code's mean over dimensions; the papers' sum is C*H*W times as large.
 
 A completion's likelihood under a language model is the product of its tokens' probabilities (DPO, arXiv 2305.18290): a sum of
 log-probabilities, in which tokens may count more or less (length normalisation, LD-DPO, TGDPO: ``objectives._tokens``).
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from diffalign.protocols import LanguageModel, Predictor
 from diffalign.references import Cached
-from diffalign.schedule import Over, Schedule
+from diffalign.schedule import Schedule
 from diffalign.types import LogLikelihood, LogRatio, Noisy, NoisyPair, Texts, TransitionPair, on_both_sides, widest
 
 
@@ -65,10 +65,10 @@ def denoising(winner_error: Tensor, loser_error: Tensor) -> LogLikelihood:
     return LogLikelihood(winner=-winner_error, loser=-loser_error)
 
 
-def transition(
-    predictor: Predictor, schedule: Schedule, pair: TransitionPair, eta: float = 1.0, over: Over = "mean"
-) -> LogLikelihood:
-    """Log-densities of both steps, from one call of the network. nan where a step has no noise (``schedule.has_noise``).
+def transition(predictor: Predictor, schedule: Schedule, pair: TransitionPair, eta: float = 1.0) -> LogLikelihood:
+    """Log-densities of both steps, [B] each, means over dimensions, from one call of the network.
+
+    A step without noise has none: nan (``schedule.has_noise``).
 
     ``predictor`` must predict as the sampler's did: wrap it in ``solvers.Guided`` if the trajectories were guided. Then one
     call of the network holds both sides with and without the prompt, 4 B rows.
@@ -77,7 +77,7 @@ def transition(
     x_t, x_next = torch.cat([pair.winner, pair.loser]), torch.cat([pair.winner_next, pair.loser_next])
     t, t_previous = torch.cat([pair.t, pair.t]), torch.cat([pair.t_previous, pair.t_previous])
     prediction = predictor(x_t, t, conditioning)
-    winner, loser = schedule.log_density(x_next, x_t, prediction, t, t_previous, eta, over).chunk(2)
+    winner, loser = schedule.log_density(x_next, x_t, prediction, t, t_previous, eta).chunk(2)
     return LogLikelihood(winner=winner, loser=loser)
 
 

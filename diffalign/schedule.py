@@ -59,7 +59,6 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "velocity"]
 ErrorAs = Literal["prediction", "epsilon", "v_prediction", "sample", "velocity"]
 """In which parametrisation a denoising error is measured; ``prediction`` is the network's own."""
 CleanEnd = Literal["one", "first"]
-Over = Literal["mean", "sum"]
 """How the log-densities of the dimensions of a latent become one number."""
 
 
@@ -241,16 +240,16 @@ class Schedule(ABC):
         return mean + deviation * noise
 
     def log_density(
-        self, x_previous: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor, t_previous: Tensor, eta: float, over: Over = "mean"
+        self, x_previous: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor, t_previous: Tensor, eta: float
     ) -> Tensor:
         """log-density [B] of a stored ``x_previous`` under the step that a prediction implies, in float64 (float32 on MPS).
 
-        ``over="mean"`` is the convention of the released D3PO and DDPO code, ``"sum"`` that of the papers: the log-density
+        It is the mean over dimensions, the convention of the released D3PO and DDPO code; the papers have the log-density
         proper, larger by the number of dimensions. A step without noise has no density: nan (see ``has_noise``).
         """
         wide = widest(x_t)
         mean, deviation = self.ddim_mean_and_deviation(x_t.to(wide), prediction.to(wide), t, t_previous, eta)
-        return gaussian_log_density(x_previous.to(wide), mean, deviation, over)
+        return gaussian_log_density(x_previous.to(wide), mean, deviation)
 
     def has_noise(self, t: Tensor, t_previous: Tensor, eta: float) -> Tensor:
         """Which steps are stochastic, bool, in the shape of ``t``; the others have no density."""
@@ -490,10 +489,7 @@ def _beside(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *([1] * (like.ndim - 1)))
 
 
-def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor, over: Over = "mean") -> Tensor:
-    """log N(x; mean, deviation^2) [B], the mean or the sum over all dimensions but the first; nan where deviation is 0."""
-    if over not in get_args(Over):
-        raise ValueError(f"over is one of {get_args(Over)}; got {over!r}")
+def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """log N(x; mean, deviation^2) [B], its mean over all dimensions but the first; nan where the deviation is 0."""
     each = -0.5 * ((x - mean) / deviation).square() - deviation.log() - 0.5 * math.log(2.0 * math.pi)
-    each = torch.where(deviation > 0, each, math.nan).flatten(1)
-    return each.mean(dim=1) if over == "mean" else each.sum(dim=1)
+    return torch.where(deviation > 0, each, math.nan).flatten(1).mean(dim=1)

@@ -89,10 +89,10 @@ def _loss(panel: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
     panel.legend(frameon=False)
 
 
-def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
+def _smooth(values: list[float]) -> list[float]:
     out, average = [], values[0]
     for value in values:
-        average = keep * average + (1 - keep) * value
+        average = 0.9 * average + 0.1 * value
         out.append(average)
     return out
 

@@ -206,14 +206,14 @@ def _seconds_comparing(settings: TrainSettings, sized: Sized) -> float:
     return flops / _speed(settings.compute.mixed_precision)
 
 
-def _speed(precision: str, seconds: float = 0.2) -> float:
+def _speed(precision: str) -> float:
     """Operations per second that a step reaches here, from the speed of a matrix product in this precision."""
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device, side = (there, 8192) if there else ("cpu", 1024)  # a GPU needs a large one to get going
     a = torch.randn(side, side, device=device, dtype=getattr(torch, PRECISIONS[precision]))
     (a @ a)[0, 0].item()
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < 0.2:
         (a @ a)[0, 0].item()
         count += 1
     return _EFFICIENCY * 2 * side**3 * count / (time.perf_counter() - start)

@@ -40,7 +40,7 @@ def test_a_policy_that_is_its_reference_has_loss_ln_2(name: str) -> None:
 def test_swapping_the_sides_negates_the_margin(name: str) -> None:
     learner, _ = at_work(CASES[name].objective, by=OFF)
     if name == "seppo":
-        learner.source.reference.become({k: v + OFF for k, v in learner.source._given.weights.copy().items()})
+        learner.source.reference.become({k: v + OFF for k, v in learner.source._run.weights.copy().items()})
         learner.source._round = 0
     batch = first_batch(learner)
     here, there = (learner.losses(b).metrics["margin"] for b in (batch, exchanged(batch)))

@@ -10,17 +10,16 @@ is, so that drift and accuracy can be compared across losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffalign import losses
-from diffalign.checkpoint import Stateful
 from diffalign.errors import UserError
 from diffalign.health import denoising_health, policy_health
-from diffalign.learner import Kind, Learner, RunContext, Source
+from diffalign.learner import Kind, Learner, RunContext
 from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.losses.baselines import Baseline
 from diffalign.objectives._about import Cost
@@ -66,13 +65,10 @@ def denoising_learner(
     loss: losses.Loss,
     scale: float,
     *,
-    source: Source | None = None,
-    reference: Predictor | None = None,
     baseline: Baseline | None = None,
     label: Relabel = own_label,
-    stateful: Mapping[str, Stateful] | None = None,
 ) -> Learner:
-    """``loss`` on the pairs of ``source`` (the data set's if not given), against ``reference`` (the run's if not given).
+    """``loss`` on the data set's pairs, against the run's reference, with the loss's own baseline if none is given.
 
     ``noising`` is for training; held-out pairs get plain noise, so that their numbers mean the same under every objective.
 
@@ -90,14 +86,12 @@ def denoising_learner(
     baseline = loss.baseline() if baseline is None and loss.baseline else baseline
     refuse_lone_samples(baseline, run)
     at_work = DenoisingLosses(run.policy, run.start, noising, loss, scale, baseline, run.processes)
-    kept = {**(stateful or {}), **({"baseline": baseline} if baseline else {})}
-    against = reference or run.compared_with
     return Learner(
-        source=source or run.pairs,
-        losses=lambda batch: at_work(replace(batch, label=label(batch)), against),
+        source=run.pairs,
+        losses=lambda batch: at_work(replace(batch, label=label(batch)), run.compared_with),
         validate=lambda batch: at_work.validate(replace(batch, label=label(batch))),
-        stateful=kept,
-        reference=None if reference else run.reference,
+        stateful={"baseline": baseline} if baseline else {},
+        reference=run.reference,
     )
 
 

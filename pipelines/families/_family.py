@@ -187,10 +187,6 @@ class Family:
         if not self._released:
             self.encoder.work_on(device)
 
-    def offload_encoders(self) -> None:
-        """Move the encoders to the CPU."""
-        self.encoder.to("cpu")
-
     def release_encoders(self, keep_decoder: bool = False) -> None:
         """Free the encoders' memory, once the cache is filled. The decoder is kept for objectives that sample."""
         self.encoder.release(keep_decoder)

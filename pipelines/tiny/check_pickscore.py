@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 BAR = 0.85
+BROKEN = 0.3
+"""Share of the drawings that break a claim of their caption."""
 Score = Callable[[Sequence[Image.Image], Sequence[str]], Any]
 """Pictures and their captions to one number each, as ``Judge.score`` does it."""
 
@@ -64,10 +66,10 @@ def sampled_pairs(
     return [held_out(r.caption, (r.jpg_0, r.jpg_1)) for r in records]
 
 
-def rendered_pairs(n: int, seed: int, broken: float = 0.3) -> list[HeldOutPair]:
+def rendered_pairs(n: int, seed: int) -> list[HeldOutPair]:
     """Drawings for captions of the test split."""
     rng = np.random.default_rng([seed, 1])
-    drawn = [draw_variants(rng, "test", 2, broken) for _ in range(n)]
+    drawn = [draw_variants(rng, "test", 2, BROKEN) for _ in range(n)]
     return [held_out(caption, [pairs.encode_jpeg(picture) for picture in two]) for caption, two in drawn]
 
 

@@ -83,13 +83,14 @@ def build_writer(tokenizer: GPT2Tokenizer) -> GPT2LMHeadModel:
 
 
 @torch.no_grad()
-def look_back(writer: GPT2LMHeadModel, amplitude: float = 0.4, sharpness: float = 3.0) -> None:
+def look_back(writer: GPT2LMHeadModel) -> None:
     """Let the first head of the first layer begin by looking at the place before; training may change it like everything else.
 
     Repeating takes two heads, one that notes what came before each word, and one that finds where the present word was noted
     (Olsson et al. 2022, arXiv 2209.11895). Large models find both by themselves; in the minutes that this one has, not even
     the first was found. Places are sines and cosines in the head's dimensions, so that the place before is a rotation.
     """
+    amplitude, sharpness = 0.4, 3.0  # of the places' waves, and of the looking
     attention, places = writer.transformer.h[0].attn, writer.transformer.wpe.weight  # places: [S, D]
     head, width = attention.head_dim, places.shape[1]
     turn = 2 * torch.pi / torch.from_numpy(np.geomspace(3.0, 200.0, head // 2)).float()
