@@ -41,6 +41,7 @@ import torch
 from PIL import Image
 
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.hold_out import split_rows
 from diffalign.data.layouts import chosen_rejected
 from diffalign.data.loader import LoaderSettings, PairLoader
@@ -125,8 +126,8 @@ class SmallEncoder:
 
 def filled(folder: Path, rows: int, pictures: int | None = None, log: Path | None = None, slow: float = 0.0) -> PairCache:
     """A cache of drawn pairs."""
-    how = {"batch_size": 64, "workers": 2}
-    return build_cache(drawn_table(rows, pictures), SmallEncoder(log, slow), folder, Transform(PIXELS), **how)
+    options = FillOptions(batch_size=64, workers=2)
+    return build_cache(drawn_table(rows, pictures), SmallEncoder(log, slow), folder, Transform(PIXELS), options)
 
 
 # -------------------------------------------------------------------------------------------------------------------- speed

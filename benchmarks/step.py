@@ -129,6 +129,7 @@ class Bench:
 
     def __init__(self, shape: str, pixels: int, adapter: str, pairs: int, variants: tuple[Variant, ...], folder: Path) -> None:
         from diffalign.data.cache import build_cache
+        from diffalign.data.cache_values import FillOptions
         from diffalign.data.open import open_pairs
         from diffalign.data.transform import Transform
         from diffalign.levels import Levels
@@ -140,7 +141,7 @@ class Bench:
         self.table = open_pairs(write_pairs(folder, pixels, ROWS))
         self.transform = Transform(pixels, "center", False, 0)
         encoders.encoder.work_on(DEVICE)
-        self.cache = build_cache(self.table, encoders.encoder, folder / "cache", self.transform, batch_size=2)
+        self.cache = build_cache(self.table, encoders.encoder, folder / "cache", self.transform, FillOptions(batch_size=2))
         self.objective = DiffusionDPO(beta=BETA)
         self.encoders = {v.half: _in_half(encoders, v.half) for v in variants if v.naive}
         self.policies = self._policies(shape, variants)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.cache_files import CacheFolder
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.cached_errors import CachedErrors
 from diffalign.data.hold_out import shortfall, split_rows
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
@@ -262,8 +263,7 @@ def prepare(
         family.encoder.work_on(accelerator.device)
         renew = _may_go(settings, renew)
         cache, prompts = _encode(settings, table, family, everyone, stored, judges, say, bar.advance, renew)
-        how = {"batch_size": settings.data.encode_batch, "renew": renew, "busy": say}
-        shown = main_first(everyone, lambda: previews.encoded(settings, family.encoder, **how))
+        shown = main_first(everyone, lambda: previews.encoded(settings, family.encoder, renew=renew, busy=say))
     with failing_together(everyone):
         if everyone.rank == 0:
             _tell_of_long_prompts(family, cache, prompts, say)
@@ -410,8 +410,7 @@ def encoding(settings: TrainSettings, table: PairTable, family: Any) -> dict[str
         "encoder": family.encoder,
         "directory": settings.cache_folder,
         "transform": Transform(resolution, data.crop, data.flip, settings.seed, data.buckets, data.bucket_step),
-        "batch_size": data.encode_batch,
-        "max_unreadable": data.max_unreadable,
+        "options": FillOptions(data.encode_batch, max_unreadable=data.max_unreadable),
     }
 
 
@@ -427,8 +426,8 @@ def _encode_prompts(
     if stored is not None:
         return feedback.open_prompts(stored, family.encoder)
     texts, folder = prompts_to_sample(settings, table), settings.data.cache or settings.output / PROMPT_FOLDER
-    how = {"batch_size": settings.data.encode_batch, "progress": progress, "renew": renew, "busy": say}
-    return build_prompt_cache(texts, family.encoder, folder, **how)
+    options = FillOptions(settings.data.encode_batch)
+    return build_prompt_cache(texts, family.encoder, folder, options, progress=progress, renew=renew, busy=say)
 
 
 def _tell_of_long_prompts(family: Any, cache: PairCache | None, prompts: PromptCache | None, say: Say) -> None:

@@ -17,6 +17,8 @@ from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data.cache_files import Busy
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.prompt_cache import PromptCache, build_prompt_cache
 from diffalign.digests import digest_of
 from diffalign.errors import UserError
@@ -52,12 +54,13 @@ def prompts_of(settings: TrainSettings) -> list[str]:
     return [prompt.text for prompt in held_out_prompts(where, asked.preview_count)]
 
 
-def encoded(settings: TrainSettings, encoder: Any, **how: Any) -> PromptCache | None:
+def encoded(settings: TrainSettings, encoder: Any, *, renew: bool, busy: Busy) -> PromptCache | None:
     """The previews' prompts, encoded, beside the data's cache."""
     if not (texts := prompts_of(settings)):
         return None
     name = digest_of(texts)[:16]
-    return build_prompt_cache(texts, encoder, settings.cache_folder / f"{FOLDER}-{name}", **how)
+    folder, options = settings.cache_folder / f"{FOLDER}-{name}", FillOptions(settings.data.encode_batch)
+    return build_prompt_cache(texts, encoder, folder, options, renew=renew, busy=busy)
 
 
 class Previews:

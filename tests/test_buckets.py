@@ -20,6 +20,7 @@ from test_data_cache import SmallEncoder
 from diffalign.data import buckets
 from diffalign.data.buckets import BucketOrder
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.loader import LoaderSettings, PairLoader, validation_batches
 from diffalign.data.open import open_pairs
 from diffalign.data.transform import CENTER, Transform
@@ -45,7 +46,9 @@ def write_pairs(folder: Path, n: int) -> Path:
 
 def built(folder: Path, n: int = 10, **more: Any) -> PairCache:
     transform = Transform(PIXELS, **{**HOW, **more})
-    return build_cache(open_pairs(write_pairs(folder, n)), SmallEncoder(), folder / "cache", transform, dtype="float32")
+    return build_cache(
+        open_pairs(write_pairs(folder, n)), SmallEncoder(), folder / "cache", transform, FillOptions(dtype="float32")
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes

@@ -29,7 +29,7 @@ from diffalign.data import cache_files, cache_rows, file_locks
 from diffalign.data.cache import PairCache, build_cache, fill_cache
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.cache_shards import share_of
-from diffalign.data.cache_values import Numbering, Shards, Strings
+from diffalign.data.cache_values import FillOptions, Numbering, Shards, Strings
 from diffalign.data.hold_out import split_rows
 from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.data.open import open_pairs
@@ -46,7 +46,7 @@ PICTURES = 23
 TEXTS = 1 + 1 + 10
 """The empty prompt, the one that every third row has, and those of the others."""
 FLIPPED = Transform(SIDE, flip=True)
-HOW = {"batch_size": 3, "shard_items": 4, "max_unreadable": 0.3, "workers": 2}
+HOW = FillOptions(batch_size=3, shard_items=4, max_unreadable=0.3, workers=2)
 SHARDS = 12 + 3
 
 
@@ -63,12 +63,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> PairTable:
 @pytest.fixture
 def whole(table: PairTable, tmp_path: Path) -> dict[str, bytes]:
     """What one process makes of it."""
-    build_cache(table, SmallEncoder(), tmp_path / "whole", FLIPPED, **HOW)
+    build_cache(table, SmallEncoder(), tmp_path / "whole", FLIPPED, HOW)
     return contents(tmp_path / "whole")
 
 
 def filled(table: PairTable, folder: Path, encoder: SmallEncoder, **more: Any) -> int:
-    return fill_cache(table, encoder, folder, FLIPPED, **HOW, **more)
+    return fill_cache(table, encoder, folder, FLIPPED, HOW, **more)
 
 
 def counted(encoders: Sequence[SmallEncoder]) -> tuple[int, int, int]:
@@ -144,7 +144,7 @@ def test_rows_are_read_once_and_by_whoever_is_there(table: PairTable, tmp_path: 
 
 
 def test_rows_that_show_a_broken_picture_are_skipped_wherever_they_are(table: PairTable, tmp_path: Path) -> None:
-    cache = build_cache(table, SmallEncoder(), tmp_path / "c", FLIPPED, **HOW)
+    cache = build_cache(table, SmallEncoder(), tmp_path / "c", FLIPPED, HOW)
     assert [origin for origin, _ in cache.skipped] == [f"p.parquet:row {row}" for row in BROKEN]
     assert [reason.split(":")[0] for _, reason in cache.skipped] == ["loser", "loser", "winner"], (
         "labels are 1, 0 and 1/2 in turn"
@@ -350,11 +350,11 @@ def tidy() -> Iterator[None]:
 def test_memory_while_filling_does_not_grow_with_the_rows(tidy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the rows, 432 more: a list of their prompts alone would be 45 kB more."""
     monkeypatch.setattr(cache_rows, "PART", 32)
-    how, peaks = {"batch_size": 32, "shard_items": 32, "workers": 0}, []
+    how, peaks = FillOptions(batch_size=32, shard_items=32, workers=0), []
     for n in (48, 48, 480):  # the first is to get warm
         table = many(tmp_path, n)
         tracemalloc.start()
-        build_cache(table, Forgetful(), tmp_path / f"{len(peaks)}", Transform(8), **how)
+        build_cache(table, Forgetful(), tmp_path / f"{len(peaks)}", Transform(8), how)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     print(peaks)
@@ -382,7 +382,7 @@ def test_a_step_reads_the_bytes_of_its_rows_and_opening_reads_none(tmp_path: Pat
     for n in (11, 44):
         (tmp_path / f"{n}").mkdir()
         place = write_pairs(tmp_path / f"{n}", [(2 * i, 2 * i + 1) for i in range(n)])
-        build_cache(open_pairs(place), SmallEncoder(), tmp_path / f"{n}/c", CENTRAL, shard_items=8)
+        build_cache(open_pairs(place), SmallEncoder(), tmp_path / f"{n}/c", CENTRAL, FillOptions(shard_items=8))
         Counted.taken = 0
         cache = PairCache.open(tmp_path / f"{n}/c")
         assert Counted.taken == 0

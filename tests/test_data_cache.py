@@ -26,6 +26,7 @@ from diffalign.data import cache_files
 from diffalign.data.cache import PairCache, build_cache, cache_fingerprint, fill_cache
 from diffalign.data.cache_files import shard_name
 from diffalign.data.cache_shards import ShardFiller
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.open import open_pairs
 from diffalign.data.transform import CENTER, Transform
 from diffalign.errors import StaleCacheError, UserError
@@ -203,7 +204,7 @@ def test_winner_and_loser_get_the_same_crop_and_mirror(tmp_path):
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_every_pair_gets_the_encoding_of_its_own_pictures_and_prompt(tmp_path, crop, flip):
     table, encoder, transform = open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), Transform(SIDE, crop, flip, seed=5)
-    cache = build_cache(table, encoder, tmp_path / "c", transform, dtype="float32", batch_size=3, shard_items=4)
+    cache = build_cache(table, encoder, tmp_path / "c", transform, FillOptions(dtype="float32", batch_size=3, shard_items=4))
     assert isinstance(encoder, Encoder) and len(cache) == 11 and cache.latent_shape == (4, 4, 4)
     with torch.no_grad():
         for i, pair in enumerate(table):
@@ -240,7 +241,7 @@ def test_pictures_and_prompts_are_encoded_once(tmp_path):
 
 def test_how_many_were_skipped_is_known_without_a_look_at_the_folder(tmp_path, monkeypatch):
     table = open_pairs(write_pairs(tmp_path, DISTINCT, broken=(2, 5)))
-    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.5)
+    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(max_unreadable=0.5))
     monkeypatch.setattr(cache_files.CacheFolder, "size_on_disk", lambda _: pytest.fail("looked at every file"))
     assert cache.skipped_count == len(cache.skipped) == 2
 
@@ -262,7 +263,7 @@ def test_the_cache_knows_how_each_picture_of_a_pair_was_cut(tmp_path, flip):
 
 def test_arrays_are_memory_mapped_and_half_precision_by_default(tmp_path):
     table, encoder = open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder()
-    cache = build_cache(table, encoder, tmp_path / "c", CENTRAL, shard_items=8)
+    cache = build_cache(table, encoder, tmp_path / "c", CENTRAL, FillOptions(shard_items=8))
     names = [f"{k:05d}.{tensor}.npy" for k in range(3) for tensor in ("framing", "moments")]
     assert [f.name for f in sorted((tmp_path / "c/images").iterdir())] == names
     shard = cache._shard(shard_name("images", 0, "moments"))
@@ -290,7 +291,9 @@ def test_a_complete_cache_is_not_encoded_again(tmp_path):
 
 def test_large_items_make_smaller_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(ShardFiller, "MAX_BYTES", 5 * (2 * 4 * 4 * 4 * 2 + 6 * 4))  # five pictures in float16, with their framing
-    cache = build_cache(open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "c", CENTRAL, batch_size=2)
+    cache = build_cache(
+        open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(batch_size=2)
+    )
     assert cache._shard(shard_name("images", 0, "moments")).shape[0] == 5
 
 
@@ -302,16 +305,16 @@ def test_large_items_make_smaller_shards(tmp_path, monkeypatch):
 def test_a_killed_build_goes_on_where_it_was_and_ends_in_the_same_bytes(tmp_path, calls, workers, flip):
     images = [*DISTINCT[:5], (0, 1), (3, 90), *DISTINCT[5:]]
     table = open_pairs(write_pairs(tmp_path, images, broken=(2, 8)))
-    settings = {"batch_size": 3, "shard_items": 4, "max_unreadable": 0.2, "workers": workers}
+    settings = FillOptions(batch_size=3, shard_items=4, max_unreadable=0.2, workers=workers)
     whole, killed, rest = SmallEncoder(), SmallEncoder(fail_after=calls), SmallEncoder()
     transform = Transform(SIDE, flip=flip)
-    build_cache(table, whole, tmp_path / "whole", transform, **settings)
+    build_cache(table, whole, tmp_path / "whole", transform, settings)
     with pytest.raises(KeyboardInterrupt):
-        build_cache(table, killed, tmp_path / "cut", transform, **settings)
+        build_cache(table, killed, tmp_path / "cut", transform, settings)
     with pytest.raises(UserError, match="not complete"):
         PairCache.open(tmp_path / "cut")
     committed = sum(len(np.load(f)) for f in (tmp_path / "cut").glob("images/*.moments.npy"))
-    cache = build_cache(table, rest, tmp_path / "cut", transform, **settings)
+    cache = build_cache(table, rest, tmp_path / "cut", transform, settings)
     assert rest.images == whole.images - committed, "committed pictures are not encoded again"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert [origin for origin, _ in cache.skipped] == ["p.parquet:row 2", "p.parquet:row 8"] and len(cache) == 11
@@ -319,12 +322,12 @@ def test_a_killed_build_goes_on_where_it_was_and_ends_in_the_same_bytes(tmp_path
 
 def test_half_written_and_uncommitted_files_are_ignored(tmp_path):
     table = open_pairs(write_pairs(tmp_path, DISTINCT))
-    build_cache(table, SmallEncoder(), tmp_path / "whole", CENTRAL, shard_items=8)
+    build_cache(table, SmallEncoder(), tmp_path / "whole", CENTRAL, FillOptions(shard_items=8))
     with pytest.raises(KeyboardInterrupt):
-        build_cache(table, SmallEncoder(fail_after=1), tmp_path / "cut", CENTRAL, shard_items=8)
+        build_cache(table, SmallEncoder(fail_after=1), tmp_path / "cut", CENTRAL, FillOptions(shard_items=8))
     (tmp_path / "cut/images/00001.moments.npy").write_bytes(b"in place, but the journal does not know it")
     (tmp_path / "cut/journal/images-00001.json.partial").write_text('{"shards": 2, "it')
-    build_cache(table, SmallEncoder(), tmp_path / "cut", CENTRAL, shard_items=8)
+    build_cache(table, SmallEncoder(), tmp_path / "cut", CENTRAL, FillOptions(shard_items=8))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -343,10 +346,10 @@ def test_a_full_disk_keeps_what_was_committed_and_says_what_is_needed(tmp_path, 
             UserError,
             match=r"images/00002.moments.npy .*No space left.*this file alone needs [\d,]+\).* another folder \(--cache\)",
         ):
-            build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+            build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(shard_items=8))
     assert not list((tmp_path / "c").rglob("*.partial"))
     rest = SmallEncoder()
-    cache = build_cache(table, rest, tmp_path / "c", CENTRAL, shard_items=8)
+    cache = build_cache(table, rest, tmp_path / "c", CENTRAL, FillOptions(shard_items=8))
     assert rest.images == 22 - 16 and len(cache) == 11
 
 
@@ -373,7 +376,9 @@ def test_rows_that_no_file_and_no_tokenizer_takes_are_skipped_as_others(tmp_path
         {"chosen": "~nobody-of-this-name/a.png"},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in [{}, *wrong, {"rejected": "2.png"}]))
-    cache = build_cache(open_pairs(tmp_path / "p.jsonl"), SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.7)
+    cache = build_cache(
+        open_pairs(tmp_path / "p.jsonl"), SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(max_unreadable=0.7)
+    )
     assert len(cache) == 2 and len(cache.skipped) == 4
 
 
@@ -385,15 +390,15 @@ def test_names_that_are_not_utf8_are_no_hindrance(tmp_path):
         (folder / "prompt.txt").write_text("p")
         (folder / "win.png").write_bytes(png(0))
         (folder / "lose.png").write_bytes(png(1) if name == b"fine" else b"")
-    cache = build_cache(open_pairs(tmp_path / "pairs"), SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.7)
+    cache = build_cache(open_pairs(tmp_path / "pairs"), SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(max_unreadable=0.7))
     assert len(cache) == 1 and cache.skipped[0][0] == r"pairs/\udce9"
 
 
 def test_unreadable_rows_are_skipped_under_the_limit_and_refused_above(tmp_path):
     table = open_pairs(write_pairs(tmp_path, DISTINCT, broken=(3, 7)))
     with pytest.raises(UserError, match=r"of 11 pairs cannot be used.*limit of 10.00%: p.parquet:row 3: .*decoded.*row 7"):
-        build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.1)
-    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, max_unreadable=0.2)
+        build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(max_unreadable=0.1))
+    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(max_unreadable=0.2))
     assert len(cache) == 9 and cache.rows().tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert [(o, r.split(":")[0]) for o, r in cache.skipped] == [("p.parquet:row 3", "loser"), ("p.parquet:row 7", "winner")]
     with pytest.raises(UserError, match="2 of 11 pairs"):
@@ -405,7 +410,7 @@ def test_a_stale_cache_is_refused_naming_every_difference(tmp_path):
     build_cache(open_pairs(place), SmallEncoder(), tmp_path / "c", CENTRAL)
     before = contents(tmp_path / "c")
     with pytest.raises(StaleCacheError) as caught:
-        build_cache(open_pairs(place), SmallEncoder("b"), tmp_path / "c", Transform(24, flip=True), dtype="float32")
+        build_cache(open_pairs(place), SmallEncoder("b"), tmp_path / "c", Transform(24, flip=True), FillOptions(dtype="float32"))
     message = str(caught.value)
     for part in ('encoder.weights was "a" and is now "b"', "transform.resolution was 16 and is now 24", 'dtype was "float16"'):
         assert part in message
@@ -441,7 +446,7 @@ def test_values_that_the_cache_cannot_hold_stop_it(tmp_path, scale, reason):
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
-        build_cache(open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "c", CENTRAL, **wrong)
+        build_cache(open_pairs(write_pairs(tmp_path, DISTINCT)), SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(**wrong))
     assert not (tmp_path / "c").exists()
 
 
@@ -465,14 +470,14 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, wrong, 
 def test_what_is_lost_is_made_anew_and_nothing_else(tmp_path, lost, images, prompts):
     """Three shards of pictures, two of prompts: bytes for bytes what was there."""
     table = open_pairs(write_pairs(tmp_path, DISTINCT))
-    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(shard_items=8))
     before = contents(tmp_path / "c")
     for name, left in lost.items():
         file = tmp_path / "c" / name
         file.unlink() if left is None else os.truncate(file, left)
     told: list[str] = []
     encoder = SmallEncoder()
-    assert fill_cache(table, encoder, tmp_path / "c", CENTRAL, shard_items=8, mended=told.extend) == 0
+    assert fill_cache(table, encoder, tmp_path / "c", CENTRAL, FillOptions(shard_items=8), mended=told.extend) == 0
     assert (encoder.images, len(encoder.texts)) == (images, prompts)
     assert contents(tmp_path / "c") == before
     assert set(told) == (set(lost) if images or prompts else {"the index"})
@@ -481,13 +486,13 @@ def test_what_is_lost_is_made_anew_and_nothing_else(tmp_path, lost, images, prom
 
 def test_a_whole_cache_has_nothing_to_mend(tmp_path):
     table = open_pairs(write_pairs(tmp_path, DISTINCT))
-    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+    build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(shard_items=8))
     fill_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, mended=lambda lost: pytest.fail(str(lost)))
 
 
 def test_a_damaged_cache_says_how_it_is_mended(tmp_path):
     table = open_pairs(write_pairs(tmp_path, DISTINCT))
-    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, shard_items=8)
+    cache = build_cache(table, SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(shard_items=8))
     (tmp_path / "c" / "images" / "00001.moments.npy").unlink()
     with pytest.raises(UserError, match="--prepare encodes what is lost and keeps the rest"):
         [cache.moments(row, "winner") for row in range(11)]

@@ -17,6 +17,7 @@ from test_data_readers import run_check
 
 from diffalign.data import layouts
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.loader import LoaderSettings, PairLoader
 from diffalign.data.open import _modules, open_pairs
 from diffalign.data.pairs import RowProblem
@@ -248,7 +249,9 @@ def test_what_is_shown_does_not_depend_on_labels(tmp_path: Path) -> None:
 def test_a_picture_is_encoded_once_and_stands_on_both_sides(tmp_path: Path) -> None:
     place = parquet(tmp_path / "p.parquet", label=[1.0, 0.0, 0.25, 1.0, 1.0], score=[3.0, 1.0, None, 0.0, 2.0])
     encoder = SmallEncoder()
-    cache = build_cache(open_pairs(place), encoder, tmp_path / "c", Transform(SIDE, "random", flip=True), batch_size=3)
+    cache = build_cache(
+        open_pairs(place), encoder, tmp_path / "c", Transform(SIDE, "random", flip=True), FillOptions(batch_size=3)
+    )
     assert encoder.images == 2 * N and cache.stats()["unique_images"] == N
     assert cache.kind == PairCache.open(tmp_path / "c").kind == "pictures"
     assert cache.labels.tolist() == [1.0, 0.0, 0.25, 1.0, 1.0]
@@ -261,7 +264,7 @@ def test_a_picture_is_encoded_once_and_stands_on_both_sides(tmp_path: Path) -> N
 def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, views = [], Transform.views
     monkeypatch.setattr(Transform, "views", lambda self, *args: seen.append(args) or views(self, *args))
-    build_cache(open_pairs(parquet(tmp_path / "p.parquet")), SmallEncoder(), tmp_path / "c", CENTRAL, workers=0)
+    build_cache(open_pairs(parquet(tmp_path / "p.parquet")), SmallEncoder(), tmp_path / "c", CENTRAL, FillOptions(workers=0))
     assert len(seen) == N
 
 
@@ -275,11 +278,11 @@ def test_pictures_that_cannot_be_read_are_skipped_or_refused_as_pictures(tmp_pat
     place = parquet(tmp_path / "p.parquet", image=[png(0), png(1)[:150], png(2), png(3), png(4)])
     with pytest.raises(UserError, match=r"1 of 5 pictures cannot be used.*p\.parquet:row 1: picture: .*decoded"):
         build_cache(open_pairs(place), SmallEncoder(), tmp_path / "c", CENTRAL)
-    cache = build_cache(open_pairs(place), SmallEncoder(), tmp_path / "d", CENTRAL, max_unreadable=0.5)
+    cache = build_cache(open_pairs(place), SmallEncoder(), tmp_path / "d", CENTRAL, FillOptions(max_unreadable=0.5))
     assert cache.rows().tolist() == [0, 2, 3, 4]
     bad = parquet(tmp_path / "bad.parquet", image=[b"x"] * N)
     with pytest.raises(UserError, match="None of the 5 pictures can be used"):
-        build_cache(open_pairs(bad), SmallEncoder(), tmp_path / "e", CENTRAL, max_unreadable=1.0)
+        build_cache(open_pairs(bad), SmallEncoder(), tmp_path / "e", CENTRAL, FillOptions(max_unreadable=1.0))
 
 
 # ----------------------------------------------------------------------------------------------------------------- the report

@@ -15,6 +15,7 @@ from test_data_cache import CENTRAL, DISTINCT, SmallEncoder, png, write_pairs
 from worlds import PairsInMemory
 
 from diffalign.data.cache import PairCache, build_cache, cache_fingerprint
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.draws import draw
 from diffalign.data.loader import LoaderSettings, PairLoader, collate, validation_batches
 from diffalign.data.open import open_pairs
@@ -138,12 +139,12 @@ def test_the_cache_keeps_them(cache: PairCache, tmp_path: Path) -> None:
 def test_a_killed_build_keeps_the_scores_of_what_was_committed(tmp_path: Path) -> None:
     numbers = [i / 7 for i in range(6)]
     place = pick_a_pic(tmp_path / "p.parquet", [1.0, 0.0] * 3, score_0=numbers, score_1=[*numbers[1:], NAN])
-    how = {"batch_size": 2, "shard_items": 4}
-    whole = build_cache(open_pairs(place), SmallEncoder(), tmp_path / "whole", CENTRAL, **how)
+    how = FillOptions(batch_size=2, shard_items=4)
+    whole = build_cache(open_pairs(place), SmallEncoder(), tmp_path / "whole", CENTRAL, how)
     with pytest.raises(KeyboardInterrupt):
-        build_cache(open_pairs(place), SmallEncoder(fail_after=4), tmp_path / "cut", CENTRAL, **how)
+        build_cache(open_pairs(place), SmallEncoder(fail_after=4), tmp_path / "cut", CENTRAL, how)
     assert list((tmp_path / "cut" / "journal").iterdir())
-    rest = build_cache(open_pairs(place), SmallEncoder(), tmp_path / "cut", CENTRAL, **how)
+    rest = build_cache(open_pairs(place), SmallEncoder(), tmp_path / "cut", CENTRAL, how)
     torch.testing.assert_close(rest.scores, whole.scores, rtol=0, atol=0, equal_nan=True)
     assert (tmp_path / "cut/pairs.npy").read_bytes() == (tmp_path / "whole/pairs.npy").read_bytes()
     assert whole.scores[5].isnan().all() and whole.scores[:5].isfinite().all()

@@ -12,6 +12,7 @@ from miniatures import MINIATURES, PIXELS
 from safetensors.torch import save_file
 
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.draws import draw
 from diffalign.data.loader import collate
 from diffalign.data.open import open_pairs
@@ -60,7 +61,7 @@ def sizes(calls: list[dict[str, Any]]) -> list[torch.Tensor]:
 
 def encoded(folder: Path, model: Saved, pairs: Path, **transform: Any) -> PairCache:
     encoder = families.load_family(model.folder).encoder
-    return build_cache(open_pairs(pairs), encoder, folder, Transform(PIXELS, **transform), dtype="float32")
+    return build_cache(open_pairs(pairs), encoder, folder, Transform(PIXELS, **transform), FillOptions(dtype="float32"))
 
 
 def batch_of(cache: PairCache, seeds: range = range(4), flip: bool = False) -> PairBatch:

@@ -13,6 +13,7 @@ from test_data_cache import CENTRAL, DISTINCT, SmallEncoder, _vector, contents, 
 
 from diffalign.data import cache_files
 from diffalign.data.cache import PairCache, build_cache
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.cached_errors import cache_errors
 from diffalign.data.draws import FixedDraws
 from diffalign.data.open import open_pairs
@@ -26,7 +27,7 @@ PROMPTS = [f"prompt {i % 7}" for i in range(10)] + ["", "another"]
 def test_prompts_keep_their_order_and_are_encoded_once(tmp_path: Path) -> None:
     encoder, told = SmallEncoder(), []
     cache = build_prompt_cache(
-        PROMPTS, encoder, tmp_path / "c", dtype="float32", batch_size=3, progress=lambda *state: told.append(state)
+        PROMPTS, encoder, tmp_path / "c", FillOptions(dtype="float32", batch_size=3), progress=lambda *state: told.append(state)
     )
     assert cache.prompts == PROMPTS and len(cache) == 12
     assert sorted(encoder.texts) == sorted(set(PROMPTS)) and encoder.images == 0
@@ -43,7 +44,7 @@ def test_prompts_keep_their_order_and_are_encoded_once(tmp_path: Path) -> None:
 
 
 def test_the_empty_prompt_is_there_though_nobody_gave_it(tmp_path: Path) -> None:
-    cache = build_prompt_cache(["a"], SmallEncoder(), tmp_path / "c", dtype="float32")
+    cache = build_prompt_cache(["a"], SmallEncoder(), tmp_path / "c", FillOptions(dtype="float32"))
     assert cache.prompts == ["a"] and torch.equal(cache.conditioning(None)["encoder_hidden_states"], _vector(""))
     assert torch.equal(cache.conditioning(0)["encoder_hidden_states"], _vector("a"))
 
@@ -63,14 +64,14 @@ def test_it_opens_again_and_in_other_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
 def test_a_killed_build_goes_on_where_it_was_and_ends_in_the_same_bytes(tmp_path: Path, calls: int) -> None:
-    how = {"batch_size": 2, "shard_items": 2}
-    build_prompt_cache(PROMPTS, SmallEncoder(), tmp_path / "whole", **how)
+    how = FillOptions(batch_size=2, shard_items=2)
+    build_prompt_cache(PROMPTS, SmallEncoder(), tmp_path / "whole", how)
     with pytest.raises(KeyboardInterrupt):
-        build_prompt_cache(PROMPTS, SmallEncoder(fail_after=calls), tmp_path / "cut", **how)
+        build_prompt_cache(PROMPTS, SmallEncoder(fail_after=calls), tmp_path / "cut", how)
     with pytest.raises(UserError, match="not complete; build it again"):
         PromptCache.open(tmp_path / "cut")
     rest = SmallEncoder()
-    build_prompt_cache(PROMPTS, rest, tmp_path / "cut", **how)
+    build_prompt_cache(PROMPTS, rest, tmp_path / "cut", how)
     assert len(rest.texts) == 9 - 2 * calls, "what was committed is not encoded again"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -84,7 +85,7 @@ def test_other_prompts_another_encoder_or_precision_make_it_stale(tmp_path: Path
     build_prompt_cache(PROMPTS, SmallEncoder(), tmp_path / "c")
     before = contents(tmp_path / "c")
     with pytest.raises(StaleCacheError) as caught:
-        build_prompt_cache(PROMPTS[1:], SmallEncoder("b"), tmp_path / "c", dtype="float32")
+        build_prompt_cache(PROMPTS[1:], SmallEncoder("b"), tmp_path / "c", FillOptions(dtype="float32"))
     message = str(caught.value)
     for part in ('encoder.weights was "a" and is now "b"', 'dtype was "float16"', "prompts.count was 12 and is now 11"):
         assert part in message
@@ -147,7 +148,7 @@ def test_a_cache_of_another_kind_does_not_open(tmp_path: Path) -> None:
 )
 def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, prompts: object, how: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_prompt_cache(prompts, SmallEncoder(), tmp_path / "c", **how)
+        build_prompt_cache(prompts, SmallEncoder(), tmp_path / "c", FillOptions(**how))
     assert not (tmp_path / "c").exists()
 
 

@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.ahead import default_workers
 from diffalign.data.cache_build import images_to_fill
 from diffalign.data.cache_files import Busy, CacheFolder, journal_name, shard_name
 from diffalign.data.cache_prompts import about as prompts_about
 from diffalign.data.cache_prompts import prompts_to_fill
 from diffalign.data.cache_rows import Index, Rows, refuse_unreadable
 from diffalign.data.cache_shards import ShardFiller, Share
-from diffalign.data.cache_values import Shards, Strings, Taken, check_settings
+from diffalign.data.cache_values import DEFAULTS, FillOptions, Shards, Strings, Taken
 from diffalign.data.pairs import Progress
 from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Transform
@@ -63,18 +62,20 @@ def build_cache(
     encoder: Encoder,
     directory: str | Path,
     transform: Transform,
+    options: FillOptions = DEFAULTS,
     *,
-    max_unreadable: float = 0.01,
     processes: Processes | None = None,
-    **how: Any,
+    progress: Progress | None = None,
+    renew: bool = False,
+    busy: Busy | None = None,
 ) -> PairCache:
     """Encode every pair of ``table`` that is not yet in ``directory``; a complete cache is only opened.
 
-    All ``processes`` must call it, and share the work. ``how`` is that of ``fill_cache``, which says what is raised.
+    All ``processes`` must call it, and share the work. Arguments and errors are those of ``fill_cache``.
     """
-    fill_cache(table, encoder, directory, transform, max_unreadable=max_unreadable, processes=processes, **how)
-    cache = PairCache.open(directory, cache_fingerprint(table, encoder, transform, how.get("dtype", "float16")))
-    refuse_unreadable(cache.skipped, len(table), max_unreadable, table.kind)
+    fill_cache(table, encoder, directory, transform, options, processes=processes, progress=progress, renew=renew, busy=busy)
+    cache = PairCache.open(directory, cache_fingerprint(table, encoder, transform, options.dtype))
+    refuse_unreadable(cache.skipped, len(table), options.max_unreadable, table.kind)
     return cache
 
 
@@ -83,15 +84,11 @@ def fill_cache(
     encoder: Encoder,
     directory: str | Path,
     transform: Transform,
+    options: FillOptions = DEFAULTS,
     *,
-    batch_size: int = 8,
-    max_unreadable: float = 0.01,
-    progress: Progress | None = None,
-    dtype: str = "float16",
-    shard_items: int = 256,
-    workers: int | None = None,
     processes: Processes | None = None,
     part: Share = (0, 1),
+    progress: Progress | None = None,
     renew: bool = False,
     busy: Busy | None = None,
     mended: Callable[[list[str]], None] | None = None,
@@ -102,27 +99,21 @@ def fill_cache(
     completes the cache. Its content does not depend on how many there are.
 
     Args:
-        max_unreadable: the share of pairs, in [0, 1], that may be skipped because they cannot be read.
-        shard_items: items of a shard, fewer if they are large; a shard is what a kill can cost each process.
-        workers: threads that decode ahead of the encoder.
         processes: that share this part. All must call it.
         part: (which, of how many), the first of them 0.
         renew: a cache that was made under other circumstances goes, instead of being refused.
-        busy: told before this waits for another process that fills the folder; without it, that is refused.
-        mended: has every file of a complete cache looked at, and is told which are made anew because they are lost or cut short.
+        busy: called before this waits for another process that fills the folder; without it, that is refused.
+        mended: has every file of a complete cache checked, and is given the names of those that are made anew because they are
+            lost or cut short.
 
     Raises:
         StaleCacheError: the folder holds a cache made under other circumstances.
         UserError: too many unreadable pairs (the first are named), a full disk, values that ``dtype`` cannot hold, or a folder
             with something else.
     """
-    check_settings(dtype, batch_size, shard_items)
-    if not 0.0 <= max_unreadable <= 1.0:
-        raise UserError(f"max_unreadable is {max_unreadable}; it is a share of the pairs and must be in [0, 1].")
     folder, processes, shared = CacheFolder(directory), processes or OneProcess(), part[1] > 1
-    expected = cache_fingerprint(table, encoder, transform, dtype)
-    reading = {"max_unreadable": max_unreadable, "workers": default_workers() if workers is None else workers}
-    filling = _Filling(folder, table, encoder, transform, dtype, reading, progress)
+    expected = cache_fingerprint(table, encoder, transform, options.dtype)
+    filling = _Filling(folder, table, encoder, transform, options, progress)
     with failing_together(processes):
         if processes.rank == 0:
             _look_over(folder, expected, renew, mended)
@@ -132,7 +123,7 @@ def fill_cache(
     with folder.claimed(expected, processes, shared, busy):
         if processes.all(folder.complete)[0]:  # another job may have ended meanwhile
             return 0
-        return filling.fill(part, processes, batch_size=batch_size, shard_items=shard_items)
+        return filling.fill(part, processes)
 
 
 def _look_over(folder: CacheFolder, expected: Mapping[str, Any], renew: bool, mended: Callable[[list[str]], None] | None) -> None:
@@ -199,29 +190,25 @@ class _Filling:
         table: PairTable,
         encoder: Encoder,
         transform: Transform,
-        dtype: str,
-        reading: Mapping[str, Any],
+        options: FillOptions,
         progress: Progress | None,
     ) -> None:
         self._folder, self._table, self._encoder, self._transform = folder, table, encoder, transform
-        self._dtype, self._workers, self._progress = dtype, reading["workers"], progress
-        self._rows = Rows(folder, table, transform, progress=progress, **reading)
+        self._options, self._progress = options, progress
+        self._rows = Rows(folder, table, transform, options, progress)
 
-    def fill(self, part: Share, processes: Processes, **how: Any) -> int:
+    def fill(self, part: Share, processes: Processes) -> int:
         """Returns how many shards are still missing."""
         started, index = time.monotonic(), self._numbered(part, processes)
         if index is None:
             return 0
-        common = {**how, "dtype": self._dtype, "progress": self._progress}
         self._rows.refuse_none(len(index.pairs))
         self._rows.refuse(index.skipped)
         images = images_to_fill(
-            *(self._folder, self._table, index, self._encoder, self._transform),
-            workers=self._workers,
+            *(self._folder, self._table, index, self._encoder, self._transform, self._options, self._progress),
             refuse=lambda broken: self._rows.refuse([*index.skipped, *broken]),
-            **common,
         )
-        prompts = prompts_to_fill(self._folder, index.prompts, self._encoder, **common)
+        prompts = prompts_to_fill(self._folder, index.prompts, self._encoder, self._options, self._progress)
         mine = part[0] * processes.world + processes.rank, part[1] * processes.world
         for filler in (images, prompts):
             filler.fill(mine, processes)

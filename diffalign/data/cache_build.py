@@ -16,8 +16,8 @@ from diffalign.data.ahead import map_ahead
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.cache_rows import Index, Skipped, pair_of
 from diffalign.data.cache_shards import ShardFiller
-from diffalign.data.cache_values import cast
-from diffalign.data.pairs import PreferencePair, RowProblem, UnreadableImage
+from diffalign.data.cache_values import FillOptions, cast
+from diffalign.data.pairs import PreferencePair, Progress, RowProblem, UnreadableImage
 from diffalign.data.table import PairTable
 from diffalign.data.transform import Framing, Transform
 from diffalign.protocols import Encoder
@@ -44,13 +44,12 @@ def images_to_fill(
     index: Index,
     encoder: Encoder,
     transform: Transform,
+    options: FillOptions,
+    progress: Progress | None,
     *,
-    dtype: str,
-    workers: int,
     refuse: Callable[[Sequence[Skipped]], None],
-    **how: Any,
 ) -> ShardFiller[Picture]:
-    """What encodes the pictures of ``index``. ``refuse`` is told which rows turned out broken; ``how`` is ``ShardFiller``'s."""
+    """What encodes the pictures of ``index``. ``refuse`` gets the rows that turn out broken, and raises if they are too many."""
     broken: list[Skipped] = []
 
     def remarks(pictures: Sequence[Picture]) -> dict[int, str]:
@@ -60,11 +59,10 @@ def images_to_fill(
             refuse(broken)
         return {picture.number: picture.problem for picture in found}
 
-    load = partial(_loaded, table, index.owners, transform, workers)
-    encode = partial(_encode, encoder, dtype, transform)
-    return ShardFiller(
-        folder, "images", len(index.owners), load, encode, stride=2 if transform.flip else 1, remarks=remarks, **how
-    )
+    load = partial(_loaded, table, index.owners, transform, options.workers)
+    encode = partial(_encode, encoder, options.dtype, transform)
+    stride = 2 if transform.flip else 1
+    return ShardFiller(folder, "images", len(index.owners), load, encode, options, progress, stride=stride, remarks=remarks)
 
 
 def _loaded(

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.cache_shards import ShardFiller
-from diffalign.data.cache_values import cast
+from diffalign.data.cache_values import FillOptions, cast
+from diffalign.data.pairs import Progress
 from diffalign.protocols import Encoder
 
 
-def prompts_to_fill(folder: CacheFolder, texts: Sequence[str], encoder: Encoder, *, dtype: str, **how: Any) -> ShardFiller[str]:
-    """What encodes ``texts``, which differ, the empty one first. ``how`` is that of ``ShardFiller``."""
+def prompts_to_fill(
+    folder: CacheFolder, texts: Sequence[str], encoder: Encoder, options: FillOptions, progress: Progress | None
+) -> ShardFiller[str]:
+    """What encodes ``texts``, which differ, the empty one first."""
 
     def encode(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         with torch.no_grad():
             encoded = encoder.encode_prompts(list(prompts))
-        return {name: cast(value, dtype, [f"the prompt {text!r}" for text in prompts]) for name, value in encoded.items()}
+        labels = [f"the prompt {text!r}" for text in prompts]
+        return {name: cast(value, options.dtype, labels) for name, value in encoded.items()}
 
-    return ShardFiller(folder, "prompts", len(texts), lambda numbers: (texts[n] for n in numbers), encode, **how)
+    return ShardFiller(folder, "prompts", len(texts), lambda numbers: (texts[n] for n in numbers), encode, options, progress)
 
 
 def about(prompts: ShardFiller[str], count: int) -> dict[str, object]:

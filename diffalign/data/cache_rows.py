@@ -22,7 +22,7 @@ from diffalign.data.ahead import map_ahead
 from diffalign.data.buckets import Shape
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.cache_shards import Share, share_of
-from diffalign.data.cache_values import Numbering, Shards, Strings, mapped, npy_header
+from diffalign.data.cache_values import FillOptions, Numbering, Shards, Strings, mapped, npy_header
 from diffalign.data.pairs import LOSER, PICTURE, WINNER, ImageSource, PreferencePair, Progress, RowProblem, UnreadableImage
 from diffalign.data.table import Kind, PairTable
 from diffalign.data.transform import Position, Transform
@@ -48,13 +48,11 @@ class Rows:
         folder: CacheFolder,
         table: PairTable,
         transform: Transform,
-        *,
-        max_unreadable: float,
-        workers: int,
+        options: FillOptions,
         progress: Progress | None,
     ) -> None:
         self._folder, self._table, self._transform = folder, table, transform
-        self._limit, self._workers, self._progress = max_unreadable, workers, progress
+        self._options, self._progress = options, progress
         self._parts = math.ceil(len(table) / PART)
         self._stride = 2 if transform.flip else 1
         self._sides = (PICTURE,) if table.kind == "pictures" else (WINNER, LOSER)
@@ -87,7 +85,7 @@ class Rows:
         """The numbers, then the texts, which commit the part."""
         rows = range(part * PART, min((part + 1) * PART, len(self._table)))
         kept, texts, skipped = [], {"prompts": [], "origins": []}, []
-        for row, outcome in zip(rows, map_ahead(self._keyed, self._pairs(rows), self._workers), strict=True):
+        for row, outcome in zip(rows, map_ahead(self._keyed, self._pairs(rows), self._options.workers), strict=True):
             if isinstance(outcome, RowProblem):
                 skipped.append((row, outcome.origin, _reason(outcome)))
             else:
@@ -105,7 +103,8 @@ class Rows:
     def refuse(self, more: Sequence[Skipped]) -> None:
         """Raises ``UserError`` if more rows than the limit cannot be used: those met in reading, and ``more``."""
         found = sorted({*self._skipped, *more})
-        refuse_unreadable([(origin, why) for _, origin, why in found], len(self._table), self._limit, self._table.kind)
+        named = [(origin, why) for _, origin, why in found]
+        refuse_unreadable(named, len(self._table), self._options.max_unreadable, self._table.kind)
 
     def refuse_none(self, usable: int) -> None:
         """Raises ``UserError`` if nothing is usable."""

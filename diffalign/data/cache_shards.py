@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from diffalign.data.cache_files import CacheFolder, journal_name, shard_name
+from diffalign.data.cache_values import FillOptions
 from diffalign.data.pairs import Progress
 from diffalign.processes import Processes, failing_together
 
@@ -47,16 +48,16 @@ class ShardFiller(Generic[Thing]):
         count: int,
         load: Callable[[Iterable[int]], Iterator[Thing]],
         encode: Callable[[Sequence[Thing]], Arrays],
+        options: FillOptions,
+        progress: Progress | None,
         *,
-        batch_size: int,
-        shard_items: int,
         stride: int = 1,
         remarks: Callable[[Sequence[Thing]], Mapping[int, str]] = lambda _: {},
-        progress: Progress | None = None,
     ) -> None:
         self._folder, self._kind, self._count, self._progress = folder, kind, count, progress
         self._load, self._encode, self._remarks = load, encode, remarks
-        self._batch, self._most, self._stride = max(1, batch_size // stride), max(1, shard_items // stride), stride
+        self._batch, self._most = max(1, options.batch_size // stride), max(1, options.shard_items // stride)
+        self._stride = stride
         self._first: tuple[Sequence[Thing], Arrays] | None = None
         self.per_shard = 0  # things; known when filling has begun
 

@@ -7,12 +7,14 @@ import functools
 import io
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data.ahead import default_workers
 from diffalign.data.cache_files import CacheFolder, shard_name
 from diffalign.errors import UserError
 
@@ -20,12 +22,26 @@ DTYPES = {"float16": np.float16, "float32": np.float32}
 OPEN_SHARDS = 128  # each costs a file descriptor
 
 
-def check_settings(dtype: str, batch_size: int, shard_items: int) -> None:
-    """Raises ``UserError`` for what no cache can be filled with."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype of the cache is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    if batch_size < 1 or shard_items < 1:
-        raise UserError(f"batch_size is {batch_size} and shard_items is {shard_items}; both must be at least 1.")
+@dataclass(frozen=True)
+class FillOptions:
+    """How a cache is filled. Raises UserError for what no cache can be filled with."""
+
+    batch_size: int = 8  # items that the encoder takes together
+    dtype: str = "float16"  # of what is stored, float16 or float32
+    shard_items: int = 256  # of a shard, fewer if they are large; a shard is what a kill can cost each process
+    workers: int = field(default_factory=default_workers)  # threads that decode ahead of the encoder; 0 for none
+    max_unreadable: float = 0.01  # share of the pairs, in [0, 1], that may be skipped because they cannot be read
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype of the cache is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        if self.batch_size < 1 or self.shard_items < 1:
+            raise UserError(f"batch_size is {self.batch_size} and shard_items is {self.shard_items}; both must be at least 1.")
+        if not 0.0 <= self.max_unreadable <= 1.0:
+            raise UserError(f"max_unreadable is {self.max_unreadable}; it is a share of the pairs and must be in [0, 1].")
+
+
+DEFAULTS = FillOptions()
 
 
 def cast(value: Tensor, dtype: str, labels: Sequence[str]) -> np.ndarray:

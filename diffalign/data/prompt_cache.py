@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffalign.data.cache_files import PROMPTS, Busy, CacheFolder
 from diffalign.data.cache_prompts import about, prompts_to_fill
-from diffalign.data.cache_values import Shards, check_settings
+from diffalign.data.cache_values import DEFAULTS, FillOptions, Shards
 from diffalign.data.pairs import Progress
 from diffalign.differences import plain
 from diffalign.digests import digest_of
@@ -38,11 +38,9 @@ def build_prompt_cache(
     prompts: Sequence[str],
     encoder: Encoder,
     directory: str | Path,
+    options: FillOptions = DEFAULTS,
     *,
-    batch_size: int = 8,
-    dtype: str = "float16",
     progress: Progress | None = None,
-    shard_items: int = 256,
     option: str = PROMPTS.option,
     renew: bool = False,
     busy: Busy | None = None,
@@ -50,34 +48,33 @@ def build_prompt_cache(
     """Encode every prompt that is not yet in ``directory``; a complete cache is only opened. Equal prompts are encoded once.
 
     ``option`` is what a refusal names as the way to choose another folder. With ``renew`` a cache that was made under other
-    circumstances goes, instead of being refused. ``busy`` is told before this waits for another process that fills the folder;
+    circumstances goes, instead of being refused. ``busy`` is called before this waits for another process that fills the folder;
     without it, that is refused.
 
     Raises ``StaleCacheError`` if the folder holds a cache of other prompts or another encoder, and ``UserError`` for no prompt
     at all, a full disk, or values that ``dtype`` cannot hold.
     """
-    check_settings(dtype, batch_size, shard_items)
     if isinstance(prompts, str):
         raise UserError(f"prompts is one text, {prompts!r}; expected a list of them.")
     if not len(prompts):
         raise UserError("There are no prompts to encode.")
     folder = CacheFolder(directory, replace(PROMPTS, option=option))
-    expected = prompt_fingerprint(prompts, encoder, dtype)
+    expected = prompt_fingerprint(prompts, encoder, options.dtype)
     if renew:
         folder.drop_stale(expected)
     if not folder.complete:
         with folder.locked(busy=busy):
             folder.claim(expected)
             if not folder.complete:  # another process may have ended meanwhile
-                _fill(folder, prompts, encoder, batch_size=batch_size, dtype=dtype, progress=progress, shard_items=shard_items)
+                _fill(folder, prompts, encoder, options, progress)
     return PromptCache(folder.opened(VERSION, expected))
 
 
-def _fill(folder: CacheFolder, prompts: Sequence[str], encoder: Encoder, **how: Any) -> None:
+def _fill(folder: CacheFolder, prompts: Sequence[str], encoder: Encoder, options: FillOptions, progress: Progress | None) -> None:
     """``complete.json`` comes last."""
     started = time.monotonic()
     texts = list(dict.fromkeys(["", *prompts]))
-    filler = prompts_to_fill(folder, texts, encoder, **how)
+    filler = prompts_to_fill(folder, texts, encoder, options, progress)
     filler.fill((0, 1), OneProcess())
     number = {text: i for i, text in enumerate(texts)}
     folder.write_json("texts.json", {"prompts": texts, "order": [number[prompt] for prompt in prompts]})
