@@ -1,6 +1,6 @@
 """Rounds of the loop: every so many optimizer steps the reference becomes the policy, or the policy goes a little further still.
 
-Iterative DPO compares the policy with what it was when the round began, instead of with the run's frozen start. Accelerated
+Iterative DPO compares the policy with what it was when the round began, instead of with the run's frozen start. AccelerateUpdates
 Preference Optimization (He et al. 2024, arXiv 2410.06293) sees in this a proximal-point method, and adds Nesterov's momentum.
 With e_k the weights at the end of round k, and e_0 = s_0 those of the start,
 

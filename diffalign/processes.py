@@ -1,8 +1,8 @@
-"""The processes of a run: what one of them may ask the others.
+"""The processes of a run, and how they exchange values and wait for each other.
 
-They wait for each other in two ways. The collectives of a step (``mean``, ``gather``, gradients, shares of weights) have the
-timeout of their backend, ten minutes with NCCL: whoever is later than that has been lost. Where one process fills a cache,
-judges, loads or saves, the others wait for it in ``all``, which goes from host to host over gloo and has ``PATIENCE``.
+They wait in two ways. The collectives of a step (``mean``, ``gather``, gradients, shares of weights) have the timeout of their
+backend, ten minutes with NCCL: a process that is later than that counts as lost. Where one process fills a cache, judges, loads
+or saves, the others wait for it in ``all_gather_object``, which goes from host to host over gloo and waits for ``PATIENCE``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)
-"""How long processes wait in ``all`` for one that works; of one that has ended they hear at once."""
+"""How long processes wait in ``all_gather_object`` for one that works; one that has ended is noticed at once."""
 
 
 class Processes(Protocol):
@@ -32,15 +32,15 @@ class Processes(Protocol):
     world: int
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all entries on all processes, a scalar without gradient. All must call it with as many."""
+        """The mean over all entries on all processes, [], without gradient. All must call it with equally many entries."""
         ...
 
     def gather(self, values: Tensor) -> Tensor:
         """[n, ...] -> [world * n, ...], by rank, without gradient."""
         ...
 
-    def all(self, thing: Any) -> list[Any]:
-        """Every process's ``thing`` (plain values and tensors), by rank, on every process. They may wait long for each other.
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The ``value`` (plain values and tensors) of every process, by rank, on every process. It may wait for ``PATIENCE``.
 
         Raises:
             UserError: another process has ended.
@@ -49,8 +49,11 @@ class Processes(Protocol):
 
 
 def turns(count: int, rank: int, world: int) -> list[tuple[int, bool]]:
-    """Which of ``count`` things a process takes, and whether it is its turn. Every process takes as many, because a call of
-    sharded weights is for all of them: who runs out takes one again that is another's."""
+    """Which of ``count`` items process ``rank`` takes: (index, whether its result counts), one for each.
+
+    Every process takes equally many, because all of them must take part in a call of sharded weights: one that runs out
+    takes an item of another process again, whose result does not count.
+    """
     return [(place % count, place < count) for place in range(rank, count + rank, world)]
 
 
@@ -67,8 +70,8 @@ class OneProcess:
     def gather(self, values: Tensor) -> Tensor:
         return values.detach()
 
-    def all(self, thing: Any) -> list[Any]:
-        return [thing]
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class ManyProcesses:
@@ -88,12 +91,12 @@ class ManyProcesses:
 
         return gather(values.detach())
 
-    def all(self, thing: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         if self.world == 1:
-            return [thing]
+            return [value]
         out = [None] * self.world
         try:
-            distributed.all_gather_object(out, thing, group=self._patient)
+            distributed.all_gather_object(out, value, group=self._patient)
         except RuntimeError as error:
             raise UserError(
                 f"Process {self.rank} waited for the others, and one of them has ended. What it said last is the reason; "
@@ -117,10 +120,10 @@ def patient_group() -> Any:
 
 @contextmanager
 def failing_together(processes: Processes) -> Iterator[None]:
-    """Within: work of one process, or checks that all of them make. Whatever fails on one fails on all, at the end.
+    """A block for work of one process, or checks that all of them make: an error in one is raised in all, at its end.
 
-    Nobody may wait for another inside. It is not for long work of which each has a part: that should fail where it fails, at
-    once, and the others hear of it when they next wait.
+    Inside, no process may wait for another. It is not for long work that is shared: there a process should fail at once, and
+    the others notice it when they next wait.
 
     Raises:
         UserError: the work failed on another process: with its message, if it was a ``UserError`` there.
@@ -130,7 +133,7 @@ def failing_together(processes: Processes) -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    told = processes.all(None if failed is None else _told(failed, processes.rank))
+    told = processes.all_gather_object(None if failed is None else _told(failed, processes.rank))
     if failed is not None:
         raise failed
     if reasons := [reason for reason in told if reason is not None]:
@@ -141,11 +144,11 @@ def _told(error: Exception, rank: int) -> str:
     return str(error) if isinstance(error, UserError) else f"Process {rank} failed with {type(error).__name__}: {error}"
 
 
-def main_first(processes: Processes, work: Callable[[], Result]) -> Result:
-    """What ``work`` gives, done by the main process and then by the others, which find on the disk what it has written.
+def main_process_first(processes: Processes, work: Callable[[], Result]) -> Result:
+    """The result of ``work``, which the main process does first; the others then find on the disk what it has written.
 
     Raises:
-        UserError: it failed on the main process; nobody else has tried then.
+        UserError: it failed on the main process, and the others have not tried.
     """
     made: list[Result] = []
     with failing_together(processes):

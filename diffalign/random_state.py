@@ -26,7 +26,7 @@ class RandomState:
         self._ranks: list[dict[str, Any]] = []
 
     def collect(self) -> None:
-        self._ranks = ManyProcesses(self._accelerator).all(get_random_state())
+        self._ranks = ManyProcesses(self._accelerator).all_gather_object(get_random_state())
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": self._ranks}
@@ -38,7 +38,7 @@ class RandomState:
 
 
 @contextmanager
-def random_numbers_as_they_were() -> Iterator[None]:
+def preserved_random_state() -> Iterator[None]:
     """Within, generators may be seeded; afterwards they go on as if nothing had been drawn: they belong to who calls."""
     before = get_random_state()
     try:

@@ -128,7 +128,7 @@ def _mapped(state: Any, of_tensor: Any) -> Any:
     return state
 
 
-class WholeOptimizer:
+class UnshardedOptimizer:
     """An optimizer, saved as if nothing were sharded."""
 
     copies_on_load = True

@@ -31,7 +31,7 @@ from diffalign.interruption import Interruption
 from diffalign.learner import Batch, Learner
 from diffalign.loop_rounds import LoopRounds
 from diffalign.optimisation import Ema, OptimizerSettings, build_schedule
-from diffalign.processes import ManyProcesses, failing_together, turns
+from diffalign.processes import ManyProcesses, Processes, failing_together, turns
 from diffalign.protocols import Policy
 from diffalign.random_state import RandomState
 from diffalign.settings import check_options, option
@@ -207,15 +207,21 @@ class Trainer:
         return found and (step_of(found[0]), found[1])
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint; False if there is none.
+        """Go on from the newest checkpoint; False if there is none. All processes must call it, and it fails on all alike.
 
         Raises:
-            UserError: the checkpoint was made with another reference, data set or objective, is damaged, or lies behind the last
-                step of this run; or a line of ``metrics.jsonl`` is broken.
+            UserError: processes see different checkpoints; or the newest was made with another reference, data set or objective,
+                is damaged, or lies behind the last step of this run; or a line of ``metrics.jsonl`` is broken.
         """
-        path = self._latest_of_all()
+        everyone = ManyProcesses(self._accelerator)
+        path = self._newest_of_all(everyone)
         if path is None:
             return False
+        with failing_together(everyone):
+            self._load(path)
+        return True
+
+    def _load(self, path: Path) -> None:
         note = self._checkpoints.note(path)
         refuse_another_run(path, note["identity"], self._identity)
         if note["step"] > self._loop.steps:
@@ -226,14 +232,14 @@ class Trainer:
         self._checkpoints.load(path, self._stateful)
         self._clock.load_state_dict(note.get("clock", {}))
         self._forget_metrics_after(self.step)
-        return True
 
-    def _latest_of_all(self) -> Path | None:
+    def _newest_of_all(self, everyone: Processes) -> Path | None:
         """The newest checkpoint, which must be the same for every process: they may be on machines with disks of their own."""
-        path = self._checkpoints.latest()
-        # A note has times in it, which no two runs share.
-        mine = path and (path.name, sha256((path / NOTE).read_bytes()).hexdigest())
-        seen = ManyProcesses(self._accelerator).all(mine)
+        with failing_together(everyone):
+            path = self._checkpoints.latest()
+            # A note has times in it, which no two runs share.
+            mine = path and (path.name, sha256((path / NOTE).read_bytes()).hexdigest())
+        seen = everyone.all_gather_object(mine)
         if any(one != seen[0] for one in seen):
             names = [one[0] if one else "none" for one in seen]
             raise UserError(
@@ -382,7 +388,7 @@ class Trainer:
         taken = turns(len(self._validation), accelerator.process_index, accelerator.num_processes)
         asked = [(self._validated_batch(self._validation[place]), mine) for place, mine in taken]
         outcomes = [outcome for outcome, mine in asked if mine]
-        gathered = _joined(ManyProcesses(accelerator).all(_rows(outcomes)))
+        gathered = _joined(ManyProcesses(accelerator).all_gather_object(_rows(outcomes)))
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 

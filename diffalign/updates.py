@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.checkpoint import Stateful
 from diffalign.optimisation import OptimizerSettings, build_optimizer
-from diffalign.sharding import WholeOptimizer, is_sharded
+from diffalign.sharding import UnshardedOptimizer, is_sharded
 
 
 class Updates(Protocol):
@@ -42,7 +42,7 @@ class Updates(Protocol):
         """Somebody else has written to the parameters."""
 
 
-class Accelerated:
+class AccelerateUpdates:
     """By Accelerate and a PyTorch optimizer."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Accelerated:
         self._most, self._sharded = settings.max_grad_norm or math.inf, is_sharded(self._parameters)
         self._optimizer = accelerator.prepare_optimizer(build_optimizer(self._parameters, settings))
         self.optimizer: torch.optim.Optimizer = self._optimizer.optimizer
-        self.saved: Stateful = WholeOptimizer(self.optimizer)
+        self.saved: Stateful = UnshardedOptimizer(self.optimizer)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         # FSDP2 would keep the whole gradient on every device until it is sent: every micro-batch's is reduced to shares at once.
@@ -81,7 +81,7 @@ def updates_of(
 ) -> Updates:
     """``zero`` is the section ``zero_optimization`` of DeepSpeed's configuration, if that is to keep the moments."""
     if zero is None:
-        return Accelerated(accelerator, network, parameters, settings)
+        return AccelerateUpdates(accelerator, network, parameters, settings)
     from diffalign.zero import ZeroUpdates
 
     return ZeroUpdates(accelerator, network, parameters, settings, zero)

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (UserError, ValueError) as error:
-        if args.debug or not _is_of_the_users_making(error):
+        if args.debug or not _is_user_error(error):
             raise
         print(paragraph(f"diffalign {args.command}: {error}"), file=sys.stderr)
         return 2
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED_STATUS
 
 
-def _is_of_the_users_making(error: Exception) -> bool:
+def _is_user_error(error: Exception) -> bool:
     """Judges have an error of their own, for their room imports nothing of ours."""
     from reward_models.base import JudgeError
 

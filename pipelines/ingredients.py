@@ -33,7 +33,7 @@ from diffalign.errors import UserError
 from diffalign.learner import RunContext
 from diffalign.levels import LevelDistribution, Levels
 from diffalign.objectives._about import PROMPTS
-from diffalign.processes import ManyProcesses, Processes, failing_together, main_first
+from diffalign.processes import ManyProcesses, Processes, failing_together, main_process_first
 from diffalign.protocols import Predictor
 from diffalign.references import AdapterOff, Cached, Frozen, Snapshot
 from diffalign.schedule import Schedule
@@ -211,8 +211,8 @@ def load_model(settings: TrainSettings, say: Say, *, network: bool = True) -> An
         say(family.origin.own_words)
     say(f"{settings.model}: {family.name}, {schedule.prediction_type} prediction, {dtype}{merged}")
     guidance = getattr(settings.objective, "guidance", None)
-    if guidance not in (None, family.usual_guidance):
-        say(f"trajectories are sampled with guidance {guidance:g}; the model's own pipeline uses {family.usual_guidance:g}")
+    if guidance not in (None, family.default_guidance):
+        say(f"trajectories are sampled with guidance {guidance:g}; the model's own pipeline uses {family.default_guidance:g}")
     if line := _ruled_by_one(settings, family):
         say(line)
     family.set_vae_memory(tiling=settings.data.vae_tiling, slicing=settings.data.vae_slicing)
@@ -263,7 +263,7 @@ def prepare(
         family.encoder.work_on(accelerator.device)
         renew = _may_go(settings, renew)
         cache, prompts = _encode(settings, table, family, everyone, stored, judges, say, bar.advance, renew)
-        shown = main_first(everyone, lambda: previews.encoded(settings, family.encoder, renew=renew, busy=say))
+        shown = main_process_first(everyone, lambda: previews.encoded(settings, family.encoder, renew=renew, busy=say))
     with failing_together(everyone):
         if everyone.rank == 0:
             _tell_of_long_prompts(family, cache, prompts, say)
@@ -340,7 +340,7 @@ def _encode(
 ) -> tuple[PairCache | None, PromptCache | None]:
     """The pairs with their judge's scores if there is one, or the prompts of an objective that samples."""
     if samples_itself(settings):
-        return None, main_first(everyone, lambda: _encode_prompts(settings, table, family, progress, stored, renew, say))
+        return None, main_process_first(everyone, lambda: _encode_prompts(settings, table, family, progress, stored, renew, say))
     say(table.description)
     cache = build_cache(**encoding(settings, table, family), processes=everyone, progress=progress, renew=renew, busy=say)
     for origin, reason in cache.skipped[:10]:

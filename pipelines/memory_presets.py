@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffalign.errors import UserError
-from diffalign.objectives._family import looks_at_company
+from diffalign.objectives._family import depends_on_batch
 from pipelines.estimate import GIB, Estimate, estimate_of
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
@@ -49,7 +49,7 @@ def _bf16(settings: TrainSettings) -> TrainSettings:
 def _one_at_a_time(settings: TrainSettings) -> TrainSettings:
     """The same pairs for each optimizer step, in smaller parts; not where what is learnt from a pair depends on its company."""
     batch = settings.batch
-    if looks_at_company(settings.objective):
+    if depends_on_batch(settings.objective):
         return settings
     times = 1 if samples_itself(settings) else batch.batch_size  # of what an objective samples, accumulation counts the pairs
     return replace(settings, batch=replace(batch, batch_size=1, accumulation=batch.accumulation * times))

@@ -107,7 +107,7 @@ class Previews:
         latents = self._sampled_together() if self._sharding else None
         with failing_together(self._processes):
             full = self._processes.rank == 0 and not self._drawn(step, latents)
-        if any(self._processes.all(full)):
+        if any(self._processes.all_gather_object(full)):
             self._given_up = True
             clear_device_cache(garbage_collection=True)
             self._say(f"step {step}: there is no memory for previews beside training; no more are drawn")
@@ -138,7 +138,7 @@ class Previews:
     def _sampled(self) -> list[Tensor]:
         """Latents, in parts of ``preview_batch``."""
         family, device, asked = self._family, self._accelerator.device, self._settings
-        guidance = family.usual_guidance if asked.preview_guidance is None else asked.preview_guidance
+        guidance = family.default_guidance if asked.preview_guidance is None else asked.preview_guidance
         policy = family.denoiser if self._sharding else family.denoiser.with_network(family.network)
         averaged = self._average.applied() if self._average else nullcontext()
         with averaged, without_dropout(family.network), self._accelerator.autocast():

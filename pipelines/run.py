@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from diffalign import checkpoint, objectives
 from diffalign.checkpoint import Checkpoints
-from diffalign.objectives._family import looks_at_company
+from diffalign.objectives._family import depends_on_batch
 from diffalign.processes import ManyProcesses, failing_together
 from diffalign.train import Finished, Trainer
 from pipelines import config, recipes
@@ -61,10 +61,9 @@ def through_the_loop(
     """
     with TrainingBar(progress and accelerator.is_main_process, "step") as bar:
         trainer, everyone = build(partial(bar.update, steps=settings.loop.steps)), ManyProcesses(accelerator)
-        with failing_together(everyone):
-            if folder.resume:
-                found = trainer.resume()
-                say(f"resumed at step {trainer.step}" if found else "there is no checkpoint yet: the run begins anew")
+        if folder.resume:
+            found = trainer.resume()
+            say(f"resumed at step {trainer.step}" if found else "there is no checkpoint yet: the run begins anew")
         with failing_together(everyone):
             if everyone.rank == 0:  # nothing can be wrong any more: an older run may go
                 folder.claim()
@@ -142,7 +141,7 @@ def summary_of(output: Path, finished: Finished) -> dict[str, Any]:
 def division(settings: Any, world: int, buckets: bool = False) -> dict[str, Any]:
     """How a step's pairs are divided, where that changes what is learnt: nothing of most runs, which need only as many pairs."""
     batch = settings.batch
-    if looks_at_company(settings.objective):
+    if depends_on_batch(settings.objective):
         return {"batch_size, accumulation, processes": [batch.batch_size, batch.accumulation, world]}
     return {"batch_size": batch.batch_size} if buckets else {}  # blocks of one shape follow each other
 

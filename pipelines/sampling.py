@@ -167,7 +167,7 @@ def _sizes_explained(size: dict[str, int]) -> Iterator[None]:
 
 def _refuse_idle_negative(pipe: Any, guidance: float) -> None:
     declared = next(d for d in registry().values() if type(pipe).__name__ in d.PIPELINES)
-    if declared.TOLD_GUIDANCE:
+    if declared.EMBEDS_GUIDANCE:
         raise UserError("A negative prompt needs classifier-free guidance, and this model takes its guidance scale as an input.")
     if guidance <= declared.NO_GUIDANCE:
         raise UserError(f"A negative prompt does nothing without guidance, and the scale is {guidance:g}.")

@@ -36,6 +36,6 @@ def processes() -> tuple[tuple[int, int], Callable[[], None], str | None]:
     from accelerate import PartialState
 
     def wait() -> None:
-        everyone.all(None)
+        everyone.all_gather_object(None)
 
     return (everyone.rank, everyone.world), wait, str(PartialState().device)

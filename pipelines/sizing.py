@@ -101,7 +101,7 @@ class Sizing:
         full = settings.adapter == "full"
         plain, trained = self._plain(settings, "float32" if full else _precision(settings)), self._trained(settings)
         size = plain.latent_shape(settings.data.resolution or plain.resolution)
-        objective = asked_once(settings.objective) if plain.is_told_guidance else settings.objective
+        objective = asked_once(settings.objective) if plain.embeds_guidance else settings.objective
         one, copies = self._pass(settings, size, max(1, round(objective.cost.at_once)))
         parameters = list(trained.denoiser.trainable_parameters())
         trainable = sum(p.numel() for p in parameters)
@@ -117,7 +117,7 @@ class Sizing:
             sampling_flops=_calls(plain) * self._own_flops(settings, one, size),
             sampled=self._sampled(settings, objective, size) if samples_itself(settings) else 0,
             comparing=self._comparing(settings) if settings.evaluation.prompts else None,
-            guidance_embedded=plain.is_told_guidance,
+            guidance_embedded=plain.embeds_guidance,
             read=_weights_bytes(settings, plain, quantised=False),
             gathered=_SIZE[_precision(settings)] * devices.gathered(plain.network) if full else 0,
         )
@@ -241,4 +241,4 @@ def _as_trained(settings: TrainSettings, dtype: str) -> Any:
 
 def _calls(family: Any) -> int:
     """Calls of the network per step of usual sampling."""
-    return 1 if family.is_told_guidance or family.usual_guidance == 1 else 2
+    return 1 if family.embeds_guidance or family.default_guidance == 1 else 2

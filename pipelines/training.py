@@ -26,7 +26,7 @@ from diffalign import objectives
 from diffalign.errors import UserError
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.processes import ManyProcesses, OneProcess, Processes, failing_together
-from diffalign.random_state import random_numbers_as_they_were
+from diffalign.random_state import preserved_random_state
 from diffalign.train import Finished, Trainer
 from diffalign.weights import TrainedWeights
 from pipelines import config, devices, families, ingredients, memory_presets, own_judges, previews, run, shares
@@ -199,7 +199,7 @@ def train(
         preflight(settings)
         accelerator = start_accelerator(settings)
     # not before Accelerate has given this process a GPU of its own
-    with random_numbers_as_they_were(), devices.products_in_tf32(settings.compute.tf32):
+    with preserved_random_state(), devices.products_in_tf32(settings.compute.tf32):
         with failing_together(everyone):
             if resume:
                 known = settings_identity(name, settings, accelerator.num_processes) | own_judge_identity(judge)

@@ -27,7 +27,7 @@ from worlds import small_denoiser
 from diffalign.errors import UserError
 from diffalign.optimisation import OptimizerSettings
 from diffalign.sharding import all_on_main
-from diffalign.updates import Accelerated
+from diffalign.updates import AccelerateUpdates
 from pipelines import devices, recipes
 
 CHECKPOINT = "checkpoint-00000002"
@@ -170,7 +170,7 @@ def gradients_held(accelerator: Accelerator) -> None:
     denoiser = small_denoiser()
     network = devices.wrapped(denoiser.network.requires_grad_(True), accelerator)
     devices.shard(network, accelerator)
-    updates = Accelerated(accelerator, network, network.parameters(), OptimizerSettings())
+    updates = AccelerateUpdates(accelerator, network, network.parameters(), OptimizerSettings())
     x, t, text = torch.zeros(1, 4, 8, 8), torch.tensor([7]), {"encoder_hidden_states": torch.zeros(1, 7, 32)}
     with updates.accumulating(last=False):
         updates.backward(denoiser.with_network(network)(x, t, text).square().mean())

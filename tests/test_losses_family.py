@@ -22,7 +22,7 @@ from diffalign.likelihood import denoising, log_ratio, pair_errors
 from diffalign.losses import Evidence, Extras, absolute, batchwise, pairwise, rewarded, sides, unpaired
 from diffalign.losses.absolute import log_odds
 from diffalign.losses.rewarded import adpo_group
-from diffalign.objectives._family import LossAtWork
+from diffalign.objectives._family import ScaledLoss
 from diffalign.sources.dataset import noised
 from diffalign.types import LogLikelihood, LogRatio
 
@@ -519,10 +519,10 @@ def test_beta_dpo_follows_the_batch_without_gradient_and_has_a_floor() -> None:
 def test_beta_dpo_measures_margins_and_their_average_alike() -> None:
     """Margins that never change leave beta what it is, however sure the labels are."""
     for sure in (1.0, 0.7, 0.5):
-        at_work = LossAtWork(losses.load("beta-dpo"), 2.0, losses.MovingMargin())
+        at_work = ScaledLoss(losses.load("beta-dpo"), 2.0, losses.MovingMargin())
         ratio, label = margins(0.8, 0.8), f64(sure, sure)
         for _ in range(3):
-            at_work.learn(label, ratio, mismatched=None)
+            at_work.update_baseline(label, ratio, mismatched=None)
         policy = LogLikelihood(f64(0.0, 0.0), f64(0.0, 0.0))
         torch.testing.assert_close(at_work(label, policy, policy, ratio), losses.dpo(ratio, label, 2.0))
 

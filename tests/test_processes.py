@@ -15,7 +15,7 @@ from test_data_cache import contents
 from threads import Process, in_threads
 
 from diffalign.errors import StaleCacheError, UserError
-from diffalign.processes import failing_together, main_first
+from diffalign.processes import failing_together, main_process_first
 from pipelines import cli
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -56,11 +56,11 @@ LONG = """
 import os, time, torch
 from datetime import timedelta
 from accelerate import PartialState
-from diffalign.processes import Together, failing_together, main_first
+from diffalign.processes import ManyProcesses, failing_together, main_process_first
 
-everyone = Together(PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=2)))
-main_first(everyone, lambda: time.sleep(4 if everyone.rank == 0 else 0))
-print(everyone.all(everyone.rank), float(everyone.mean(torch.ones(1) * everyone.rank)))
+everyone = ManyProcesses(PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=2)))
+main_process_first(everyone, lambda: time.sleep(4 if everyone.rank == 0 else 0))
+print(everyone.all_gather_object(everyone.rank), float(everyone.mean(torch.ones(1) * everyone.rank)))
 try:
     with failing_together(everyone):
         if everyone.rank == 1:
@@ -69,7 +69,7 @@ except Exception as error:
     print(type(error).__name__, error)
 if everyone.rank == 1:
     os._exit(0)
-everyone.all(None)
+everyone.all_gather_object(None)
 """
 
 
@@ -95,7 +95,7 @@ def test_a_failure_is_everybodys() -> None:
             except UserError as error:
                 said.append(f"{type(error).__name__}: {error}")
         with pytest.raises(UserError, match="full"):
-            main_first(process, lambda: tried.append(process.rank) or _refused("full"))
+            main_process_first(process, lambda: tried.append(process.rank) or _refused("full"))
         return said
 
     found = in_threads(2, work)

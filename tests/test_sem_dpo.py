@@ -19,7 +19,7 @@ from diffalign.errors import UserError
 from diffalign.learner import TextRunContext
 from diffalign.likelihood import token_log_probs
 from diffalign.losses.baselines import RunningMean
-from diffalign.objectives._family import LossAtWork
+from diffalign.objectives._family import ScaledLoss
 from diffalign.objectives._tokens import Counting, TokenLosses
 from diffalign.objectives.prompt_sft import PromptSFT
 from diffalign.objectives.sem_dpo import SemDPO, semantic_weights, tilted
@@ -137,7 +137,7 @@ def told(kind: str, v: dict, batch: TextBatch, policy: Logits, reference: Logits
     objective, label, times = asked(kind, v)
     batch = replace(batch, label=torch.full_like(batch.label, label, dtype=torch.float64))
     if kind == "bco_pair":  # TRL's paired form measures against zero
-        at_work = LossAtWork(objective.chosen(), objective.beta, Still())
+        at_work = ScaledLoss(objective.chosen(), objective.beta, Still())
         return TokenLosses(policy, reference, at_work, Counting())(batch, reference).loss
     return objective(batch, policy, reference).loss / times
 

@@ -18,8 +18,8 @@ class Process:
     barrier: Barrier
     brought: list[Any]
 
-    def all(self, thing: Any) -> list[Any]:
-        self.brought[self.rank] = thing
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.brought[self.rank] = value
         self.barrier.wait(60)
         found = list(self.brought)
         self.barrier.wait(60)

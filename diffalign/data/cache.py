@@ -117,11 +117,13 @@ def fill_cache(
     with failing_together(processes):
         if processes.rank == 0:
             _look_over(folder, expected, renew, mended)
-    if processes.all(folder.complete)[0]:  # a complete one needs no lock: any number of processes may open it at once
+    if processes.all_gather_object(folder.complete)[
+        0
+    ]:  # a complete one needs no lock: any number of processes may open it at once
         folder.refuse_stale(expected)
         return 0
     with folder.claimed(expected, processes, shared, busy):
-        if processes.all(folder.complete)[0]:  # another job may have ended meanwhile
+        if processes.all_gather_object(folder.complete)[0]:  # another job may have ended meanwhile
             return 0
         return filling.fill(part, processes)
 
@@ -212,8 +214,8 @@ class _Filling:
         mine = part[0] * processes.world + processes.rank, part[1] * processes.world
         for filler in (images, prompts):
             filler.fill(mine, processes)
-        processes.all(None)
-        missing = processes.all(images.missing() + prompts.missing())[0]
+        processes.all_gather_object(None)
+        missing = processes.all_gather_object(images.missing() + prompts.missing())[0]
         with failing_together(processes):
             if processes.rank == 0 and not missing:
                 self._finish(index, images, prompts, started)
@@ -228,7 +230,7 @@ class _Filling:
         index = None
         with self._folder.unless_complete():
             index = self._rows.index()
-        if all(processes.all(index is not None)):
+        if all(processes.all_gather_object(index is not None)):
             return index
         if processes.rank == 0:
             self._rows.forget()  # what was read in vain

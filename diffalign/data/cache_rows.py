@@ -65,12 +65,12 @@ class Rows:
 
         Nothing more of a cache that another job completes meanwhile. All processes must call it.
         """
-        if processes.all(self._joined)[0]:
+        if processes.all_gather_object(self._joined)[0]:
             return
         self._read(share_of(self._parts, share))
-        missing = processes.all([part for part in range(self._parts) if not self._there(part)])[0]
+        missing = processes.all_gather_object([part for part in range(self._parts) if not self._there(part)])[0]
         self._read(missing[::-1][processes.rank :: processes.world])  # from the end: their own jobs come from the beginning
-        processes.all(None)
+        processes.all_gather_object(None)
 
     def _there(self, part: int) -> bool:
         return (self._folder.root / _name(part, "json")).exists()

@@ -65,7 +65,7 @@ class ShardFiller(Generic[Thing]):
         """Encode what is missing of a share of the shards. All processes must call it."""
         with failing_together(processes):
             settled = self._settled() if processes.rank == 0 else None
-        self.per_shard = processes.all(settled)[0]
+        self.per_shard = processes.all_gather_object(settled)[0]
         mine = [shard for shard in share_of(self.shards, share) if not self._committed(shard)]
         loaded = self._loaded(mine)
         left = sum(len(self._numbers(shard)) for shard in mine)

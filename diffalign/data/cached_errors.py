@@ -86,7 +86,7 @@ def cache_errors(
     with failing_together(processes):
         if renew and processes.rank == 0:
             folder.drop_stale(fingerprint)
-    complete = processes.all(folder.complete)[0]
+    complete = processes.all_gather_object(folder.complete)[0]
     if not complete:
         _fill_together(folder, fingerprint, _Filling(folder, pairs, draws, ask, batch_size, progress), processes, busy)
     folder.refuse_stale(fingerprint)
@@ -99,10 +99,10 @@ def _fill_together(
 ) -> None:
     started = time.monotonic()
     with folder.claimed(fingerprint, processes, busy=busy):
-        if processes.all(folder.complete)[0]:  # another run may have ended meanwhile
+        if processes.all_gather_object(folder.complete)[0]:  # another run may have ended meanwhile
             return
         filling.fill(processes)
-        processes.all(None)
+        processes.all_gather_object(None)
         with failing_together(processes):
             if processes.rank == 0:
                 filling.finish(time.monotonic() - started)

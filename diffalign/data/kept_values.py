@@ -45,7 +45,7 @@ def kept_values(
                 folder.write(_name(number), known[number])
         if progress:
             progress(stage, done, len(mine))
-    whole = {number: values for some in processes.all(known) for number, values in some.items()}
+    whole = {number: values for some in processes.all_gather_object(known) for number, values in some.items()}
     return np.concatenate([whole[number] for number in range(len(stretches))])
 
 

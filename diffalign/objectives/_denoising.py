@@ -23,7 +23,7 @@ from diffalign.learner import Kind, Learner, RunContext
 from diffalign.likelihood import denoising, errors, log_ratio, pair_errors
 from diffalign.losses.baselines import Baseline
 from diffalign.objectives._about import Cost
-from diffalign.objectives._family import LossAtWork, looks_back, refuse_lone_samples, refuse_small_batches
+from diffalign.objectives._family import ScaledLoss, needs_reference, refuse_lone_samples, refuse_small_batches
 from diffalign.processes import Processes
 from diffalign.protocols import Denoiser, Predictor
 from diffalign.schedule import Schedule
@@ -56,7 +56,7 @@ def own_label(batch: PairBatch) -> Tensor:
 def cost_of(loss: losses.Loss) -> Cost:
     """Of a pair of the data set with plain noise: the policy's two samples, and what else the loss has asked."""
     mismatched = loss.baseline is not None and loss.baseline.watches == "mismatched"
-    return Cost(with_gradient=2, forward_only=(2 if looks_back(loss) else 0) + (4 if mismatched else 0))
+    return Cost(with_gradient=2, forward_only=(2 if needs_reference(loss) else 0) + (4 if mismatched else 0))
 
 
 def denoising_learner(
@@ -85,11 +85,11 @@ def denoising_learner(
         )
     baseline = loss.baseline() if baseline is None and loss.baseline else baseline
     refuse_lone_samples(baseline, run)
-    at_work = DenoisingLosses(run.policy, run.start, noising, loss, scale, baseline, run.processes)
+    denoising_losses = DenoisingLosses(run.policy, run.start, noising, loss, scale, baseline, run.processes)
     return Learner(
         source=run.pairs,
-        losses=lambda batch: at_work(replace(batch, label=label(batch)), run.compared_with),
-        validate=lambda batch: at_work.validate(replace(batch, label=label(batch))),
+        losses=lambda batch: denoising_losses(replace(batch, label=label(batch)), run.compared_with),
+        validate=lambda batch: denoising_losses.validate(replace(batch, label=label(batch))),
         stateful={"baseline": baseline} if baseline else {},
         reference=run.reference,
     )
@@ -109,12 +109,12 @@ class DenoisingLosses:
         processes: Processes | None = None,
     ) -> None:
         self._policy, self._start, self._noising = policy, start, noising
-        self._loss = LossAtWork(loss, scale, baseline, processes)
+        self._loss = ScaledLoss(loss, scale, baseline, processes)
 
     def __call__(self, batch: PairBatch, reference: Predictor) -> Outcome:
         """Losses [B] of a training batch."""
         pair = self._noising(batch, self._policy)
-        return self._compared(batch, pair, reference if looks_back(self._loss.loss) else None, with_gradient=True)
+        return self._compared(batch, pair, reference if needs_reference(self._loss.loss) else None, with_gradient=True)
 
     @torch.no_grad()
     def validate(self, batch: PairBatch) -> Outcome:
@@ -128,7 +128,7 @@ class DenoisingLosses:
         policy, past = denoising(*now), denoising(*before) if before else None
         ratio = log_ratio(policy, past) if past else None
         if with_gradient and ratio:
-            self._loss.learn(batch.label, ratio, lambda: self._mismatched(pair, reference))
+            self._loss.update_baseline(batch.label, ratio, lambda: self._mismatched(pair, reference))
         loss, scale = self._loss(batch.label, policy, past, ratio, batch.scores), self._loss.scale
         health = denoising_health(ratio, now, before, scale) if ratio else policy_health(now, scale)
         return Outcome(loss=loss, t=pair.t, metrics=health)

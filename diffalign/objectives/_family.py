@@ -59,7 +59,7 @@ class LossChoice:
         return losses.load(self.loss, extras, **own | losses.read_options(self.loss, self.loss_options or {}))
 
 
-def looks_at_company(objective: Any) -> bool:
+def depends_on_batch(objective: Any) -> bool:
     """Whether what is learnt from a pair depends on the others of its micro-batch: by a loss that mixes them, or a baseline."""
     if getattr(objective, "baseline", None) in ("batch", "mismatched"):
         return True
@@ -106,7 +106,7 @@ def refuse_extras(choice: LossChoice, own: str) -> None:
         raise ValueError(f"{', '.join(idle)} would do nothing: the loss {own!r} is the objective's own; name another one")
 
 
-def looks_back(loss: losses.Loss) -> bool:
+def needs_reference(loss: losses.Loss) -> bool:
     """Whether a loss needs a reference in training."""
     return bool(loss.needs & {"ratio", "reference", "baseline"})
 
@@ -129,7 +129,7 @@ def refuse_small_batches(loss: losses.Loss, given: BatchSizes) -> None:
         raise UserError(f"The loss {loss.name} compares the pairs of a batch: batch_size must be at least 2.")
 
 
-class LossAtWork:
+class ScaledLoss:
     """A loss of the family with the scale of its likelihoods, and the baseline it measures against, if it has one."""
 
     def __init__(
@@ -139,10 +139,11 @@ class LossAtWork:
         self._processes = processes or OneProcess()
 
     @torch.no_grad()
-    def learn(self, label: Tensor, ratio: LogRatio, mismatched: Callable[[], LogRatio]) -> None:
-        """Bring the baseline up to date with a training batch of all processes. ``mismatched`` is asked only if it is watched.
+    def update_baseline(self, label: Tensor, ratio: LogRatio, mismatched: Callable[[], LogRatio]) -> None:
+        """Update the baseline, if there is one, with a training batch of all processes.
 
-        Margins count in the direction of ``label`` [B], and less the less sure it is, as they do where they are measured.
+        ``mismatched`` is called only for a baseline of mismatched prompts. Margins are multiplied by 2 label - 1 (``label`` [B]),
+        as they are where the baseline is used.
         """
         if self.baseline is None:
             return
@@ -161,6 +162,6 @@ class LossAtWork:
         ratio: LogRatio | None,
         scores: Tensor | None = None,
     ) -> Tensor:
-        """Losses [B]. ``reference`` and ``ratio`` are None where nobody was asked; ``scores`` [B, 2] are a judge's."""
+        """Losses [B]. ``reference`` and ``ratio`` are None without a reference; ``scores`` [B, 2] are a judge's."""
         value = None if self.baseline is None else self.baseline.value.to(policy.winner.device)
         return self.loss(losses.Evidence(label, ratio, policy, reference, scores, value), self.scale)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffalign.health import token_health
 from diffalign.likelihood import completions, log_ratio, token_log_probs
-from diffalign.objectives._family import LossAtWork, looks_back
+from diffalign.objectives._family import ScaledLoss, needs_reference
 from diffalign.protocols import LanguageModel
 from diffalign.types import LogLikelihood, LogRatio, Outcome, TextBatch, Texts, widest
 
@@ -76,14 +76,14 @@ class TokenLosses:
     """Losses of batches of rewrites: both models' log-likelihoods, a loss on them, and the loss's baseline if it has one."""
 
     def __init__(
-        self, policy: LanguageModel, start: LanguageModel, loss: LossAtWork, counting: Counting, gold_weight: float = 0.0
+        self, policy: LanguageModel, start: LanguageModel, loss: ScaledLoss, counting: Counting, gold_weight: float = 0.0
     ) -> None:
         self._policy, self._start, self._loss = policy, start, loss
         self._counting, self._gold_weight = counting, gold_weight
 
     def __call__(self, batch: TextBatch, reference: LanguageModel) -> Outcome:
         """Losses [B] of a training batch."""
-        return self._compared(batch, reference if looks_back(self._loss.loss) else None, with_gradient=True)
+        return self._compared(batch, reference if needs_reference(self._loss.loss) else None, with_gradient=True)
 
     @torch.no_grad()
     def validate(self, batch: TextBatch) -> Outcome:
@@ -96,7 +96,7 @@ class TokenLosses:
         policy, gold = self._policy_likelihoods(batch, factors)
         ratio = log_ratio(policy, past) if past else None
         if with_gradient and ratio:
-            self._loss.learn(batch.label, ratio, lambda: self._mismatched(batch, reference))
+            self._loss.update_baseline(batch.label, ratio, lambda: self._mismatched(batch, reference))
         loss = self._loss(batch.label, policy, past, ratio, batch.scores)
         if gold is not None:
             loss = loss - self._gold_weight * gold

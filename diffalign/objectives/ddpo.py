@@ -138,7 +138,9 @@ class PromptRewards:
     def __call__(self, judged: Rewards, processes: Processes) -> tuple[Tensor, Tensor]:
         """Label [N] (the larger reward) and advantage [N, 2], both from all judges in one number."""
         mine = judged.total  # [N, 2]
-        everyone = torch.cat(processes.all(mine.to(torch.float64)))  # [world * N, 2]; on the CPU, where NCCL gathers nothing
+        everyone = torch.cat(
+            processes.all_gather_object(mine.to(torch.float64))
+        )  # [world * N, 2]; on the CPU, where NCCL gathers nothing
         mean, deviation = everyone.mean(), everyone.std(correction=0)
         if self._least is not None:
             self._remember(judged, everyone, processes)
@@ -148,7 +150,7 @@ class PromptRewards:
     def _remember(self, judged: Rewards, everyone: Tensor, processes: Processes) -> None:
         if judged.round != self._round:
             self._round, self._before = judged.round, {p: list(r) for p, r in self._held.items()}
-        where = torch.cat(processes.all(torch.tensor([judged.positions, judged.prompts]).T))  # [world * N, 2]
+        where = torch.cat(processes.all_gather_object(torch.tensor([judged.positions, judged.prompts]).T))  # [world * N, 2]
         held = {p: deque(r, maxlen=self._tracked) for p, r in self._before.items()}
         for i in where[:, 0].argsort().tolist():  # by position, so that the number of processes does not matter
             held.setdefault(int(where[i, 1]), deque(maxlen=self._tracked)).extend(everyone[i].tolist())

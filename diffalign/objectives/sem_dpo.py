@@ -41,7 +41,7 @@ from torch import Tensor
 from diffalign.errors import UserError
 from diffalign.learner import Learner, TextRunContext
 from diffalign.objectives._about import REWRITES, About, Cost
-from diffalign.objectives._family import LossAtWork, LossChoice, looks_back, refuse_lone_samples, refuse_small_batches
+from diffalign.objectives._family import LossChoice, ScaledLoss, needs_reference, refuse_lone_samples, refuse_small_batches
 from diffalign.objectives._tokens import Counting, Length, TokenLosses
 from diffalign.protocols import LanguageModel
 from diffalign.settings import check_options, option
@@ -76,7 +76,7 @@ class SemDPO(LossChoice):
     def cost(self) -> Cost:
         loss = self.chosen()
         mismatched = loss.baseline is not None and loss.baseline.watches == "mismatched"
-        forward_only = (2 if looks_back(loss) else 0) + (2 if mismatched else 0)
+        forward_only = (2 if needs_reference(loss) else 0) + (2 if mismatched else 0)
         return Cost(with_gradient=3 if self.gold_weight else 2, forward_only=forward_only, at_once=3 if self.gold_weight else 2)
 
     def factors(self, distances: Tensor, of_all: Tensor | None = None) -> Tensor:
@@ -99,8 +99,8 @@ class SemDPO(LossChoice):
         refuse_small_batches(loss, run)
         refuse_lone_samples(baseline, run)
         weigh = (lambda distances: self.factors(distances, of_all)) if self.alpha else None
-        at_work = LossAtWork(loss, self.beta, baseline, run.processes)
-        losses = TokenLosses(run.policy, run.start, at_work, self._counting, self.gold_weight)
+        scaled_loss = ScaledLoss(loss, self.beta, baseline, run.processes)
+        losses = TokenLosses(run.policy, run.start, scaled_loss, self._counting, self.gold_weight)
         mismatched = baseline is not None and baseline.watches == "mismatched"
         return Learner(
             source=replace(run.texts, factors=weigh, mismatched=mismatched),
@@ -123,8 +123,8 @@ class SemDPO(LossChoice):
 
     def __call__(self, batch: TextBatch, policy: LanguageModel, reference: LanguageModel) -> Outcome:
         """Losses [B] of the pairs in ``batch``, before W, with margins and log-ratios. One policy and one reference call."""
-        at_work = LossAtWork(self.chosen(), self.beta)
-        return TokenLosses(policy, reference, at_work, self._counting, self.gold_weight)(batch, reference)
+        scaled_loss = ScaledLoss(self.chosen(), self.beta)
+        return TokenLosses(policy, reference, scaled_loss, self._counting, self.gold_weight)(batch, reference)
 
 
 Objective = SemDPO

@@ -207,7 +207,7 @@ def on_one_scale(rewards: Tensor, processes: Processes) -> Tensor:
     """[K, N] from the rewards [K, N, R]: one judge's as they are; of several the mean, each in deviations of the whole round."""
     if rewards.shape[2] == 1:
         return rewards[..., 0]
-    whole = torch.cat([part.flatten(0, 1) for part in processes.all(rewards.to(torch.float64))])
+    whole = torch.cat([part.flatten(0, 1) for part in processes.all_gather_object(rewards.to(torch.float64))])
     return ((rewards - whole.mean(dim=0)) / (whole.std(dim=0, correction=0) + 1e-6)).mean(dim=2)
 
 

@@ -75,17 +75,17 @@ class Family:
         return self.origin.model if self.origin else ""
 
     @property
-    def usual_guidance(self) -> float:
+    def default_guidance(self) -> float:
         """What people sample it with, as far as the checkpoint or its pipeline says, in our scale: 1 is none."""
         declared = registry()[self.name]
-        if declared.TOLD_GUIDANCE and not self.is_told_guidance:  # FLUX.1 [schnell]
+        if declared.EMBEDS_GUIDANCE and not self.embeds_guidance:  # FLUX.1 [schnell]
             return 1.0
         return guidance_of(self._pipeline) + 1.0 - declared.NO_GUIDANCE
 
     @property
-    def is_told_guidance(self) -> bool:
+    def embeds_guidance(self) -> bool:
         """Whether the network takes the scale as a number, so that one call does what two do elsewhere (FLUX.1 [dev])."""
-        return registry()[self.name].TOLD_GUIDANCE and bool(self.network.config.guidance_embeds)
+        return registry()[self.name].EMBEDS_GUIDANCE and bool(self.network.config.guidance_embeds)
 
     # ------------------------------------------------------------------------------------------------ what is trained
 

@@ -10,7 +10,7 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
     OPTIONAL        parts that a person may leave out, by a word for them (may be missing)
     NO_GUIDANCE     the guidance scale that is none to the pipeline, where that is not 1 (may be missing)
-    TOLD_GUIDANCE   whether there is no guidance but what a network with ``guidance_embeds`` is told (may be missing)
+    EMBEDS_GUIDANCE whether there is no guidance but what a network with ``guidance_embeds`` is told (may be missing)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Declared:
     OPTIONAL: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     NETWORK_CLASS: str = ""
     NO_GUIDANCE: float = 1.0
-    TOLD_GUIDANCE: bool = False
+    EMBEDS_GUIDANCE: bool = False
 
 
 def registry() -> dict[str, Declared]:

@@ -39,7 +39,7 @@ PIPELINES = ("FluxPipeline",)
 SINGLE_FILE = ("flux-dev", "flux-schnell")
 NETWORK = "transformer"
 NETWORK_CLASS = "FluxTransformer2DModel"
-TOLD_GUIDANCE = True
+EMBEDS_GUIDANCE = True
 LEFT_OUT = {"image_encoder": None, "feature_extractor": None}
 LORA_TARGETS = (
     "attn.to_q",
@@ -105,11 +105,11 @@ class FluxEncoder(FrozenEncoder):
         text_encoders: Sequence[nn.Module],
         tokenizers: Sequence[Any],
         t5_tokens: int,
-        is_told_guidance: bool,
+        embeds_guidance: bool,
     ) -> None:
         clip, t5 = text_encoders
         super().__init__({"vae": vae, "text_encoder": clip, "text_encoder_2": t5})
-        self._tokenizers, self._t5_tokens, self._is_told_guidance = tokenizers, t5_tokens, is_told_guidance
+        self._tokenizers, self._t5_tokens, self._is_told_guidance = tokenizers, t5_tokens, embeds_guidance
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from diffalign import objectives
 from diffalign.data.texts import validation_batches
 from diffalign.optimisation import require_bitsandbytes
 from diffalign.processes import ManyProcesses, failing_together
-from diffalign.random_state import random_numbers_as_they_were
+from diffalign.random_state import preserved_random_state
 from diffalign.train import Finished, Trainer
 from pipelines import run, shares
 from pipelines.curves import draw_curves, read_metrics
@@ -121,7 +121,7 @@ def train(
         accelerator = start_accelerator(settings)
         if resume:
             run.refuse_another_run(settings.output, settings_identity(name, settings, accelerator.num_processes))
-    with random_numbers_as_they_were():  # only now, as Accelerate has given this process a GPU of its own
+    with preserved_random_state():  # only now, as Accelerate has given this process a GPU of its own
         say = say if accelerator.is_main_process else lambda _: None
         set_seed(settings.seed, device_specific=True)  # only dropout draws from it
         table, writer = ingredients.open_rewrites(settings), ingredients.load_writer(settings, say)
