@@ -23,7 +23,7 @@ from diffalign.written_aside import folder_aside, remove
 
 _PREFIX, NOTE = "checkpoint-", "checkpoint.json"
 VALIDATION_LOSS = "validation_loss"
-"""In a checkpoint's note: the loss on the held-out pairs at its step, if they were asked then and it is finite."""
+"""In a checkpoint's note: the loss on the held-out pairs at its step, if the run validated then and the loss is finite."""
 
 
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError)
@@ -34,7 +34,7 @@ class Stateful(Protocol):
     """Whatever can be saved and restored; the state holds tensors and plain values only.
 
     One that has a true ``copies_on_load`` copies the tensors that it is given, one after the other, and keeps none of them. They
-    are then left in the file until they are asked for: what is as large as the model would else be in the host's memory once
+    then stay in the file until they are read: what is as large as the model would else be in the host's memory once
     for every process of a machine.
     """
 
@@ -50,7 +50,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 _ONCE_ALWAYS_SAVED = ("steps",)
-"""What older checkpoints hold, and a run names today only where it matters."""
+"""Fields of the identity that all older checkpoints hold; today they are written only where they matter."""
 
 
 def refuse_another_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class Checkpoints:
-    """The checkpoints of one run; keeps the newest ``keep``, and the best if that is asked for."""
+    """The checkpoints of one run; keeps the newest ``keep``, and the best one as well with ``keep_best``."""
 
     def __init__(self, folder: Path, keep: int = 2, keep_best: bool = False) -> None:
         self.folder, self._keep, self._keep_best = folder, keep, keep_best
@@ -84,7 +84,7 @@ class Checkpoints:
         """The checkpoint with the lowest validation loss, the earliest of equals, and that loss; None if none was validated."""
         losses: dict[Path, float] = {}
         for path in self.all():
-            with contextlib.suppress(UserError):  # a damaged one is told when it is asked for
+            with contextlib.suppress(UserError):  # a damaged one is reported when it is loaded
                 if (loss := self.note(path).get(VALIDATION_LOSS)) is not None:
                     losses[path] = loss
         found = min(losses, key=losses.__getitem__, default=None)
@@ -112,7 +112,7 @@ class Checkpoints:
                 remove(old)
 
     def note(self, path: Path) -> dict[str, Any]:
-        """What ``save`` wrote beside the states of a checkpoint. Raises UserError: it is damaged."""
+        """The note that ``save`` wrote beside the states of a checkpoint. Raises UserError if it is damaged."""
         file = path / NOTE
         try:
             return json.loads(file.read_text("utf-8"))
@@ -152,7 +152,7 @@ class Checkpoints:
             raise self._unreadable(file, error) from error
 
     def _unreadable(self, file: Path, error: Exception) -> UserError:
-        """What to do about a file of a checkpoint. We never go back by ourselves: steps would be lost silently."""
+        """The error that says what to do about a file. An older checkpoint is never taken silently: steps would be lost."""
         if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EINVAL):  # torch seeks before a short file
             return UserError(f"{file} cannot be read: {error.strerror or error}.")
         older = [path.name for path in self.all() if path.name < file.parent.name]

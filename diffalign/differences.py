@@ -1,4 +1,4 @@
-"""What was saved beside what is asked for now: one way to compare them, and one to say where they differ."""
+"""Comparing saved values with those of this run, and saying where they differ."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from diffalign.types import LogLikelihood, LogRatio
 BINS = 10
 """Timestep bins of equal width over [0, T)."""
 BINNED = ("accuracy", "margin", "winner_drift", "loser_drift")
-"""Metrics that trackers are told per bin."""
+"""Metrics that are logged to trackers per bin."""
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def denoising_health(
 
 @torch.no_grad()
 def policy_health(policy: tuple[Tensor, Tensor], scale: float) -> dict[str, Tensor]:
-    """What is left of ``denoising_health`` where no reference was asked: the policy's own margin, accuracy and errors."""
+    """The part of ``denoising_health`` that needs no reference: the policy's own margin, accuracy and errors."""
     margin = scale * (policy[1] - policy[0])
     return {
         "margin": margin,

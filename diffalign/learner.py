@@ -23,7 +23,7 @@ from diffalign.references import Snapshot
 from diffalign.types import Conditioning, Outcome, PairBatch
 from diffalign.weights import TrainedWeights
 
-# ---------------------------------------------------------------------------------------------------- what the loop asks
+# ------------------------------------------------------------------------------------------------- what the loop calls
 
 
 class Batch(Protocol):
@@ -42,7 +42,7 @@ class Source(Protocol):
     def steps(self, start: int, stop: int) -> Iterator[Sequence[Batch]]:
         """The micro-batches of optimizer steps ``start`` to ``stop``, a list for each step.
 
-        The loop asks for a step when the one before it is done, so a source may sample from the policy as it is now.
+        The loop takes a step when the one before it is done, so a source may sample from the policy as it is now.
         """
         ...
 
@@ -73,7 +73,7 @@ class Prompts(Protocol):
     def __len__(self) -> int: ...
 
     def conditioning(self, index: int | None) -> Conditioning:
-        """Of one prompt, without batch dimension; of the empty prompt for None."""
+        """The conditioning of one prompt, without batch dimension; that of the empty prompt for None."""
         ...
 
 
@@ -88,12 +88,12 @@ Judge = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 Kind = Literal["pairs", "pictures"]
-"""Of a data set: two pictures for each prompt, or one. A lone picture stands on both sides of its pair."""
+"""The kind of a data set: two pictures for each prompt, or one, which then stands on both sides of its pair."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run gives its objective. An objective that needs something that is None says so (``require``)."""
+    """What a run gives its objective. An objective calls ``require`` for what it needs and may be None."""
 
     policy: Denoiser
     weights: TrainedWeights
@@ -101,7 +101,7 @@ class RunContext:
     latent_shape: tuple[int, ...]  # (C, H, W)
     pairs: PairSource | None = None
     kind: Kind = "pairs"
-    reference: Snapshot | None = None  # of training instead of the frozen start: the policy at the beginning of the loop's round
+    reference: Snapshot | None = None  # in training, instead of the frozen start: the policy when the loop's round began
     prompts: Prompts | None = None
     unconditional: Conditioning | None = None  # of the empty prompt, each [1, ...], on the device
     judge: Judge | None = None

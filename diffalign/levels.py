@@ -36,7 +36,7 @@ _EDGE = 1e-7
 
 @dataclass(frozen=True)
 class LevelDistribution:
-    """Of sigma in [0, 1]."""
+    """The distribution of noise levels sigma, in [0, 1], in training. Raises ValueError outside the bounds."""
 
     shape: Shape = option("uniform", "uniform, logit-normal or mode")
     mean: float = option(0.0, "mean of the logit, for logit-normal; positive is noisier")

@@ -84,7 +84,7 @@ def transition(predictor: Predictor, schedule: Schedule, pair: TransitionPair, e
 def token_log_probs(model: LanguageModel, texts: Texts) -> Tensor:
     """log p of every completion's tokens, each given what stands before it: [N, S] float64 (float32 on MPS), zero elsewhere.
 
-    One call of the model. It is asked for the logits of the positions from the end of the shortest prompt on: with a vocabulary
+    One call of the model, for the logits from the end of the shortest prompt on only: with a vocabulary
     of 150,000 the logits are most of the memory.
     """
     begins = texts.begins

@@ -62,7 +62,7 @@ def macro_average(rate: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Of S systems: Bradley-Terry strengths and ranks with their intervals, [S] each; equal strengths share the better rank."""
+    """Bradley-Terry strengths of S systems with their intervals, and ranks, [S] each; equal strengths share the better rank."""
 
     strength: np.ndarray
     low: np.ndarray
@@ -93,7 +93,7 @@ def rank_systems(wins: np.ndarray, *, n_boot: int, seed: int = 0, level: float =
 
 
 def _ranks(strength: np.ndarray) -> np.ndarray:
-    """Of strengths [..., S], from 1 for the strongest; those that differ by rounding only share the better rank."""
+    """Ranks of strengths [..., S], 1 for the strongest; those that differ by rounding only share the better rank."""
     return 1 + (strength[..., None, :] > strength[..., :, None] + 1e-9).sum(axis=-1)
 
 

@@ -51,7 +51,7 @@ class OptimizerSettings:
 
     @property
     def kind(self) -> OptimizerKind:
-        """What is known of the optimizer."""
+        """The entry of the chosen optimizer in the table."""
         return _KINDS[self.optimizer]
 
 
@@ -101,7 +101,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
 
 
 def _adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Fused where torch has it for the parameters' device; 8-bit through bitsandbytes when asked for."""
+    """AdamW, fused where torch has it for the parameters' device; 8-bit through bitsandbytes if the settings say so."""
     options = dict(
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
@@ -120,7 +120,7 @@ _KINDS = {"adamw": OptimizerKind(_adamw, _moments_of_adamw)}
 
 
 def moments_bytes(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> int:
-    """What the optimizer keeps for these parameters between two steps, in bytes."""
+    """Bytes of the state that the optimizer keeps for these parameters between two steps."""
     return sum(settings.kind.moments_bytes(p.shape, settings) for p in parameters)
 
 

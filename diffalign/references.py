@@ -1,4 +1,4 @@
-"""What the policy is compared with: a model that is asked what the policy is asked, and never sees a gradient.
+"""References: models with which the policy is compared on the same inputs, and which never see a gradient.
 
 They are the same for denoisers (``Predictor``) and language models (``LanguageModel``), hence ``inputs`` without names.
 """
@@ -45,11 +45,11 @@ class Frozen:
 
 
 class Cached:
-    """The frozen start, asked beforehand: its errors at the draws that every pair has (``data.cached_errors``), and no network.
+    """The frozen start by its errors at the fixed draws of every pair, computed beforehand (``data.cached_errors``): no network.
 
-    Pairs bring the errors with them (``PairBatch.known``, ``NoisyPair.known``); ``likelihood`` takes them from there. Whoever
-    asks about anything else (another noise or level, another's prompt) says so by ``known=None``, and is told that there is no
-    answer: nobody can see of a tensor whether it was changed on the way.
+    Pairs carry the errors (``PairBatch.known``, ``NoisyPair.known``); ``likelihood`` takes them from there. Code that changes
+    a pair (another noise or level, another pair's prompt) must set ``known=None``, because a tensor does not show that it was
+    changed; the call then raises UserError.
     """
 
     kind = "cached"
@@ -83,7 +83,7 @@ class Snapshot:
 
     @property
     def weights(self) -> Weights:
-        """What was kept, of sharded weights this process's shares; empty before anything was."""
+        """The weights that were kept (this process's shares of sharded ones); empty before ``keep``."""
         return self._kept
 
     @torch.no_grad()

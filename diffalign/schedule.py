@@ -27,7 +27,7 @@ It needs nothing but a and s, and keeps the marginals of any of them: x_t' is a'
 
 eta = 0 has no noise and no density; for a flow it is the Euler step x + (sigma' - sigma) v of the probability flow. eta = 1 is
 what x_t' is under the forward process, given x_t and x_0 (for a table: the ancestral step of DDPM with its smaller variance; a
-flow's is the same process on another clock). For a flow model it is the SDE to roll out with where log-densities are asked for
+flow's is the same process on another clock). For a flow model it is the SDE to roll out with where log-densities are needed
 (D3PO, DDPO). Flow-GRPO's (arXiv 2505.05470) is not offered: its Euler-Maruyama steps keep the marginals to first order only, and
 its noise sqrt(t / (1 - t)) is infinite where every trajectory begins.
 
@@ -100,7 +100,7 @@ _PARAMETRISATIONS: dict[str, _Parametrisation] = {
 
 
 class Schedule(ABC):
-    """What is common to all chains. A concrete one is a frozen dataclass that says what a and s are and how time runs."""
+    """The common part of all chains. A concrete one is a frozen dataclass that defines a and s and how time runs."""
 
     prediction_type: PredictionType
     error_as: ErrorAs
@@ -124,12 +124,12 @@ class Schedule(ABC):
 
     @abstractmethod
     def ddim_noise(self, t: Tensor, t_previous: Tensor, eta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a step from ``t`` to ``t_previous``: the deviation d of its new noise and the factor sqrt(s'^2 - d^2) on the old
+        """For a step from ``t`` to ``t_previous``, the deviation d of its new noise and the factor sqrt(s'^2 - d^2) on the old
         one, each [B, 1, ...] to scale ``like`` [B, ...], float32 at least. d is 0 where t' is truly clean."""
 
     @abstractmethod
     def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """What a deterministic step holds fixed, float32 at least: the noise on a table, the velocity of a flow."""
+        """What a deterministic step holds fixed, [B, ...], float32 at least: the noise on a table, the velocity of a flow."""
 
     @abstractmethod
     def move(self, x: Tensor, direction: Tensor, t_from: Tensor, t_to: Tensor) -> Tensor:
@@ -149,14 +149,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def ending(self, clean_end: CleanEnd) -> Self:
-        """The same with another convention for the clean end. Raises ValueError where there is no such thing."""
+        """The same with another convention for the clean end. Raises ValueError if the schedule has no choice of it."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What a chain depends on beside the network, as plain values."""
 
     def _check(self) -> None:
-        """For ``__post_init__``."""
+        """Raise ValueError for a prediction type or ``error_as`` that this schedule does not have."""
         if self.prediction_type not in self.predictions:
             raise ValueError(f"prediction_type is one of {self.predictions}; got {self.prediction_type!r}")
         if self.error_as not in get_args(ErrorAs):
@@ -174,7 +174,7 @@ class Schedule(ABC):
         return (a * x_0 + s * noise).to(x_0.dtype)
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict for this draw, float32 at least."""
+        """The target of the network's prediction for this draw, [B, ...], float32 at least."""
         return _PARAMETRISATIONS[self.prediction_type].target(*self.coefficients(t, x_0), x_0, noise)
 
     def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ class NoiseSchedule(Schedule):
         return self.ddim_move(x, direction, t_from, t_to)
 
     def climb(self, end: float, steps: int) -> list[int]:
-        """From -1 to ``end``."""
+        """Steps from -1, the clean end, to ``end``."""
         strides = -((-(end + 1) * steps) // len(self))
         return [-1 + ((end + 1) * j + strides // 2) // strides for j in range(strides + 1)]
 
@@ -448,7 +448,7 @@ class FlowSchedule(Schedule):
         return x + stride.to(torch.promote_types(torch.float32, x.dtype)) * direction
 
     def climb(self, end: float, steps: int) -> list[float]:
-        """From 0 to ``end``."""
+        """Levels from 0, the clean end, to ``end``."""
         strides = max(1, math.ceil(end * steps / self.train_steps))
         return [end * j / strides for j in range(strides)] + [end]
 
@@ -467,7 +467,7 @@ class FlowSchedule(Schedule):
         return self._as_t(self.sigmas.warped(line, steps, shape))
 
     def _as_t(self, sigma: Tensor) -> Tensor:
-        """Rounded where Diffusers rounds, so that the network is told the same."""
+        """Rounded where Diffusers rounds, so that the network gets the same t."""
         return sigma.to(torch.float32) * self.train_steps
 
     def ending(self, clean_end: CleanEnd) -> FlowSchedule:

@@ -58,7 +58,7 @@ def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
 
 
 def _allowed(hint: Any) -> tuple[Any, ...]:
-    """The values of a ``Literal``, alone or beside None; empty where other things are allowed."""
+    """The values of a ``Literal``, alone or beside None; empty where other values are allowed."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
     parts = typing.get_args(hint)

@@ -46,7 +46,7 @@ def joined(mine: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor:
-    """All of it on the CPU, if it is sharded; every process must call it. Those that do not ``keep`` it get an empty one."""
+    """The full tensor, on the CPU if it was sharded; every process must call it. With ``keep`` False a sharded one is empty."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered = tensor.detach().full_tensor()

@@ -1,4 +1,4 @@
-"""Ways down the chain, a step at a time: what is asked of the network, and where its answer leads.
+"""Solvers: ways down the chain, a step at a time, from the network's prediction to the next latents.
 
 ``Guided``      classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), both predictions from one call of the network
 ``DDIM``        one stochastic or deterministic step (``Schedule.ddim_step``); eta = 1 is DDPM with its smaller variance
@@ -7,7 +7,7 @@
 Both take tables and flows alike: DDIM with eta = 0 is a flow's Euler step.
 
 Every sample walks on a grid of its own, [B, S], so a batch may hold any mixture of levels. A solver serves one batch and one
-walk; it is asked for step 0, 1, ... S - 1 in turn.
+walk; it makes steps 0, 1, ... S - 1 in turn.
 
 Departure of the released Diffusion-DRO code from what is done here: with a grid per sample, its DPM-Solver++ gives each
 sample's levels to the network but takes the noise levels of the *first* sample to move all of them. ``released=True`` does so.
@@ -32,7 +32,7 @@ from diffalign.types import GUIDANCE, Conditioning
 class Guided:
     """A predictor with guidance: ``u + scale (c - u)``. At scale 1 the unconditional half is not computed at all.
 
-    A network that was distilled from such answers (its conditioning says ``GUIDANCE``) is told the scale instead, in one call.
+    A network that was distilled from such answers (its conditioning has ``GUIDANCE``) gets the scale instead, in one call.
     """
 
     predictor: Predictor

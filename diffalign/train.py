@@ -78,7 +78,7 @@ class LoopSettings:
 
     @property
     def rounds(self) -> dict[str, Any]:
-        """What happens between rounds, for the run's identity; empty if nothing does."""
+        """The settings of rounds, for the run's identity; empty if there are none."""
         named = {"every": self.round_every, "reference": self.round_reference, "extrapolation": self.extrapolation}
         return named if self.round_reference == "round" or self.extrapolation else {}
 
@@ -91,7 +91,7 @@ class Finished:
     interrupted: bool
     seconds: float  # of the loop, before it was resumed as well
     earlier: float = 0.0  # of them, before it was resumed
-    waiting: float | None = None  # share of the steps' time that went by until their data were there; None if nobody knows
+    waiting: float | None = None  # share of the steps' time that went by until their data were there; None if unknown
     advice: str | None = None  # on what the last validation showed (``health.advice``)
     best: tuple[int, float] | None = None  # step and loss of the best validated checkpoint that is kept (main process only)
 
@@ -198,7 +198,7 @@ class Trainer:
         self._saved = self.step
 
     def _validation_loss(self) -> dict[str, float]:
-        """Of this step, for a checkpoint's note; nothing if it was not asked for or is not finite."""
+        """The validation loss of this step, for a checkpoint's note; empty if there was no validation or it is not finite."""
         step, loss = self._validated or (None, math.nan)
         return {VALIDATION_LOSS: loss} if step == self.step and math.isfinite(loss) else {}
 
@@ -393,7 +393,7 @@ class Trainer:
         return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 
     def _validated_batch(self, batch: Batch) -> Outcome:
-        """Of one batch: it leaves the device before the next one comes."""
+        """The outcome of one batch; the batch leaves the device before the next one comes."""
         batch = batch.to(self._accelerator.device)
         return checked(self._learner.validate(batch), batch.weight)
 

@@ -35,9 +35,9 @@ def widest(where: Tensor | torch.device | str) -> torch.dtype:
 def placed(thing: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
     """A tensor on a device, or all tensors of a mapping, a tuple or a dataclass; floats in ``dtype`` if that is given.
 
-    Towards a GPU nobody waits: a copy from pageable memory would first have the device finish all that it has to do, and then the
-    host stand by, so memory is pinned before. From a device to the CPU a copy is complete when this returns. ``LENGTHS`` stay.
-    Towards MPS everybody waits (``WAITED_FOR``), and float64 becomes float32.
+    Copies to a GPU are asynchronous: one from pageable memory would wait until the device has finished its work, and the host
+    with it, so memory is pinned before. From a device to the CPU a copy is complete when this returns. ``LENGTHS`` stay.
+    Copies to MPS are synchronous (``WAITED_FOR``), and float64 becomes float32.
     """
     if isinstance(thing, Tensor):
         kind = torch.device(device).type
@@ -79,8 +79,8 @@ crop after resizing, height and width of what is left. Rows of NaN are of pictur
 picture, not to the prompt; networks that were trained with such numbers (SDXL) read it, all others leave it alone."""
 
 GUIDANCE = "guidance"
-"""Name in a conditioning of the scale [B] that a network is told which was distilled from guided answers (FLUX). It is of the
-network's training as long as nobody asks for another (``diffalign.solvers.Guided``); other networks' conditionings lack it."""
+"""Name in a conditioning of the guidance scale [B], an input of networks that were distilled from guided predictions (FLUX). It
+is the training's own unless ``diffalign.solvers.Guided`` sets another; other networks' conditionings lack it."""
 
 
 def framed(conditioning: Conditioning, framing: Tensor | None) -> Conditioning:
@@ -89,7 +89,8 @@ def framed(conditioning: Conditioning, framing: Tensor | None) -> Conditioning:
 
 
 def on_both_sides(conditioning: Conditioning, framing: Tensor | None = None) -> Conditioning:
-    """Of a stacked pair, winners first, [2 B, ...]: the prompt's twice, and of ``framing`` [B, 2, 6] each picture's own."""
+    """The conditioning [2 B, ...] of a stacked pair, winners first: the prompt's twice, and each picture's own ``framing``
+    [B, 2, 6]."""
     twice = {name: torch.cat([value, value]) for name, value in conditioning.items()}
     return framed(twice, None if framing is None else torch.cat([framing[:, 0], framing[:, 1]]))
 
@@ -125,7 +126,7 @@ class PairBatch:
 
     @property
     def host_t(self) -> Tensor:
-        """t on the CPU, for decisions that should not wait for the device (how often a network is asked)."""
+        """t on the CPU, for decisions that should not wait for the device (how often a network is called)."""
         return self.t.cpu() if self.t_here is None else self.t_here
 
     @property
@@ -135,7 +136,7 @@ class PairBatch:
 
     @property
     def winner_conditioning(self) -> Conditioning:
-        """Of the winners alone [B, ...]: prompt and framing."""
+        """The conditioning [B, ...] of the winners alone: prompt and framing."""
         return framed(self.conditioning, None if self.framing is None else self.framing[:, 0])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
@@ -203,10 +204,10 @@ class Texts:
 
     @staticmethod
     def of(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int = 0) -> Texts:
-        """From token ids. ``pad`` may be any token: nothing looks at it.
+        """Texts from token ids. ``pad`` may be any token: it is masked everywhere.
 
         Raises:
-            ValueError: a prompt or a completion without a token; a model could not be asked about it.
+            ValueError: a prompt or a completion has no token.
         """
         if not all(prompts) or not all(completions):
             raise ValueError("every prompt and every completion needs at least one token")
@@ -237,7 +238,7 @@ class Texts:
         return Texts(*columns, min(part.begins for part in parts))
 
     def padded(self, length: int) -> Texts:
-        """To S = ``length``."""
+        """The same texts, padded to S = ``length``."""
         more = length - self.tokens.shape[1]
         return Texts(*(F.pad(x, (0, more)) for x in (self.tokens, self.mask, self.completion)), self.begins)
 

@@ -21,13 +21,13 @@ from diffalign.sharding import UnshardedOptimizer, is_sharded
 
 
 class Updates(Protocol):
-    """What the loop asks of whoever keeps gradients and moments."""
+    """The engine that keeps gradients and moments, as the loop uses it."""
 
     optimizer: torch.optim.Optimizer  # its groups hold the learning rate
     saved: Stateful  # moments, whole and by parameter, however they are kept here
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around the losses and the backward pass of a micro-batch; ``last`` if it is the step's last."""
+        """A context around the losses and the backward pass of a micro-batch; ``last`` if it is the step's last."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, []."""
@@ -39,11 +39,11 @@ class Updates(Protocol):
         """Update the weights, and forget the gradient. In fp16, a gradient that is not finite makes no update."""
 
     def weights_changed(self) -> None:
-        """Somebody else has written to the parameters."""
+        """Take over parameters that were written from outside (a loaded state, a new round)."""
 
 
 class AccelerateUpdates:
-    """By Accelerate and a PyTorch optimizer."""
+    """Updates by Accelerate and a PyTorch optimizer."""
 
     def __init__(
         self, accelerator: Accelerator, network: nn.Module, parameters: Iterable[nn.Parameter], settings: OptimizerSettings
@@ -69,7 +69,7 @@ class AccelerateUpdates:
         self._optimizer.zero_grad()
 
     def weights_changed(self) -> None:
-        """They are the optimizer's own."""
+        """Nothing: the optimizer updates these very parameters."""
 
 
 def updates_of(

@@ -1,4 +1,4 @@
-"""How long a run has taken, and how much of it went by until data were there: what a loader that is too slow costs."""
+"""Times of a run: how long its loop has taken, and which share of that it waited for data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from diffalign.data.ahead import Stopwatch
 
 
 class Waiting:
-    """Shares of the steps' time, as the process sees it. ``watch`` is the loader's; without one nobody knows.
+    """Shares of the steps' time that went by waiting for data. ``watch`` is the loader's; without one they are unknown.
 
-    The time of a step is that from asking for its data to its end. What a source does with the data (sampling from the policy) is
-    work; validation and checkpoints, between ``step_done`` and the next ``data_requested``, are not of any step.
+    The time of a step runs from the request for its data to its end. What a source does with the data (sampling from the
+    policy) is work; validation and checkpoints, between ``step_done`` and the next ``data_requested``, are not of any step.
     """
 
     def __init__(self, watch: Stopwatch | None) -> None:
@@ -20,12 +20,12 @@ class Waiting:
         self._asked = self._before = self._waited = self._whole = 0.0
 
     def data_requested(self) -> None:
-        """The data of a step are asked for."""
+        """Note that the data of a step are requested now."""
         if self._watch:
             self._asked, self._before = time.perf_counter(), self._watch.seconds
 
     def step_done(self) -> dict[str, float]:
-        """``waiting``, the share of this step, in [0, 1]."""
+        """``waiting``, the share of this step, in [0, 1]; empty if it is unknown."""
         if not self._watch:
             return {}
         waited, whole = self._watch.seconds - self._before, time.perf_counter() - self._asked
@@ -40,7 +40,7 @@ class Waiting:
 
     @property
     def share(self) -> float | None:
-        """Of all steps so far; None if nobody knows."""
+        """The share of all steps so far, in [0, 1]; None if it is unknown."""
         return self._waited / self._whole if self._whole else None
 
 
@@ -52,24 +52,24 @@ class Clock:
         self.earlier, self._began = 0.0, time.perf_counter()
 
     def begin(self) -> None:
-        """The loop begins now."""
+        """Note that the loop begins now."""
         self._began = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Of the loop so far; ``earlier`` of them went by before the run was resumed."""
+        """Seconds of the loop so far; ``earlier`` of them went by before the run was resumed."""
         return self.earlier + time.perf_counter() - self._began
 
     @property
     def waiting(self) -> float | None:
-        """Share of the steps' time that was waited; None if nobody knows."""
+        """The share of the steps' time, in [0, 1], that went by waiting for data; None if it is unknown."""
         return self.steps.share
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds, **self.steps.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Older checkpoints know nothing of it: {}."""
+        """Restore; older checkpoints have no such state and give {}."""
         if state:
             self.earlier = state["seconds"]
             self.steps.load_state_dict(state)

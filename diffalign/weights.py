@@ -34,9 +34,10 @@ class TrainedWeights:
         self._dropouts = _dropouts(network)
 
     def copy(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """What they are at this moment, on their own device if none is given.
+        """A copy of the trained weights, by name, on their own device if none is given.
 
-        Of sharded ones: this process's shares; or with a ``device``, which must be the CPU, whole, and all processes call it.
+        Sharded weights: this process's shares; with a ``device``, which must be the CPU, the full tensors, and all processes
+        must call it.
         """
         if device is not None and self.sharded:
             return {name: whole(p) for name, p in self._named.items()}
@@ -64,8 +65,11 @@ class TrainedWeights:
         return {name: share(weights[name], p).to("cpu", copy=True) for name, p in self._named.items()}
 
     def fetched(self, stored: Weights | None) -> dict[str, Tensor]:
-        """What was ``stored``, where the parameters are: of sharded ones each process's own, or else the main process's, in all
-        processes, which must all call it, the others with None."""
+        """Weights that were ``stored``, on the parameters' device. All processes must call it.
+
+        Sharded weights: each process gives its own shares. Otherwise the main process gives them, the others None, and all get
+        them.
+        """
         if self.sharded:
             return {name: stored[name].to(p.device) for name, p in self._named.items()}
         return {name: from_main(None if stored is None else stored[name], p.detach()) for name, p in self._named.items()}

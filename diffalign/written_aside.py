@@ -126,7 +126,7 @@ def is_full(error: Exception) -> bool:
 
 
 def disk_error(error: Exception, target: Path) -> UserError:
-    """What to tell about a file or folder that could not be written."""
+    """The error for a file or folder that could not be written, with the reason."""
     beside = next(place for place in (target, *target.absolute().parents) if place.exists())
     reason = getattr(error, "strerror", None) or str(error)
     if is_full(error):

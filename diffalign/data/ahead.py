@@ -1,4 +1,4 @@
-"""Work done a little ahead of where it is used: Pillow decodes outside Python's lock, so threads are enough."""
+"""Prefetching with threads: Pillow decodes outside Python's lock, so threads are enough."""
 
 from __future__ import annotations
 

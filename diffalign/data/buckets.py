@@ -88,5 +88,5 @@ class BucketOrder:
 
 @lru_cache(maxsize=256)
 def _shuffled(n: int, seed: int, epoch: int, group: int) -> Tensor:
-    """A permutation of ``n`` things of a group in an epoch, int64 [n]; group -1 is the blocks."""
+    """A permutation of the ``n`` members of a group in an epoch, int64 [n]; group -1 is the blocks."""
     return torch.randperm(n, generator=generator(seed, "buckets", epoch, group + 1))

@@ -49,7 +49,7 @@ def images_to_fill(
     *,
     refuse: Callable[[Sequence[Skipped]], None],
 ) -> ShardFiller[Picture]:
-    """What encodes the pictures of ``index``. ``refuse`` gets the rows that turn out broken, and raises if they are too many."""
+    """The filler for the pictures of ``index``. ``refuse`` gets the rows that turn out broken, and raises if too many."""
     broken: list[Skipped] = []
 
     def remarks(pictures: Sequence[Picture]) -> dict[int, str]:

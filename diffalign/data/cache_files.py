@@ -38,14 +38,14 @@ from diffalign.processes import Processes, failing_together
 from diffalign.written_aside import PARTIAL, is_full, move
 
 Busy = Callable[[str], None]
-"""Is told that another process fills a cache, and that this one waits."""
+"""Called with one line that says that another process fills a cache, and that this one waits."""
 PLACES = (".", "rows", "images", "prompts", "journal", "errors")
 """Folders of a cache, of whatever kind."""
 
 
 @dataclass(frozen=True)
 class CacheKind:
-    """What a cache holds."""
+    """The kind of a cache's content."""
 
     what: str  # in words
     mark: str  # what of its fingerprint no other kind has
@@ -206,8 +206,10 @@ class CacheFolder:
     def claimed(
         self, fingerprint: Mapping[str, Any], processes: Processes, shared: bool = False, busy: Busy | None = None
     ) -> Iterator[None]:
-        """Within: the first of ``processes`` has the folder locked and claimed for all of them. Raises what ``locked`` and
-        ``claim`` do, in all of them."""
+        """A block in which the first of ``processes`` holds the folder locked and claimed for all of them.
+
+        Raises what ``locked`` and ``claim`` raise, in all of them.
+        """
         with contextlib.ExitStack() as held:
             with failing_together(processes):
                 if processes.rank == 0:
@@ -219,12 +221,12 @@ class CacheFolder:
         """Remove half-written files; not those of another cache in a folder inside."""
         for place in PLACES:
             for leftover in (self.root / place).glob("*" + PARTIAL):
-                with contextlib.suppress(OSError):  # they are in nobody's way
+                with contextlib.suppress(OSError):  # they do no harm
                     leftover.unlink()
 
     def refuse_stale(self, expected: Mapping[str, Any]) -> None:
-        """Raises ``StaleCacheError`` that names the first fields in which the cache differs from what is asked for, and counts
-        the others; ``UserError`` if it holds another kind of thing."""
+        """Raise ``StaleCacheError`` if the cache differs from ``expected``, naming the first fields that do and counting the
+        others, and ``UserError`` if its content is of another kind."""
         fingerprint = self.read_json("fingerprint.json")
         self._refuse_other_kind(fingerprint)
         if told := differences(fingerprint, expected):
@@ -236,7 +238,7 @@ class CacheFolder:
     def drop_stale(self, expected: Mapping[str, Any]) -> None:
         """Remove a cache that was made under other circumstances, or what is left of one whose removal was cut off.
 
-        Raises ``UserError`` if it holds another kind of thing.
+        Raises ``UserError`` if its content is of another kind.
         """
         if (self.root / "fingerprint.json").exists():
             try:
@@ -247,17 +249,17 @@ class CacheFolder:
             shutil.rmtree(self.root)
 
     def _refuse_other_kind(self, fingerprint: Mapping[str, Any]) -> None:
-        """Nobody is to delete one thing to make room for another."""
+        """Raise UserError, so that a cache of one kind is never deleted for one of another."""
         if self.holds.mark not in fingerprint:
             found = [kind.what for kind in (PAIRS, PROMPTS, ERRORS) if kind.mark in fingerprint] or ["something else"]
             raise UserError(f"{self.root} holds {found[0]}, not {self.holds.what}: name another folder ({self.holds.option}).")
 
     @contextlib.contextmanager
     def locked(self, shared: bool = False, wait: bool = False, busy: Busy | None = None) -> Iterator[None]:
-        """Held while a cache is filled; the system releases it when the process dies.
+        """A block that holds the lock of a cache that is filled; the system releases it when the process dies.
 
-        ``shared``: with all others who share it. Raises ``UserError`` if it is taken, unless told to ``wait``, or given somebody
-        who is told before this waits (``busy``).
+        A ``shared`` lock can be held by several processes that all share it. Raises ``UserError`` if the lock is taken, unless
+        this should ``wait``, or call ``busy`` and then wait.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)

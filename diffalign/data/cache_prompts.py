@@ -17,7 +17,7 @@ from diffalign.protocols import Encoder
 def prompts_to_fill(
     folder: CacheFolder, texts: Sequence[str], encoder: Encoder, options: FillOptions, progress: Progress | None
 ) -> ShardFiller[str]:
-    """What encodes ``texts``, which differ, the empty one first."""
+    """The filler for ``texts``, which all differ, the empty one first."""
 
     def encode(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         with torch.no_grad():
@@ -29,5 +29,5 @@ def prompts_to_fill(
 
 
 def about(prompts: ShardFiller[str], count: int) -> dict[str, object]:
-    """What ``complete.json`` says of ``count`` prompts that are all encoded."""
+    """The entries of ``complete.json`` about ``count`` prompts that are all encoded."""
     return {"unique_prompts": count, "prompts_per_shard": prompts.per_shard, "conditioning": prompts.remembered()[0]}

@@ -169,7 +169,7 @@ class Rows:
     # ---------------------------------------------------------------------------------------------------------- afterwards
 
     def index(self) -> Index:
-        """What was joined."""
+        """The rows as they were joined."""
         about = self._folder.read_json(JOINED)
         pairs, owners = mapped(self._folder, PAIRS, COLUMNS), mapped(self._folder, OWNERS, "<i8")
         return Index(pairs, owners, Strings(self._folder, "prompts"), [tuple(one) for one in about["skipped"]])

@@ -1,8 +1,8 @@
-"""Filling shards: things are encoded in batches and written a shard at a time, by any number of processes and jobs.
+"""Filling shards: inputs are encoded in batches and written a shard at a time, by any number of processes and jobs.
 
-A shard holds things of consecutive numbers, as many as in every other, and batches never straddle two shards. So whoever fills
-them, however often they are killed, the same batches are encoded and the files come out identical. A shard is committed when its
-journal entry exists; a kill costs each process the one that it was about.
+Every shard but the last holds equally many inputs, of consecutive numbers, and batches never straddle two shards. So whichever
+processes fill them, however often they are killed, the same batches are encoded and the files come out identical. A shard is
+committed when its journal entry exists; a kill costs each process the shard that it was filling.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def share_of(count: int, share: Share) -> range:
 
 
 class ShardFiller(Generic[Thing]):
-    """``count`` things, each of which becomes ``stride`` items of the arrays.
+    """Fills the shards of ``count`` inputs (pictures, prompts), each of which becomes ``stride`` items of the arrays.
 
-    ``load`` gives the things of some numbers, in that order, and ``encode`` makes arrays of a few of them. ``remarks`` says what
-    is to be remembered of a batch, by number.
+    ``load`` yields the inputs of some numbers, in that order, and ``encode`` makes arrays of a batch of them. ``remarks`` gives
+    texts to be kept about inputs of a batch, by number.
     """
 
-    MAX_BYTES = 64 * 2**20  # per shard, whatever the number of items asked for
+    MAX_BYTES = 64 * 2**20  # per shard, whatever ``FillOptions.shard_items`` says
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ShardFiller(Generic[Thing]):
         self._batch, self._most = max(1, options.batch_size // stride), max(1, options.shard_items // stride)
         self._stride = stride
         self._first: tuple[Sequence[Thing], Arrays] | None = None
-        self.per_shard = 0  # things; known when filling has begun
+        self.per_shard = 0  # inputs; known when filling has begun
 
     def fill(self, share: Share, processes: Processes) -> None:
         """Encode what is missing of a share of the shards. All processes must call it."""
@@ -73,7 +73,7 @@ class ShardFiller(Generic[Thing]):
             left -= self._fill_shard(shard, loaded, left)
 
     def _loaded(self, shards: Sequence[int]) -> Iterator[Thing]:
-        """The things of some shards in order; those of the first batch are loaded already, if that is among them."""
+        """The inputs of some shards in order; those of the first batch are loaded already, if it is among them."""
         first = self._first[0] if self._first and 0 in shards else []
         numbers = itertools.chain.from_iterable(map(self._numbers, shards))
         return itertools.chain(first, self._load(itertools.islice(numbers, len(first), None)))
@@ -87,7 +87,7 @@ class ShardFiller(Generic[Thing]):
         return sum(not self._committed(shard) for shard in range(self.shards))
 
     def remembered(self) -> tuple[list[str], dict[int, str]]:
-        """The names of the arrays, and the remarks about all things that have one. Everything must be committed."""
+        """The names of the arrays, and the remarks by number. Every shard must be committed."""
         names: list[str] = []
         remarks: dict[int, str] = {}
         for shard in range(self.shards):
@@ -102,7 +102,7 @@ class ShardFiller(Generic[Thing]):
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self._count))
 
     def _settled(self) -> int:
-        """Things in a shard, by the bytes of one, which the first batch tells; that is not encoded again for its shard."""
+        """Inputs in a shard, by the bytes of one, which the first batch shows; it is not encoded again for its shard."""
         name = f"journal/{self._kind}.json"
         if not (self._folder.root / name).exists():
             things = list(self._load(range(min(self._batch, self._count))))
@@ -113,7 +113,7 @@ class ShardFiller(Generic[Thing]):
         return self._folder.read_json(name)["per_shard"]
 
     def _fill_shard(self, shard: int, loaded: Iterator[Thing], left: int) -> int:
-        """Encode and write; returns how many things there were. ``left`` of this process's things are still to be done."""
+        """Encode and write a shard; returns its number of inputs. ``left`` of this process's inputs are still to be done."""
         numbers, whole, remarks = self._numbers(shard), {}, {}
         for low in range(0, len(numbers), self._batch):
             things = [next(loaded) for _ in range(min(self._batch, len(numbers) - low))]

@@ -1,4 +1,4 @@
-"""What stands in a cache's shards: from the encoder's tensors to arrays on the disk, and back through memory maps."""
+"""The values in a cache's shards: from the encoder's tensors to arrays on the disk, and back through memory maps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DEFAULTS = FillOptions()
 
 
 def cast(value: Tensor, dtype: str, labels: Sequence[str]) -> np.ndarray:
-    """On the CPU in the cache's dtype; integers stay as they are. Raises ``UserError`` for what is not finite."""
+    """The tensor as an array of the cache's dtype; integers stay as they are. Raises ``UserError`` for what is not finite."""
     if not value.is_floating_point():
         return value.cpu().numpy()
     exact = value.detach().to("cpu", torch.float32).numpy()
@@ -61,7 +61,7 @@ def cast(value: Tensor, dtype: str, labels: Sequence[str]) -> np.ndarray:
 
 
 class Strings(Sequence[str]):
-    """Texts in two files, end to end and where each ends, read through memory maps when one is asked for."""
+    """Texts in two files, end to end and where each ends, read through memory maps, one at a time."""
 
     def __init__(self, folder: CacheFolder, name: str) -> None:
         self._bytes, self._ends = (mapped(folder, f"{name}.{part}", dtype) for part, dtype in (("utf8", "u1"), ("ends", "<i8")))
@@ -144,7 +144,7 @@ def npy_header(dtype: np.dtype, count: int) -> bytes:
 
 
 class Numbering:
-    """Numbers things by their first appearance, on the disk: a temporary file that SQLite removes, a megabyte in memory."""
+    """Numbers keys by their first appearance, on the disk: a temporary file that SQLite removes, a megabyte in memory."""
 
     def __init__(self) -> None:
         self._base = sqlite3.connect("", isolation_level=None)

@@ -75,7 +75,7 @@ def cache_errors(
         ask: without gradient, in the precision of training; called with ``batch_size`` pairs of one shape at most.
         depends_on: what the errors depend on beside the draws, as plain values: reference, precision, data, schedule.
         renew: errors that were made under other circumstances go, instead of being refused.
-        busy: told before this waits for another process that fills the folder; without it, that is refused.
+        busy: called before this waits for another process that fills the folder; without it, that is refused.
 
     Raises:
         StaleCacheError: the folder holds errors made under other circumstances; the first that differ are named.
@@ -130,7 +130,7 @@ class _Filling:
                 self._progress("reference", len(self._shards) - len(mine) + done, len(self._shards))
 
     def _there(self, number: int) -> bool:
-        """Whether a shard is on the disk and whole; one that is torn is asked again."""
+        """Whether a shard is on the disk and whole; a torn one is computed again."""
         try:
             found = Shards(self._folder).load(_shard(number))
         except UserError:

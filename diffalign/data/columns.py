@@ -1,4 +1,4 @@
-"""What is said of columns that nobody could find: the option that names them, ready to be copied."""
+"""Hints for columns that were not found: the option that names them, ready to be copied."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class FixedDraws:
         return _drawn(g, t, shape, self.prompt_dropout, self.flip)
 
     def describe(self) -> dict[str, Any]:
-        """For a fingerprint, as plain values; a distribution of somebody's own by where its draws lie."""
+        """Plain values for a fingerprint; a distribution from outside this package is described by where its draws lie."""
         plain, own = asdict(self), self.levels.distribution
         if type(own) is not LevelDistribution:
             shares = torch.linspace(0.0, 1.0, 65, dtype=torch.float64)[1:-1]

@@ -24,7 +24,7 @@ def split_rows(prompts: Sequence[Hashable] | np.ndarray, validation_pairs: int, 
 
 
 def shortfall(asked: int, held_out: int, rows: int, kind: str) -> str | None:
-    """Why fewer rows are held out than were asked for; None where there are as many. ``kind`` is what the rows are called."""
+    """Why fewer rows are held out than the settings say; None where there are as many. ``kind`` is what the rows are called."""
     if held_out >= asked:
         return None
     return (
@@ -34,7 +34,7 @@ def shortfall(asked: int, held_out: int, rows: int, kind: str) -> str | None:
 
 
 def _by_appearance(things: Sequence[Hashable] | np.ndarray) -> np.ndarray:
-    """int64 [N]: 0 for the first thing and all that equal it, 1 for the next that differs from it, and so on."""
+    """int64 [N]: 0 for the first value and all that equal it, 1 for the next that differs from it, and so on."""
     if not isinstance(things, np.ndarray):
         number: dict[Hashable, int] = {}
         return np.array([number.setdefault(thing, len(number)) for thing in things], dtype=np.int64)

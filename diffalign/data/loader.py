@@ -21,7 +21,7 @@ from diffalign.types import Conditioning, PairBatch, pinned
 
 
 class EncodedPairs(Protocol):
-    """What the loader asks of the cache (``data.cache.PairCache``)."""
+    """The part of the cache (``data.cache.PairCache``) that the loader uses."""
 
     labels: Sequence[float]
     weights: Sequence[float]
@@ -39,7 +39,7 @@ class EncodedPairs(Protocol):
 
 
 class CachedVisits(Protocol):
-    """What the loader asks of draws whose errors are cached (``data.cached_errors.CachedErrors``)."""
+    """The part of cached errors (``data.cached_errors.CachedErrors``) that the loader uses."""
 
     def visited(self, row: int, visit: int, shape: tuple[int, ...]) -> tuple[Draw, Tensor]: ...
 
@@ -70,7 +70,7 @@ class PairLoader:
     batches will go; for a GPU their memory is pinned in the background. ``waiting`` is how long steps have been waited for.
 
     Raises:
-        UserError: a curriculum is asked for, and the pairs have no scores, are too few for its stages, or differ in shape.
+        UserError: there is to be a curriculum, and the pairs have no scores, are too few for its stages, or differ in shape.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ def _scores(pairs: EncodedPairs, rows: Sequence[int]) -> Tensor | None:
 
 
 def _framing(pairs: EncodedPairs, rows: Sequence[int], draws: Sequence[Draw]) -> Tensor | None:
-    """[B, 2, 6] float32; None where nobody knows how the pictures were cut."""
+    """[B, 2, 6] float32; None where it is not known how the pictures were cut."""
     if not hasattr(pairs, "framing"):
         return None
     both = [[pairs.framing(row, side, d.flip) for side in ("winner", "loser")] for row, d in zip(rows, draws, strict=True)]
@@ -224,7 +224,7 @@ def _latent(pairs: EncodedPairs, row: int, side: str, d: Draw, mode: bool) -> Te
 
 
 class MadeWhenAsked(Sequence[PairBatch]):
-    """``count`` batches, each of which ``make`` puts together whenever it is asked for: none is kept."""
+    """``count`` batches, each of which ``make`` puts together at every access: none is kept."""
 
     def __init__(self, count: int, make: Callable[[int], PairBatch]) -> None:
         self._count, self._make = count, make

@@ -115,7 +115,7 @@ def check_table(table: object) -> None:
 
 
 class PairTable:
-    """Pairs by index, read when asked for. Where ``kind`` is "pictures", each is a single picture on both sides.
+    """Pairs by index, read at every access. Where ``kind`` is "pictures", each is a single picture on both sides.
 
     ``table[i]`` raises ``RowProblem`` for a row that cannot be used; pictures are decoded only by ``ImageSource.open``.
     ``rows`` is what they are read from: all of its rows and columns, also those that are not used.

@@ -138,7 +138,7 @@ class _Tally:
     empty: list[str] = field(default_factory=list)
     images: Counter[bytes] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    seen: dict[bytes, str] = field(default_factory=dict)  # prompt, pictures and what is said of them -> first place
+    seen: dict[bytes, str] = field(default_factory=dict)  # prompt, pictures and their label -> first place
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     contradictions: list[tuple[str, str]] = field(default_factory=list)
     identical: list[str] = field(default_factory=list)

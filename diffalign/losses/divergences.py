@@ -1,4 +1,4 @@
-"""What replaces the log-ratio when the policy is tied to the reference by another divergence than reverse KL.
+"""Transformed log-ratios, for a policy that is tied to the reference by another divergence than reverse KL.
 
 f-DPO: Wang et al. 2023, "Beyond Reverse KL", arXiv 2309.16240. The reward that a policy implies is beta f'(ratio), so that in
 every loss the log-ratio rho becomes g(rho):

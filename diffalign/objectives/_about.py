@@ -1,4 +1,4 @@
-"""What an objective says about itself, for the list that ``diffalign objectives`` prints and for the checks before a run."""
+"""What each objective declares, for the list that ``diffalign objectives`` prints and for the checks before a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REWRITES, EXPANSIONS = "rewrite-pairs", "rewrites"
 FROZEN_START = "frozen start"
 """The reference that rounds of the loop can renew (``diffalign.loop_rounds``)."""
 NOBODY = "nobody"
-"""In its place, where there is none."""
+"""The word in the place of the reference where there is none."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cost:
 
     @property
     def forwards(self) -> float:
-        """In forward passes, a backward pass counting as two."""
+        """The cost in forward passes, a backward pass counting as two."""
         return 3.0 * self.with_gradient + self.forward_only
 
 

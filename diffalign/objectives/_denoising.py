@@ -1,11 +1,11 @@
-"""What the objectives on denoising errors share: both models asked about a noisy pair, and any loss of the family on the answer.
+"""What the objectives on denoising errors share: errors of both models on a noisy pair, and any loss of the family on them.
 
     x = -error                      log-likelihood stand-in of a side under a model
     w, l = x_policy - x_reference   the two log-ratios
     loss(w, l; label, scale)        scale = beta/2: mean errors and the factor of the released Diffusion-DPO code
 
-Where a loss does not look at the reference (SFT, SimPO, MaPO ...), it is not asked in training. On held-out pairs it always
-is, so that drift and accuracy can be compared across losses.
+Where a loss does not use the reference (SFT, SimPO, MaPO ...), training does not call it. Validation on held-out pairs always
+does, so that drift and accuracy can be compared across losses.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def own_label(batch: PairBatch) -> Tensor:
 
 
 def cost_of(loss: losses.Loss) -> Cost:
-    """Of a pair of the data set with plain noise: the policy's two samples, and what else the loss has asked."""
+    """The cost of a pair of the data set with plain noise: the policy's two samples, and the other calls that the loss needs."""
     mismatched = loss.baseline is not None and loss.baseline.watches == "mismatched"
     return Cost(with_gradient=2, forward_only=(2 if needs_reference(loss) else 0) + (4 if mismatched else 0))
 

@@ -1,6 +1,6 @@
-"""What all objectives that take a loss of the family share: which loss it is, what it may ask for, and the loss at work.
+"""What all objectives with a loss of the family share: the choice of the loss, checks of what it needs, and its evaluation.
 
-An objective's likelihoods come from somewhere (denoising errors, transitions, tokens); from there on the same things happen:
+An objective's likelihoods come from somewhere (denoising errors, transitions, tokens); from there on all do the same:
 
     w, l = x_policy - x_reference            the two log-ratios
     loss(w, l; label, scale, baseline ...)   one number per pair
@@ -26,14 +26,14 @@ from diffalign.types import LogLikelihood, LogRatio
 
 
 class BatchSizes(Protocol):
-    """Of what a run gives its objective, all that is asked here."""
+    """The only part of a run's context that is used here."""
 
     batch_size: int
 
 
 @dataclass(frozen=True)
 class LossChoice:
-    """Which loss looks at the two log-ratios. ``diffalign objectives --losses`` lists them."""
+    """The choice of the loss on the two log-ratios. ``diffalign objectives --losses`` lists them."""
 
     loss: str = option("dpo", "loss on the two log-ratios; `diffalign objectives --losses` lists them")
     loss_options: dict[str, float | str] = option(None, "constants of the loss, as name=value")  # type: ignore[assignment]
@@ -75,7 +75,7 @@ SMALL_BETA = 10.0
 
 
 def remarks(objective: Any) -> list[str]:
-    """What is allowed and seldom meant: a loss at a scale that it was not made for."""
+    """Remarks on what is allowed and seldom meant: a loss at a scale that it was not made for."""
     name = getattr(objective, "loss", None)
     if name is None or name not in losses.names():
         return []
@@ -118,7 +118,7 @@ def refuse_lone_samples(baseline: Baseline | None, given: BatchSizes) -> None:
 
 
 def refuse_unfit(loss: losses.Loss, shown: set[str]) -> None:
-    """For objectives that show a loss less than DPO does. Raises ValueError if it looks at more of ``losses.Evidence``."""
+    """Raise ValueError if a loss needs fields of ``losses.Evidence`` beyond ``shown``, for objectives with less than DPO has."""
     if more := sorted(loss.needs - shown - {"label"}):
         raise ValueError(f"the loss {loss.name} looks at more than this objective can show it: {', '.join(more)}")
 

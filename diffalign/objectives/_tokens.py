@@ -1,10 +1,10 @@
-"""What the objectives on completions share: both models asked about a batch, tokens counted, any loss of the family on that.
+"""What the objectives on completions share: likelihoods by both models, weights of tokens, and any loss of the family on them.
 
     x = sum over a completion's tokens of c_s log p(token s | what stands before it)      log-likelihood under a model
     w, l = x_policy - x_reference                                                          the two log-ratios
     loss(w, l; label, scale)                                                               scale = beta
 
-The factors c_s are 1 in DPO (Rafailov et al. 2023, arXiv 2305.18290). Since they do not depend on the model that is asked, they
+The factors c_s are 1 in DPO (Rafailov et al. 2023, arXiv 2305.18290). Since they do not depend on the model, they
 serve for every variant that counts tokens differently:
 
     length = "mean"     1 / tokens of the completion              length-normalised DPO; SimPO, ORPO and IPO in TRL's manner
@@ -104,7 +104,7 @@ class TokenLosses:
         return Outcome(loss=loss, t=None, metrics={**health, **_of_the_pair(batch)})
 
     def _policy_likelihoods(self, batch: TextBatch, factors: tuple[Tensor, Tensor]) -> tuple[LogLikelihood, Tensor | None]:
-        """Of the pair, and the mean log-probability [B] of the gold rewrite's tokens; one call for all of them."""
+        """Likelihoods of the pair, and the mean log-probability [B] of the gold rewrite's tokens, all from one call."""
         if not self._gold_weight:
             return pair_likelihoods(self._policy, batch, factors), None
         log_p = token_log_probs(self._policy, Texts.stacked(batch.winner, batch.loser, batch.gold)).chunk(3)

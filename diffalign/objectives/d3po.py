@@ -119,7 +119,7 @@ class D3PO(LossChoice):
 
     @property
     def _passes(self) -> int:
-        """Of one trajectory."""
+        """Passes of the network for one trajectory."""
         return self.rollout_steps * (1 if self.guidance == 1.0 else 2)
 
     def learner(self, run: RunContext) -> Learner:

@@ -67,7 +67,7 @@ class KTO:
 
     @property
     def cost(self) -> Cost:
-        """Of a pair; half of it of a lone picture. Each of two mismatched samples asks both models."""
+        """The cost of a pair; a lone picture costs half. Each of two mismatched samples goes through both models."""
         return Cost(with_gradient=2, forward_only=2 + (4 if self.baseline == "mismatched" else 0))
 
     def learner(self, run: RunContext) -> Learner:

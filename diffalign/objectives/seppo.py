@@ -2,7 +2,7 @@
 version SSPO, "Self-Sampling Preference Optimization").
 
 Only preferred pictures are needed. The other one is made by an earlier checkpoint of the policy, which is the reference too.
-Whether it is a loser is asked of the anchor, the preferred picture (the Anchor-based Adaptive Flipper, AAF):
+Whether it is a loser is decided by the anchor, the preferred picture (the Anchor-based Adaptive Flipper, AAF):
 
     d^k  = L_policy^k - L_reference^k                                 k = w (data), s (sampled); one t and one eps for both
     s    = sign(-d^w)      +1: the policy is better on the anchor, the sample counts as a loser, as in DPO

@@ -19,7 +19,7 @@ people's labels (the recipe ``sd15-inpo``).
 Departures of the released code (JaydenLyh/SmPO, train.py and preprocessing.py) from what is done here; ``released`` brings the
 inversion's back:
 
-* the inversion stops on a fixed grid, elsewhere than at t, while tau and the network are told t; what that does depends on
+* the inversion stops on a fixed grid, elsewhere than at t, while tau and the network get t; what that does depends on
   the version of Diffusers (see ``sources.inversion``). Here every sample climbs to exactly its t;
 * it uses the first sample's t and the first pair's P for the whole local batch; here each pair has its own;
 * it normalises by the extremes of PickScore on Pick-a-Pic (0.11543526500463486 and 0.28201571106910706), whatever the data

@@ -40,7 +40,7 @@ class Choices:
 
     @property
     def ties(self) -> int:
-        """Pairs that are kept although nobody is preferred; the paper's loss learns nothing from them, others may."""
+        """Pairs that are kept although neither side is preferred; the paper's loss learns nothing from them, others may."""
         return sum(label == 0.5 for label in self.labels)
 
 

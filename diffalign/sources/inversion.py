@@ -204,7 +204,7 @@ def averaging_weights(window: Window, count: int, goal: Tensor, dtype: torch.dty
 
 
 def _rows(conditioning: Conditioning, rows: Tensor, here_rows: Tensor) -> Conditioning:
-    """Some rows, numbered on the device and on the CPU, where lengths of prompts are."""
+    """The conditioning of some rows, whose numbers are given on the device and on the CPU, where prompts' lengths are."""
     return {name: value[here_rows if value.device.type == "cpu" else rows] for name, value in conditioning.items()}
 
 

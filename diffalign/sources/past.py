@@ -32,8 +32,8 @@ _STREAMS = {"round": 11, "picture": 12}
 class Bank:
     """Weights of past moments, on the CPU, oldest first.
 
-    Every moment is held once, however many processes there are: by the main process, which sends what is asked for, or by all in
-    shares, where the weights are sharded.
+    Every moment is held once, however many processes there are: by the main process, which sends the one that is needed, or,
+    where the weights are sharded, by all processes in shares.
     """
 
     copies_on_load = True
@@ -47,11 +47,11 @@ class Bank:
         return len(self._held)
 
     def __getitem__(self, which: int) -> Weights:
-        """Where the parameters are. All processes must ask for the same."""
+        """The weights of moment ``which``, on the parameters' device. All processes must take the same one."""
         return self._weights.fetched(self._held[which])
 
     def append(self) -> None:
-        """The weights as they are now."""
+        """Add the weights as they are now."""
         self._held.append(self._weights.stored() if self._holds else None)
 
     def clear(self) -> None:
@@ -109,7 +109,7 @@ class SelfSampled:
             yield self._with_losers(batches, step)
 
     def _join(self) -> None:
-        """The policy as it is joins the bank, if it will ever be asked for; so do only those stay that may be."""
+        """Add the policy as it is to the bank, if it may ever be drawn, and drop what no longer can be."""
         if self._choice == "first" and len(self.bank):
             return
         if self._choice == "last":

@@ -68,7 +68,7 @@ class PolicySteps:
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What must be saved."""
+        """The objects that are saved with the run, by name."""
         return {"buffer": self.buffer, "delayed": self._delayed}
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[ReplayBatch]]:
@@ -119,10 +119,10 @@ class PolicySteps:
 
 
 class GatheredBuffer:
-    """The buffers of all processes, as one thing to save, which only the process that saves it is given.
+    """The buffers of all processes as one object to save, which only the main process holds.
 
-    Another number of processes deals out what there was, by the samples' places in the step, if each has a trajectory of its own.
-    Larger buffers are each process's own choice of what came by: then it starts with empty ones.
+    A resume with another number of processes deals the trajectories out by the samples' places in the step, if each sample has
+    one of its own. Larger buffers were filled by each process's own draws: then the resume starts with empty ones.
     """
 
     copies_on_load = True
@@ -135,7 +135,7 @@ class GatheredBuffer:
         self._ranks = all_on_main(self._buffer.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """What was collected, once: it is as large as all buffers."""
+        """What was collected, handed out once: it is as large as all buffers."""
         ranks, self._ranks = self._ranks or [self._buffer.state_dict()], []
         return {"ranks": ranks}
 

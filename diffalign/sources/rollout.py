@@ -119,7 +119,7 @@ def rollout(
         unconditional: the empty prompt's tensors, each [1, ...]; needed unless ``sampling.guidance`` is 1.
 
     Raises:
-        ValueError: the lengths do not fit, or guidance is asked for without an empty prompt.
+        ValueError: the lengths do not fit, or there is guidance without an empty prompt.
     """
     starts = list(seeds) if start_seeds is None else list(start_seeds)
     prompts = list(range(len(seeds))) if index is None else list(index)
@@ -205,7 +205,7 @@ def _normal(seeds: Sequence[int], stream: str, shape: tuple[int, ...], device: t
 
 
 class _Steps:
-    """The noise of the transitions, asked for in turn."""
+    """The noise of the transitions, one after the other."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> None:
         self._generators = [_generator(seed, "steps") for seed in seeds]

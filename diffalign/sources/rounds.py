@@ -7,7 +7,7 @@ which the best and the worst are kept.
 An optimizer step takes ``accumulation`` pairs per process with all their transitions, ``batch_size`` transitions to a
 micro-batch, in a random order. Trajectories of a round are sampled together and with what learning needs later: the
 log-density of each transition under the policy that made it, so that a reference which is the round's beginning costs
-nothing any more. The frozen start as reference is asked once per transition, in large batches.
+nothing any more. The frozen start as reference is called once per transition, in large batches.
 
 Only the policy's weights at the beginning of the round are saved: the seeds decide everything else, and a resumed run samples
 its round again.
@@ -68,7 +68,7 @@ class TransitionBatch:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What the judges said about this process's part of a round."""
+    """The judges' scores of this process's part of a round."""
 
     values: Tensor  # [N, 2, R] float64
     total: Tensor  # [N, 2] all judges in one number: their mean, of several in deviations of the round
@@ -139,7 +139,7 @@ class Rounds:
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What must be saved."""
+        """The objects that are saved with the run, by name."""
         return {"round": self._policy}
 
     def steps(self, start: int, stop: int) -> Iterator[Sequence[TransitionBatch]]:

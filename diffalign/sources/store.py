@@ -58,7 +58,7 @@ class TrajectoryOrigin:
         return number // self.per_prompt
 
     def picture(self, number: int) -> str:
-        """What its picture is called: 00012-1 is the second picture of the thirteenth prompt."""
+        """The name of its picture: 00012-1 is the second picture of the thirteenth prompt."""
         return f"{self.group(number):05d}-{number % self.per_prompt}"
 
     def to_plain(self) -> dict[str, Any]:

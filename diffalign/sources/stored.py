@@ -5,7 +5,7 @@ order, every epoch in another one. Which pairs a step takes is a function of the
 and any number of processes takes the same.
 
 The reference is the model that made the trajectories (``round``): its densities lie beside them. Or the frozen start of the run
-(``start``): it is asked once for all transitions of a trajectory together, when that is met for the first time. A batch never
+(``start``): it is called once for all transitions of a trajectory together, when the trajectory first occurs. A batch never
 mixes trajectories, so these numbers do not depend on what a resumed run has met before.
 """
 
@@ -52,7 +52,7 @@ class Stored:
         return self.store.made.prompts
 
     def stats(self) -> dict[str, Any]:
-        """What there is, in numbers."""
+        """Counts of prompts, pictures and choices."""
         chosen, made = self.choices, self.store.made
         return {
             "pairs": len(chosen),

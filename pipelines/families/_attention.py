@@ -1,7 +1,7 @@
 """Which kernel computes attention: PyTorch's own choice, its flash kernel and no other, or xformers.
 
 PyTorch's ``scaled_dot_product_attention`` (SDPA) chooses among its kernels by shape, dtype and device and falls back silently on
-one that keeps whole matrices in memory; what it chooses here is told at the beginning of a run.
+one that keeps whole matrices in memory; what it chooses here is printed at the beginning of a run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def chosen(head: int, dtype: torch.dtype, device: torch.device | str) -> str:
 
 
 def describe(kind: str, network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> str:
-    """One line on what computes attention in ``network`` on ``device``; empty where no layer is told (a linear attention)."""
+    """One line on what computes attention in ``network`` on ``device``; empty without a layer of a known kind."""
     sizes = heads(network)
     if kind == "xformers" or not sizes:
         return f"attention: {kind}" if sizes else ""

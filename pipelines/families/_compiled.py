@@ -1,6 +1,6 @@
 """torch.compile, block by block: what repeats is compiled once for all of its kind, in seconds rather than minutes.
 
-A block is asked in two ways, with its adapter and a graph (the policy) and without either (the reference); each has a compiled
+A block is called in two ways, with its adapter and a graph (the policy) and without either (the reference); each has a compiled
 graph of its own, and both stay: nothing about the network changes from one to the other but a flag in the layers (``_lora``).
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 RESNETS = ("ResnetBlock2D",)
-"""Of UNets, which Diffusers does not name among the repeated blocks; half of SD1.5's time is theirs."""
+"""Blocks of UNets that Diffusers does not list among the repeated ones; half of SD1.5's time is theirs."""
 GRAPHS = 64
-"""Compiled graphs of one kind of block: a UNet's have four sizes, each asked in several ways. PyTorch gives up after eight."""
+"""Compiled graphs of one kind of block: a UNet's have four sizes, each called in several ways. PyTorch gives up after eight."""
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What the denoisers of all families share; a family says only how its network is asked."""
+"""What the denoisers of all families share; a family's own file only calls its network."""
 
 from __future__ import annotations
 

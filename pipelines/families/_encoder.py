@@ -116,18 +116,20 @@ class FrozenEncoder(ABC):
     # -------------------------------------------------------------------------------------------------------- devices
 
     def to(self, device: torch.device | str) -> None:
-        """Move all networks there, to stay."""
+        """Move all networks to ``device``, for good."""
         self._device = None
         for network in self._at_work(*self.components):
             network.to(device)
 
     def work_on(self, device: torch.device | str) -> None:
-        """From now on each network is on ``device`` while it is needed, and on the CPU while others work: pictures first, then
-        prompts, so a cache costs two moves and never the memory of all."""
+        """Keep each network on ``device`` only while it is used, and on the CPU while others are.
+
+        A cache encodes pictures first and then prompts: two moves, and never the memory of all networks.
+        """
         self._device = torch.device(device)
 
     def networks(self) -> list[nn.Module]:
-        """Those that are still held, in the order of ``components``."""
+        """The networks that have not been released, in the order of ``components``."""
         return list(self._networks.values())
 
     def release(self, keep_decoder: bool = False) -> None:

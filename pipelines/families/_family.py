@@ -1,4 +1,4 @@
-"""One loaded checkpoint, ready to be trained: what the recipes see of every family.
+"""One loaded checkpoint, ready to be trained: the interface of all families.
 
 A family's file makes a denoiser and an encoder; everything else (adapters, switches, saving) is the same for all and is here.
 """
@@ -71,12 +71,12 @@ class Family:
 
     @property
     def base_model(self) -> str:
-        """What the checkpoint is called: 'tiny', a hub id or a path; empty if it was built in memory."""
+        """The name of the checkpoint: 'tiny', a hub id or a path; empty if it was built in memory."""
         return self.origin.model if self.origin else ""
 
     @property
     def default_guidance(self) -> float:
-        """What people sample it with, as far as the checkpoint or its pipeline says, in our scale: 1 is none."""
+        """The usual guidance scale, by the checkpoint or its pipeline, on the scale of this package: 1 is none."""
         declared = registry()[self.name]
         if declared.EMBEDS_GUIDANCE and not self.embeds_guidance:  # FLUX.1 [schnell]
             return 1.0
@@ -84,7 +84,7 @@ class Family:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the network takes the scale as a number, so that one call does what two do elsewhere (FLUX.1 [dev])."""
+        """Whether the guidance scale is an input of the network, so that one call does what two do elsewhere (FLUX.1 [dev])."""
         return registry()[self.name].EMBEDS_GUIDANCE and bool(self.network.config.guidance_embeds)
 
     # ------------------------------------------------------------------------------------------------ what is trained
@@ -151,7 +151,7 @@ class Family:
         return self.denoiser.with_network(frozen_copy(self.network, half, everything))
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """What is trained, by name: the adapter, or the whole network. Not copies: clone to keep."""
+        """The trained tensors by name: the adapter, or the whole network. Not copies: clone them to keep them."""
         return {name: parameter.detach() for name, parameter in self.network.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class Family:
         self.network.to(memory_format=torch.channels_last if on else torch.contiguous_format)
 
     def use_products(self) -> int:
-        """For a frozen network on a CPU: large convolutions over few positions are matrix products; how many may be."""
+        """Compute large convolutions over few positions as matrix products, for a frozen network on a CPU; returns how many."""
         return _convolutions.use_products(self.network)
 
     def compile_blocks(self, **options: Any) -> int:
@@ -354,5 +354,5 @@ class Family:
 
 
 def _left_out(pipeline: Any) -> tuple[str, ...]:
-    """Parts that it has not, and that ``from_pretrained`` insists on unless it is told: SD3's third text encoder."""
+    """Names of missing parts that ``from_pretrained`` requires unless they are passed as None: SD3's third text encoder."""
     return tuple(n for n, part in pipeline.components.items() if part is None and n not in pipeline._optional_components)

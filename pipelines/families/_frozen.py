@@ -26,7 +26,7 @@ def frozen_copy(network: nn.Module, half: torch.dtype | None = None, everything:
         half: the type that autocast computes in, float16 or bfloat16; None or float32 for a plain copy.
         everything: round all weights but the first layer's, as shares of sharded weights are gathered (``devices.shard``).
     """
-    known: dict[int, nn.Parameter] = {}  # what deepcopy is told to be copied already
+    known: dict[int, nn.Parameter] = {}  # what deepcopy takes as copied already
     rounded = set() if half in (None, torch.float32) else _rounded(network, everything)
     for parameter in network.parameters():
         dtype = half if id(parameter) in rounded else parameter.dtype

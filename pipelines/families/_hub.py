@@ -1,4 +1,4 @@
-"""What is fetched from the hub, and what is said where it cannot be had."""
+"""Files that are fetched from the hub, and the errors where they cannot be had."""
 
 from __future__ import annotations
 

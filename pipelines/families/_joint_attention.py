@@ -25,7 +25,7 @@ attention costs something, too."""
 
 
 def with_few_zeros(states: Tensor, zeros: int, places: int) -> dict[str, Any]:
-    """How a transformer whose attention is ``JointAttention`` is told of text.
+    """Arguments with the text for a transformer whose attention is ``JointAttention``.
 
     Args:
         states: [B, L, D], the last ``zeros`` of the L zeros.
@@ -38,7 +38,7 @@ def with_few_zeros(states: Tensor, zeros: int, places: int) -> dict[str, Any]:
 
 @contextmanager
 def few_zeros_while_sampling(transformer: nn.Module, zeros: int) -> Iterator[None]:
-    """Within: a pipeline without T5 samples with few zeros. Attention of another making stays as it is."""
+    """A block in which a pipeline without T5 samples with few zeros. Other attention processors stay as they are."""
     before = transformer.attn_processors
     if any(type(one) not in (JointAttnProcessor2_0, JointAttention) for one in before.values()):
         yield
@@ -109,6 +109,6 @@ def _split(heads: int, q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any
 
 
 def logits_of(count: int) -> tuple[float, float]:
-    """Of ``KEPT`` tokens that weigh as ``count`` together; the first has no digit that bfloat16 lacks."""
+    """Logits of ``KEPT`` tokens that weigh as ``count`` together; the first is exact in bfloat16."""
     first = (math.ceil(32 * math.log(count)) - 1) / 32
     return first, math.log(count - math.exp(first))

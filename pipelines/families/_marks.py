@@ -1,8 +1,8 @@
-"""What a whole model in one file says of itself, beside its weights: what it predicts, and whether its schedule ends in noise.
+"""Marks of a whole model in one file, beside its weights: what it predicts, and whether its schedule ends in noise.
 
 Such a file has no scheduler's configuration, and the one that it is read with may be another model's. What tells are two empty
 tensors, by which ComfyUI and Forge go and which our own export writes, and a field of the header (Stability's ModelSpec), if it
-says ``v``: its ``epsilon`` is what trainers write where nobody told them, and says nothing against a configuration.
+says ``v``: its ``epsilon`` is what trainers write by default, and says nothing against a configuration.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _PREDICTIONS = {"v": "v_prediction"}
 
 @dataclass(frozen=True)
 class Marks:
-    """What a file says of itself; nothing, mostly."""
+    """The marks of a file; mostly there are none."""
 
     prediction_type: str = ""
     ends_in_noise: bool = False
 
     @property
     def of_scheduler(self) -> dict[str, Any]:
-        """As a scheduler's configuration has it."""
+        """The marks in a scheduler's configuration."""
         said: dict[str, Any] = {"prediction_type": self.prediction_type} if self.prediction_type else {}
         if self.ends_in_noise:  # and there sampling has to begin (Lin et al. 2023, arXiv 2305.08891)
             said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

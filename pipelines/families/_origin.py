@@ -24,7 +24,7 @@ class BaseLora:
     hub: str = ""  # org/name/FILE, if it came from there
 
     def note(self) -> dict[str, str]:
-        """As it goes into a result's note."""
+        """Plain values for a result's note."""
         return {name: value for name, value in vars(self).items() if value}
 
     def local(self) -> Path:

@@ -10,7 +10,7 @@ The folder ``families`` is the registry. A family's file declares, as literals:
     CALL            arguments to the pipeline's call that make it sample just what was asked for (may be missing)
     OPTIONAL        parts that a person may leave out, by a word for them (may be missing)
     NO_GUIDANCE     the guidance scale that is none to the pipeline, where that is not 1 (may be missing)
-    EMBEDS_GUIDANCE whether there is no guidance but what a network with ``guidance_embeds`` is told (may be missing)
+    EMBEDS_GUIDANCE whether guidance is an input of networks with ``guidance_embeds``, and there is no other (may be missing)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diffalign.errors import UserError
 
 @dataclass(frozen=True)
 class Declared:
-    """What a family's file says about itself."""
+    """What a family's file declares."""
 
     PIPELINES: tuple[str, ...]
     SINGLE_FILE: tuple[str, ...]
@@ -57,7 +57,7 @@ def _declared(path: Path) -> Declared:
 
 
 def call_options(pipeline_class: str) -> dict[str, Any]:
-    """What a pipeline of this class must be told in its call, beside the prompt, to sample just what it is asked for."""
+    """Arguments of the call of such a pipeline, beside the prompt, that make it sample just what was asked for."""
     return next((dict(d.CALL) for d in registry().values() if pipeline_class in d.PIPELINES), {})
 
 

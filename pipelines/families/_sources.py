@@ -53,7 +53,7 @@ def find(
         base_lora: a LoRA to merge into the model (see ``find_loras``).
 
     Raises:
-        UserError: there is no such thing, or it is nothing this program can use.
+        UserError: nothing was found, or nothing that this program can use.
     """
     origin = _find(os.fspath(model), config, base)
     if base_lora is None:

@@ -3,12 +3,12 @@ straight paths.
 
 Latents stay [B, 16, h, w] here; the transformer reads squares of 2 x 2 of them as tokens, with their places (``packed``).
 
-Guidance. [dev] was distilled from guided answers and is told the scale as a number, so one call does what two did. In training it
-is told 1, where it answers as its unguided teacher did: the noisy picture's own velocity, whose error stands for a likelihood. At
-3.5, what people sample with, the network aims at something that no picture of the data is on the way to, and the error says less
-about the picture. (Released trainers differ: kohya's has 1, Diffusers' script 3.5.) Where an objective samples with guidance, the
-network is told that scale, in sampling and in learning (``diffalign.solvers.Guided``). [schnell] is told nothing, and is sampled
-without guidance; give objectives that sample ``guidance=1``, as any other number means two calls.
+Guidance. [dev] was distilled from guided predictions and takes the scale as an input, so one call does what two did. In training
+the scale is 1, where it predicts as its unguided teacher did: the noisy picture's own velocity, whose error stands for a
+likelihood. At 3.5, what people sample with, the network aims at something that no picture of the data is on the way to, and the
+error says less about the picture. (Released trainers differ: kohya's has 1, Diffusers' script 3.5.) Where an objective samples
+with guidance, the network gets that scale, in sampling and in learning (``diffalign.solvers.Guided``). [schnell] has no such
+input, and is sampled without guidance; give objectives that sample ``guidance=1``, as any other number means two calls.
 
 Noise levels: how FLUX was trained is not published. Taken is SD3's way, by the same authors: logit-normal(0, 1), bent as the
 sampler bends its line for pictures of 1024 pixels, exp(1.15) = 3.2 for [dev] and not at all for [schnell]. Sampling bends by the
@@ -59,11 +59,11 @@ LORA_TARGETS = (
 PATCH = 2
 """Latents on a side of a token."""
 TRAINED_WITH = 1.0
-"""The guidance that [dev] is told in training."""
+"""The guidance scale that is the input of [dev] in training."""
 
 
 class FluxDenoiser(NetworkDenoiser):
-    """The transformer, asked with ``encoder_hidden_states`` [B, L, D], ``pooled_projections`` [B, P] and, of [dev], ``guidance``
+    """The transformer, called with ``encoder_hidden_states`` [B, L, D], ``pooled_projections`` [B, P] and, of [dev], ``guidance``
     [B]; its time is t / T."""
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -122,7 +122,7 @@ class FluxEncoder(FrozenEncoder):
         return {**said, GUIDANCE: torch.full((len(prompts),), TRAINED_WITH)} if self._is_told_guidance else said
 
     def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]:
-        """By T5. CLIP reads less, but gives only a summary."""
+        """Prompts that T5 truncates. CLIP reads less, but gives only a summary."""
         return truncated_prompts(self._tokenizers[1], prompts, self._t5_tokens)
 
     def about_text(self) -> dict[str, Any]:

@@ -8,9 +8,9 @@ further "cleaning", which is on only where two other packages happen to be insta
 The transformer answers with 2 C channels where it also learned a variance; the second half is dropped, as the pipelines do, and
 has no part in any loss. The schedule is DDPM's with linear betas.
 
-Alpha's models of 1024 pixels are told a picture's size and shape (``use_additional_conditions``): in their training that was the
-size of the original and the ratio, height by width, of what was cut from it. Each side of a pair is asked about with its own; a
-picture that is sampled is taken for one of just its size, as the pipeline does. All other models are told nothing.
+Alpha's models of 1024 pixels take a picture's size and shape as inputs (``use_additional_conditions``): in their training these
+were the size of the original and the ratio, height by width, of what was cut from it. Each side of a pair has its own; a picture
+that is sampled is taken for one of just its size, as the pipeline does. All other models have no such inputs.
 
 Diffusers has no LoRA loader for these pipelines: adapters are saved as PEFT keeps them too, see ``Family.save_adapter``.
 
@@ -44,7 +44,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class PixArtDenoiser(NetworkDenoiser):
-    """The transformer, asked with ``encoder_hidden_states`` [B, L, D] and ``encoder_attention_mask`` [B, L]."""
+    """The transformer, called with ``encoder_hidden_states`` [B, L, D] and ``encoder_attention_mask`` [B, L]."""
 
     factor: int  # pixels of a latent's side
     told_of_size: bool  # whether it takes the size of the original and the ratio of the crop

@@ -8,8 +8,8 @@ states are dropped again but for the first (the paper, section 2.3); the empty p
 prompts too. Prompts are put into lower case and stripped, as the pipeline does.
 
 Noise levels: logit-normal(0, 1), bent by the scheduler's shift (3) in training as in sampling; the released training code has the
-same. The released scheduler is DPM-Solver++, which tells the network the whole part of a level: so it is told in training, too.
-(With an Euler scheduler it is told the level itself.)
+same. The released scheduler is DPM-Solver++, which gives the network the whole part of a level; so does our training.
+(With an Euler scheduler the network gets the level itself.)
 
 Shapes: B = batch, latents [B, 32, h, w], pixels [B, 3, 32h, 32w] (the factor is the autoencoder's), L = text tokens.
 """
@@ -50,9 +50,9 @@ LORA_TARGETS = ("to_q", "to_k", "to_v")
 
 @dataclass(frozen=True)
 class SanaDenoiser(NetworkDenoiser):
-    """The transformer, asked with ``encoder_hidden_states`` [B, L, D] and ``encoder_attention_mask`` [B, L]."""
+    """The transformer, called with ``encoder_hidden_states`` [B, L, D] and ``encoder_attention_mask`` [B, L]."""
 
-    whole_levels: bool  # whether it is told the whole part of a level
+    whole_levels: bool  # whether it gets the whole part of a level
     time_scale: float
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

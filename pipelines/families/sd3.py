@@ -57,10 +57,10 @@ T5Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class SD3Denoiser(NetworkDenoiser):
-    """The transformer, asked with ``encoder_hidden_states`` [B, L, D] and ``pooled_projections`` [B, P]."""
+    """The transformer, called with ``encoder_hidden_states`` [B, L, D] and ``pooled_projections`` [B, P]."""
 
     zeros: int = 0
-    """How many of the L are zeros at the end, in T5's place."""
+    """The number of zeros at the end of the L tokens, in T5's place."""
     patch: int = 2
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -101,7 +101,7 @@ class SD3Encoder(FrozenEncoder):
         return t5[0](ids.to(t5[0].device))[0].float()  # without a mask, as the pipeline does
 
     def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]:
-        """By CLIP, and by T5 if it is there; a prompt is named once for each that cuts it differently."""
+        """Prompts that CLIP truncates, or T5 if it is there; a prompt is named once for each that cuts it differently."""
         limits = (self._tokenizers[0].model_max_length,) * 2 + (self._t5_tokens,)
         readers = list(zip(self._tokenizers, limits, strict=True))[: len(self._text)]
         return list(dict.fromkeys(cut for reader, limit in readers for cut in truncated_prompts(reader, prompts, limit)))

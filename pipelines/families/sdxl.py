@@ -1,8 +1,8 @@
 """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): a UNet with two CLIP text encoders and micro-conditioning.
 
-The UNet is told, beside the prompt, how the picture was cut from its original: the paper's section 2.2, where these numbers make
-small and badly cropped training pictures usable instead of teaching their faults. So each side of a pair is asked about with its
-own numbers, as the data's transform made them; a picture that is sampled is taken for one of just its size, as the pipeline does.
+Beside the prompt, the UNet's inputs say how the picture was cut from its original: the paper's section 2.2, where these numbers
+make small and badly cropped training pictures usable instead of teaching their faults. So each side of a pair has its own
+numbers, as the data's transform made them; a picture that is sampled is taken for one of just its size, as the pipeline does.
 
 Empty prompts: where the pipeline says ``force_zeros_for_empty_prompt`` (SDXL's base does), the empty prompt is all zeros and not
 what the text encoders make of it. That holds for guidance, and here for dropped and empty prompts of the data as well.
@@ -41,7 +41,7 @@ LEFT_OUT = {"feature_extractor": None, "image_encoder": None, "add_watermarker":
 
 @dataclass(frozen=True)
 class SDXLDenoiser(NetworkDenoiser):
-    """The UNet, asked with ``encoder_hidden_states`` [B, L, D], ``text_embeds`` [B, P] and, where it is known, the framing."""
+    """The UNet, called with ``encoder_hidden_states`` [B, L, D], ``text_embeds`` [B, P] and, where it is known, the framing."""
 
     factor: int  # pixels of a latent's side
 
@@ -76,7 +76,7 @@ class SDXLEncoder(FrozenEncoder):
         return {"encoder_hidden_states": states.float(), "text_embeds": pooled.float()}
 
     def truncated(self, prompts: Sequence[str]) -> list[TruncatedPrompt]:
-        """By either tokenizer; a prompt is named twice if they cut it differently."""
+        """Prompts that either tokenizer truncates; a prompt is named twice if they cut it differently."""
         return list(dict.fromkeys(cut for tokenizer in self._tokenizers for cut in truncated_prompts(tokenizer, prompts)))
 
     def about_text(self) -> dict[str, Any]:

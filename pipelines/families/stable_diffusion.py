@@ -27,7 +27,7 @@ LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": 
 
 
 class UNetDenoiser(NetworkDenoiser):
-    """The UNet, asked with ``encoder_hidden_states`` [B, L, D]."""
+    """The UNet, called with ``encoder_hidden_states`` [B, L, D]."""
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self.network(x_t, t, encoder_hidden_states=conditioning["encoder_hidden_states"].to(x_t.dtype)).sample

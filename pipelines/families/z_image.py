@@ -47,12 +47,12 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PATCH = 2
 """Latents on a side of a token."""
 RESOLUTION = 1024
-"""Pixels on a side if the pipeline is told nothing."""
+"""Pixels on a side if the pipeline is given no size."""
 
 
 class ZImageDenoiser(NetworkDenoiser):
-    """The transformer, asked with the first ``LENGTHS`` [B] rows of ``encoder_hidden_states`` [B, L, D]; its time is 1 - t / T,
-    its answer minus the velocity."""
+    """The transformer, called with the first ``LENGTHS`` [B] rows of ``encoder_hidden_states`` [B, L, D]; its time is 1 - t / T,
+    its output is minus the velocity."""
 
     OPTIONAL = (LENGTHS,)
 

@@ -40,12 +40,12 @@ _SPLIT_INSIDE = re.compile(rf"(?<![a-z])(?:{_WORDS})(?:_[a-z]+)*(?=$|[^a-z])")
 
 
 def identity_of(files: Sequence[Path], root: Path) -> Iterator[list[object]]:
-    """Of pictures and captions, of which there may be a million: as ``identities``."""
+    """``identities`` of pictures and captions, of which there may be a million."""
     return identities((str(file), _name(file, root)) for file in files)
 
 
 def identity_of_paths(paths: Iterable[str], root: Path) -> Iterator[list[object]]:
-    """Of pictures that a list names, from ``root``: as ``identities``."""
+    """``identities`` of pictures that a list names, relative to ``root``."""
     start = str(root / "_")[:-1]
     return identities(_located(path, root, start) for path in paths)
 
@@ -194,7 +194,7 @@ def is_split(name: str) -> bool:
 
 
 def _split_of(file: Path, root: Path) -> str:
-    """By the file's name, or else by that of the nearest folder that names one."""
+    """The split that the file's name says, or else that of the nearest folder that says one."""
     names = (file.name, *(p.name for p in file.relative_to(root).parents))
     return next(filter(None, map(_split_in, names)), "train")
 

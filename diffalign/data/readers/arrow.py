@@ -31,7 +31,7 @@ def open_rows(where: str, split: str) -> ArrowRows:
 
 
 class ArrowRows:
-    """Rows of memory-mapped tables; nothing is read before it is asked for."""
+    """Rows of memory-mapped tables; a row is read when it is used."""
 
     def __init__(self, root: Path, files: Sequence[Path], description: str) -> None:
         self._files = list(files)
