@@ -99,6 +99,7 @@ class Combined(Scorer):
         return Combined((*self._terms, *other._terms))
 
     def provenance(self) -> dict[str, Any]:
+        """What each term's judge says it is made of, and the numbers by which it enters."""
         terms = [{**term.judge.provenance(), **_numbers(term)} for term in self._terms]
         return {"judge": self.info.name, "terms": terms}
 

@@ -95,6 +95,11 @@ class Scorer(ABC):
     def provenance(self) -> dict[str, Any]:
         """All that decides its numbers: hashes of the weights, preprocessing, tokenizer, precision, versions of libraries."""
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """24 hexadecimal digits, equal for judges that give equal scores: a hash of ``provenance``."""
+        return _hash(self.provenance())
+
     # ------------------------------------------------------------------------------------------------------------- scores
 
     def score(
@@ -147,18 +152,19 @@ class Scorer(ABC):
         first, second = Pictures.of(images_a), Pictures.of(images_b)
         if len(first) != len(second):
             raise JudgeError(f"pictures are preferred pair by pair; got {len(first)} and {len(second)}")
-        self._check_trained_on_preferences()
+        self.check_preference()
         return self.preference(self.score(first, prompts, **how), self.score(second, prompts, **how))
 
     def preference(self, score_a: Tensor, score_b: Tensor) -> Tensor:
         """P(a before b) from scores; see ``prefer``."""
         import torch
 
-        self._check_trained_on_preferences()
+        self.check_preference()
         ahead = score_a - score_b if self.info.higher_is_better else score_b - score_a
         return torch.sigmoid(self.sharpness * ahead)
 
-    def _check_trained_on_preferences(self) -> None:
+    def check_preference(self) -> None:
+        """Raises JudgeError, saying why, unless ``preference`` follows from scores alone."""
         if self.sharpness is None:
             raise JudgeError(f"the judge {self.info.name!r} was not trained on preferences; its scores have an order only")
         if not self.sharpness > 0:
@@ -232,11 +238,11 @@ class Scorer(ABC):
     def __radd__(self, other: Any) -> Combined:
         return self.scaled(1.0) if other == 0 else NotImplemented  # where sum() begins
 
-    def __add__(self, other: Scorer) -> Combined:
-        return self.scaled(1.0).plus(other.scaled(1.0))
+    def __add__(self, other: Any) -> Combined:
+        return self.scaled(1.0).plus(other.scaled(1.0)) if isinstance(other, Scorer) else NotImplemented
 
-    def __sub__(self, other: Scorer) -> Combined:
-        return self.scaled(1.0).plus(other.scaled(-1.0))
+    def __sub__(self, other: Any) -> Combined:
+        return self.scaled(1.0).plus(other.scaled(-1.0)) if isinstance(other, Scorer) else NotImplemented
 
 
 class PointwiseJudge(Scorer):
@@ -269,11 +275,6 @@ class PointwiseJudge(Scorer):
 
     def provenance(self) -> dict[str, Any]:
         return {"judge": self.info.name, **_provenance(self.made_of, self.preparation)}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for judges that give equal scores: a hash of ``provenance``."""
-        return _hash(self.provenance())
 
 
 class EmbeddingJudge(PointwiseJudge):

@@ -144,8 +144,9 @@ def test_judges_are_reckoned_with_like_numbers():
         (two - two * 3, -4.0),
     ):
         assert reward.score([picture], cache=False).item() == pytest.approx(wanted)
-    with pytest.raises(TypeError):
-        5 + two
+    for wrong in (lambda: 5 + two, lambda: two + 5, lambda: two - 5, lambda: 0.5 * two + 5):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong()
 
 
 def test_what_is_no_judge_of_ours_or_gives_no_scores_is_told():
