@@ -56,7 +56,7 @@ class Aesthetic(EmbeddingJudge):
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
         vectors = self.encoder.embed_pixels(pixels)
-        return self._head.to(vectors.device)(vectors)[:, 0]
+        return self.score_embeddings(vectors.cpu(), None).to(vectors.device)  # the head stays where ``score`` needs it
 
 
 def load(

@@ -93,6 +93,35 @@ assert ((away + 2.0 * torch.tensor(3.0))[torch.tensor([0, 2])] == 7).all() and (
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+def test_judges_score_as_before_after_a_gradient_there(built: Path, tmp_path: Path) -> None:
+    """A network that a gradient moves or leaves behind would no longer meet its pictures."""
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path; import torch, other_device; other_device.start(Path({str(built)!r}))
+import reward_models, towers
+from reward_models import _clip, _heads, aesthetic
+_clip.VIT_L_14, aesthetic.WIDTHS = towers.QUICK, (24, 16, 8, 8, 4, 1)
+torch.save(towers.original(quick=True).state_dict(), "clip.pt")
+heads = {{"aesthetic-v1": torch.nn.Linear(24, 1).state_dict(), "aesthetic-v2": {{}}}}
+for i, number in enumerate(_heads.NUMBERS):
+    layer = torch.nn.Linear(*aesthetic.WIDTHS[i : i + 2]).state_dict()
+    heads["aesthetic-v2"] |= {{f"layers.{{number}}.{{kind}}": value for kind, value in layer.items()}}
+options = {{"clip": {{"weights": "clip.pt"}}, "tiny-pickscore": {{}}}}
+for name, head in heads.items():
+    torch.save(head, name)
+    options[name] = {{"weights": "clip.pt", "head": name}}
+for name, how in options.items():
+    judge = reward_models.load(name, **how)
+    before = judge.score(towers.pictures(), "a red circle")
+    pixels = torch.rand(1, 3, 96, 96, device="other", requires_grad=True)
+    score = judge.differentiable_score(pixels, "a red circle")
+    score.sum().backward()
+    assert score.device == pixels.device and bool((pixels.grad.cpu() != 0).any()), name
+    assert torch.equal(judge.score(towers.pictures(), "a red circle"), before), name
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
 def test_training_there_is_training_here(built: Path, pairs: Path, tmp_path: Path) -> None:
     """From pictures over a checkpoint to the comparison: the same numbers, but for the order of sums."""
     settings = {"batch_size": 2, "accumulation": 2, "steps": 2, "validation_pairs": 4, "checkpoint_every": 1}
