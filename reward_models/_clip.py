@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -16,7 +17,7 @@ from weakref import WeakValueDictionary
 from reward_models._dual import ClipEncoder
 from reward_models._judge import DTYPES, check_choice, device_of
 from reward_models._preprocess import Preprocess
-from reward_models._weights import fill, read_state, read_tokenizer
+from reward_models._weights import fill, read_state, read_tokenizer, tokenizer_digest
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Tokenise:
     count: Callable[[str], int]
     """Tokens of a prompt, start and end included, before it is cut."""
     length: int
+    identity: str
+    """What decides the tokens, for the fingerprints of judges."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self.encode([plain(text) for text in texts])
@@ -168,7 +171,8 @@ def open_clip_tokens() -> Tokenise:
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer(context_length=TOKENS)
-    return Tokenise(tokenizer, lambda text: len(tokenizer.encode(text)) + 2, TOKENS)
+    identity = f"open_clip {metadata.version('open_clip_torch')}"  # which brings the vocabulary along
+    return Tokenise(tokenizer, lambda text: len(tokenizer.encode(text)) + 2, TOKENS, identity)
 
 
 def transformers_tokens(folder: str | Path, judge: str, length: int = TOKENS) -> Tokenise:
@@ -181,7 +185,11 @@ def transformers_tokens(folder: str | Path, judge: str, length: int = TOKENS) ->
 
     tokenizer = read_tokenizer(CLIPTokenizer, folder, judge)
     how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    return Tokenise(lambda texts: tokenizer(texts, **how).input_ids, lambda text: len(tokenizer(text).input_ids), length)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, verbose=False).input_ids)  # it would warn of errors, but what is long is cut
+
+    return Tokenise(lambda texts: tokenizer(texts, **how).input_ids, count, length, tokenizer_digest(tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------------ towers
@@ -253,14 +261,14 @@ def load_encoder(
     check_choice("preprocess", preprocess, ("exact", "fast"))
     check_choice("dtype", dtype, DTYPES)
     place, state = device_of(device), file.stat()
-    key = (architecture, file, state.st_size, state.st_mtime_ns, how, str(tokenizer), str(place), dtype, preprocess)
+    words = open_clip_tokens() if tokenizer is None else transformers_tokens(tokenizer, judge, architecture.tokens)
+    key = (architecture, file, state.st_size, state.st_mtime_ns, how, words.identity, str(place), dtype, preprocess)
     found = _LOADED.get(key)
     if found is None:
         import torch
 
-        words = open_clip_tokens() if tokenizer is None else transformers_tokens(tokenizer, judge, architecture.tokens)
         towers = Towers(load_model(architecture, file, judge), words, place, getattr(torch, dtype))
-        made_of = {"weights": file, "tokenizer": "open_clip" if tokenizer is None else "transformers", "dtype": dtype}
+        made_of = {"weights": file, "tokenizer": words.identity, "dtype": dtype}
         found = _LOADED[key] = ClipEncoder(towers, how, made_of, fast=preprocess == "fast")
     return found
 

@@ -18,6 +18,7 @@ from reward_models._clip import OpenClipTowers, Tokenise
 from reward_models._dual import ClipEncoder
 from reward_models._judge import DTYPES, check_choice, device_of
 from reward_models._preprocess import DEVIATION, MEAN, Preprocess, ShortestSide, normalise, resize, shortest
+from reward_models._weights import tokenizer_digest
 from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
@@ -148,8 +149,9 @@ def load_encoder(
     asked = _of_any_tag(name) if tag is None else _of_tag(name, tag)
     file = Path(weights).expanduser().absolute() if is_file else _fetched(name, tag, asked)
     network = _network(name, file, asked)
-    towers = OpenClipTowers(network, _tokens(name), device_of(device), getattr(torch, dtype))
-    made_of = {"model": f"open_clip:{name}", "weights": file, "tag": tag, "tokenizer": "open_clip", "dtype": dtype}
+    words = _tokens(name)
+    towers = OpenClipTowers(network, words, device_of(device), getattr(torch, dtype))
+    made_of = {"model": f"open_clip:{name}", "weights": file, "tag": tag, "tokenizer": words.identity, "dtype": dtype}
     made_of |= {"quick_gelu": _is_quick(name, asked), **_versions(name)}
     return ClipEncoder(towers, preprocess_of(open_clip.get_model_preprocess_cfg(network)), made_of, preprocess == "fast")
 
@@ -247,7 +249,15 @@ def _tokens(name: str) -> Tokenise:
             f"open_clip's {name} needs the tokenizer of {wanted}, which is not on this machine and could not be fetched; where "
             f"there is a connection, `hf download {wanted} --include '*token*' 'vocab*' 'merges*' '*.model'` fetches it"
         ) from error
-    return Tokenise(tokenizer, partial(_count, tokenizer), tokenizer.context_length)
+    return Tokenise(tokenizer, partial(_count, tokenizer), tokenizer.context_length, _identity(tokenizer))
+
+
+def _identity(tokenizer: Any) -> str:
+    """What decides its tokens: the version of open_clip, and of one of Transformers that it wraps the content, too."""
+    own = f"open_clip {metadata.version('open_clip_torch')}"
+    if not hasattr(tokenizer, "tokenizer"):
+        return own
+    return f"{own} {tokenizer_digest(tokenizer.tokenizer)}"
 
 
 def _count(tokenizer: Any, text: str) -> int:
@@ -256,5 +266,5 @@ def _count(tokenizer: Any, text: str) -> int:
         return len(tokenizer.encode(text)) + 2
     cleaned = tokenizer.clean_fn(text)
     if tokenizer.tokenizer_mode == "clips":  # start, end and a token of the class
-        return len(tokenizer.tokenizer(cleaned, add_special_tokens=False).input_ids) + 3
-    return len(tokenizer.tokenizer(cleaned).input_ids)
+        return len(tokenizer.tokenizer(cleaned, add_special_tokens=False, verbose=False).input_ids) + 3
+    return len(tokenizer.tokenizer(cleaned, verbose=False).input_ids)  # it would warn of errors, but what is long is cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +86,17 @@ def read_tokenizer(kind: Any, where: str | Path, judge: str) -> Any:
             f"have is used by tokenizer=PATH (in the shell --judge-options {judge}.tokenizer=PATH)"
         )
     return found
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256, as ``sha256:...``, of what decides the tokens of a text, except the length at which it is cut: vocabulary, merges,
+    rules and padding of a tokenizer of Transformers, wherever they were read from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # one of SentencePiece or of Python alone has none
+    rules = json.loads(backend.to_str()) if backend else {"kind": type(tokenizer).__name__, "words": tokenizer.get_vocab()}
+    for changing in ("truncation", "padding"):  # set anew by every call
+        rules.pop(changing, None)
+    told = json.dumps([rules, tokenizer.pad_token_id], sort_keys=True)
+    return f"sha256:{hashlib.sha256(told.encode()).hexdigest()}"
 
 
 def read_state(path: Path, judge: str) -> dict[str, Tensor]:

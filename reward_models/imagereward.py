@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models import _heads
 from reward_models._judge import DTYPES, PointwiseJudge, Preparation, check_choice, check_pixels, device_of, texts_for
 from reward_models._preprocess import ShortestSide
-from reward_models._weights import Source, fill, path_of, read_state, read_tokenizer
+from reward_models._weights import Source, fill, path_of, read_state, read_tokenizer, tokenizer_digest
 from reward_models.base import RewardInfo
 
 if TYPE_CHECKING:
@@ -138,7 +138,10 @@ class ImageReward(PointwiseJudge):
         return self._judge(torch.stack(list(prepared)), prompts).cpu()
 
     def n_cut(self, prompts: Sequence[str]) -> int:
-        return sum(len(ids) > TOKENS for ids in self._tokenizer(list(prompts)).input_ids) if prompts else 0
+        if not prompts:
+            return 0
+        found = self._tokenizer(list(prompts), verbose=False).input_ids  # it would warn of errors, but what is long is cut
+        return sum(len(ids) > TOKENS for ids in found)
 
     def differentiable_score(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
         return self._judge(self.preparation.how.grad(check_pixels(pixels)), texts_for(self, len(pixels), prompts))
@@ -184,6 +187,6 @@ def load(
     nets = build(SHAPE)
     for net, part in zip(nets, split(read_state(file, NAME)), strict=True):
         fill(net, part, NAME)
-    made_of = {"weights": file, "tokenizer": str(tokenizer or TOKENIZER), "dtype": dtype}
     words = read_tokenizer(BertTokenizer, tokenizer or TOKENIZER, NAME)
+    made_of = {"weights": file, "tokenizer": tokenizer_digest(words), "dtype": dtype}
     return ImageReward(nets, words, device_of(device), getattr(torch, dtype), made_of, preprocess == "fast")

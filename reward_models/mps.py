@@ -287,7 +287,7 @@ def load(
         fill(net, part, NAME)
     tokenise = _clip.transformers_tokens(tokenizer or TOKENIZER, NAME)
     _check_padding(tokenise)
-    made_of = {"weights": file, "tokenizer": str(tokenizer or TOKENIZER), "dtype": dtype, "threshold": threshold}
+    made_of = {"weights": file, "tokenizer": tokenise.identity, "dtype": dtype, "threshold": threshold}
     place = device_of(device)
     return MPS(nets, tokenise, place, getattr(torch, dtype), threshold, made_of, preprocess == "fast")
 

@@ -58,9 +58,8 @@ def load(weights: str | Path | None = None, *, device: str | None = None, dtype:
     file = path_of(Source("", FILE, local=folder), NAME)
     model = build().eval()
     fill(model, read_state(file, NAME), NAME)
-    towers = _clip.OpenClipTowers(
-        model, _clip.transformers_tokens(file.parent, NAME, TOKENS), device_of(device), getattr(torch, dtype)
-    )
+    words = _clip.transformers_tokens(file.parent, NAME, TOKENS)
+    towers = _clip.OpenClipTowers(model, words, device_of(device), getattr(torch, dtype))
     info = RewardInfo(
         name=NAME,
         needs_prompt=True,
@@ -68,5 +67,5 @@ def load(weights: str | Path | None = None, *, device: str | None = None, dtype:
         differentiable=True,
         description="which picture the tiny world's people would choose: a CLIP of 1.7 million parameters trained on their votes",
     )
-    made_of = {"weights": file, "tokenizer": "transformers", "dtype": dtype}
+    made_of = {"weights": file, "tokenizer": words.identity, "dtype": dtype}
     return DualEncoder(info, ClipEncoder(towers, ShortestSide(size=SIZE), made_of), factor=towers.scale, sharpness=1.0)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models._judge import PointwiseJudge, Preparation, check_choice, check_pixels, device_of, texts_for
 from reward_models._preprocess import MEAN, ShortestSide
 from reward_models._shards import files_of, put, tensors
+from reward_models._weights import tokenizer_digest
 from reward_models.base import JudgeError, RewardInfo
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ class VQAScore(PointwiseJudge):
         return torch.cat([before, seen, after])
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text).input_ids  # with the end mark
+        # with the end mark; it would warn beyond 512 tokens, which T5 can read, as its positions are relative
+        return self._tokenizer(text, verbose=False).input_ids
 
 
 _MARKS = re.compile(r"</s>|<pad>|<unk>|<extra_id_\d+>")
@@ -289,7 +291,7 @@ def load(
             f"the weights of the judge {NAME!r} are not those of its network: {len(missing)} are missing "
             f"({', '.join(missing[:3])})"
         )
-    made_of = {**{f"weights {i}": file for i, file in enumerate(files)}, "tokenizer": str(tokenizer or TOKENIZERS[size])}
+    made_of = {**{f"weights {i}": file for i, file in enumerate(files)}, "tokenizer": tokenizer_digest(words)}
     return VQAScore(nets.to(place), words, {**made_of, "dtype": dtype}, preprocess == "fast")
 
 

@@ -18,7 +18,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import save_file
 from test_preprocess import noise
-from towers import GELU, PROMPTS, QUICK, original, pictures, write_tokenizer
+from towers import GELU, PROMPTS, QUICK, exchange_words, original, pictures, write_tokenizer
 
 import reward_models
 from reward_models import _clip, aesthetic
@@ -121,6 +121,24 @@ def test_pickscore_is_scaled_and_keeps_transformers_tokenizer(tiny_towers: None,
     assert judge.prefer(pictures()[0], pictures()[1], PROMPTS[0]).item() == pytest.approx(torch.sigmoid(a - b).item(), rel=1e-4)
 
 
+def test_a_tokenizer_with_other_numbers_makes_another_judge(tiny_towers: None, tmp_path: Path) -> None:
+    """From wherever it is read, also from the folder in which the first was: a cache would take the one for the other."""
+    model = _clip.build(GELU)
+    model.load_state_dict(_clip.to_transformers(original().state_dict()))
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    first = reward_models.load("pickscore", weights=tmp_path)
+    write_tokenizer(tmp_path / "copy")
+    again = reward_models.load("pickscore", weights=tmp_path, tokenizer=tmp_path / "copy")
+    assert again.encoder is first.encoder  # of equal content
+    exchange_words(tmp_path / "tokenizer.json", "red</w>", "blue</w>")
+    other, cache = reward_models.load("pickscore", weights=tmp_path), tmp_path / "c.sqlite"
+    assert other.fingerprint != first.fingerprint and other.encoder.fingerprint != first.encoder.fingerprint
+    scores = [judge.score(pictures(), PROMPTS[0], cache=cache) for judge in (first, other)]
+    torch.testing.assert_close(scores[1], other.score(pictures(), PROMPTS[0]))
+    assert not torch.allclose(scores[0], scores[1])
+
+
 def test_the_two_tokenizers_agree_on_plain_prompts_and_not_on_curly_quotes(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     theirs, ours = _clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path, "pickscore")
@@ -139,12 +157,13 @@ def test_a_tokenizer_that_knows_no_word_is_refused(tmp_path: Path) -> None:
             _clip.transformers_tokens(nowhere, "pickscore")
 
 
-def test_prompts_that_are_too_long_are_counted(tmp_path: Path) -> None:
+def test_prompts_that_are_too_long_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tokenizer(tmp_path)
     for tokenise in (_clip.open_clip_tokens(), _clip.transformers_tokens(tmp_path, "pickscore")):
         whole, cut = "cat " * 75, "cat " * 76  # with the two marks 77 and 78 tokens
         assert tokenise.n_cut([whole, cut, "a cat"]) == 1
         assert tokenise([whole]).shape == (1, 77) and torch.equal(tokenise([whole]), tokenise([cut]))
+    assert not caplog.messages  # Transformers would tell of errors that there are none
 
 
 def test_a_typed_end_mark_does_not_end_the_prompt(tmp_path: Path) -> None:
@@ -417,7 +436,8 @@ def test_what_clips_own_numbers_rest_on_is_said_as_before(judge: Judge) -> None:
     told = judge.provenance()
     assert told.pop("weights").startswith("sha256:") and told.pop("versions")
     preprocess = "ShortestSide(size=224, crop='round', convert_first=False)"
-    wanted = {"judge": "clip", "tokenizer": "open_clip", "dtype": "float32", "factor": 1.0}
+    tokenizer = f"open_clip {open_clip.__version__}"
+    wanted = {"judge": "clip", "tokenizer": tokenizer, "dtype": "float32", "factor": 1.0}
     assert told == {**wanted, "preprocess": preprocess, "fast": False}
 
 

@@ -185,6 +185,17 @@ def test_the_gradient_reaches_the_picture(folder: Path) -> None:
     assert (pixels.grad != 0).float().mean() > 0.5
 
 
-def test_prompts_beyond_35_tokens_are_counted(folder: Path) -> None:
+def test_a_tokenizer_with_other_words_makes_another_judge(folder: Path) -> None:
+    first = reward_models.load("imagereward", weights=folder, tokenizer=folder)
+    words = (folder / "vocab.txt").read_text()
+    (folder / "vocab.txt").write_text(words.replace("red\nblue", "blue\nred"))
+    other = reward_models.load("imagereward", weights=folder, tokenizer=folder)
+    assert other.fingerprint != first.fingerprint
+    assert not torch.allclose(other.score(pictures(), PROMPTS[0]), first.score(pictures(), PROMPTS[0]))
+
+
+def test_prompts_beyond_35_tokens_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 35}')
     judge = reward_models.load("imagereward", weights=folder, tokenizer=folder)
     assert judge.n_cut(PROMPTS) == 1 and judge.n_cut(["red " * 33, "red " * 34]) == 1 and judge.n_cut([]) == 0
+    assert not caplog.messages  # Transformers would tell of errors that there are none

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from towers import GELU, original, pictures, write_tokenizer
+from towers import GELU, exchange_words, original, pictures, write_tokenizer
 
 import reward_models
 from reward_models import _clip, mps
@@ -330,6 +330,14 @@ def test_weights_that_are_not_here_are_named_with_the_way_to_get_them(tmp_path: 
 def test_a_threshold_that_leaves_nothing_is_refused(threshold: object) -> None:
     with pytest.raises(JudgeError, match=r"share of the largest likeness, from 0 to below 1 .*; got .*uses 0\.3, .* 0\.01"):
         reward_models.load("mps", threshold=threshold)
+
+
+def test_a_tokenizer_with_other_numbers_makes_another_judge(judge: mps.MPS, folder: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    same = reward_models.load("mps", weights=folder, tokenizer=tmp_path, device="cpu")
+    exchange_words(tmp_path / "tokenizer.json", "red</w>", "blue</w>")
+    other = reward_models.load("mps", weights=folder, tokenizer=tmp_path, device="cpu")
+    assert same.fingerprint == judge.fingerprint != other.fingerprint
 
 
 def test_a_tokenizer_that_pads_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -237,6 +237,17 @@ def test_other_layouts_of_the_same_weights(state: dict[str, Tensor], folder: Pat
         assert torch.equal(judge_of(folder, weights=where).score(pictures()[1], PROMPTS[1]), score), where
 
 
+def test_a_tokenizer_with_other_numbers_makes_another_judge(folder: Path) -> None:
+    first, place = judge_of(folder), folder / "tokenizer.json"
+    told = json.loads(place.read_text())
+    red, blue = (next(piece for piece in told["model"]["vocab"] if piece[0] == word) for word in ("▁red", "▁blue"))
+    red[0], blue[0] = blue[0], red[0]
+    place.write_text(json.dumps(told))
+    other = judge_of(folder)
+    assert other.fingerprint != first.fingerprint
+    assert not torch.equal(other.score(pictures(), PROMPTS[0]), first.score(pictures(), PROMPTS[0]))
+
+
 def test_the_tower_may_lie_elsewhere(state: dict[str, Tensor], folder: Path, tmp_path_factory: Any) -> None:
     alone, clip = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("clip")
     write_shards({k: v for k, v in state.items() if not k.startswith(TOWER)}, alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +45,11 @@ def write_tokenizer(folder: Path) -> None:
     marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {marks.get(word, word): number for word, number in theirs.encoder.items()}
     CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77).save_pretrained(folder)
+
+
+def exchange_words(tokenizer: Path, one: str, other: str) -> None:
+    """Exchange the numbers of two words in a ``tokenizer.json``."""
+    told = json.loads(tokenizer.read_text())
+    words = told["model"]["vocab"]
+    words[one], words[other] = words[other], words[one]
+    tokenizer.write_text(json.dumps(told))
