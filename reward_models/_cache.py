@@ -1,8 +1,8 @@
 """Scores and embeddings that have been computed once, by content: the same picture under another name is found again.
 
 Two levels: scores by (picture, prompt, judge), and the vectors that several judges' scores are made from, by (picture or text,
-encoder). A judge's key covers the hash of its weights, its preprocessing, its precision and the versions of libraries, so that
-nothing old is ever mistaken for new. One SQLite file; several processes may use it at a time.
+encoder). A judge's key covers the hashes of its weights and of its tokenizer, its preprocessing, its precision and the versions
+of libraries, so that nothing old is ever mistaken for new. One SQLite file; several processes may use it at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import os
 import sqlite3
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,20 +39,24 @@ def own_path() -> Path:
 class Cache:
     """An open cache. Use it as a context, or ``close`` it.
 
+    ``optional``: where it fails while it is used, as a damaged file or a full disk does, one warning is given, and from there on
+    it knows and keeps nothing.
+
     Raises:
-        JudgeError: the file cannot be used as a cache.
+        JudgeError: the file cannot be used as a cache. Reading and writing raise it, too, unless the cache is optional.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | Path, optional: bool = False) -> None:
+        self.path, self._optional, self._failed = Path(path).expanduser(), optional, False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(self.path, timeout=60)
-            self._base.execute("pragma journal_mode=wal")
+            with suppress(sqlite3.OperationalError):  # another that opens the new file at this moment does it
+                self._base.execute("pragma journal_mode=wal")
             self._base.execute("pragma synchronous=normal")
             self._base.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:
-            raise JudgeError(f"{self.path} cannot be used as a cache of scores: {error}") from error
+            raise self._unusable(error) from error
 
     @classmethod
     def of(cls, where: Cache | str | Path | bool | None) -> Cache | None:
@@ -64,10 +69,9 @@ class Cache:
     def _own(cls) -> Cache | None:
         """Nobody asked for the user's own cache: where its place cannot be written (containers), scores are computed without."""
         try:
-            return cls(own_path())
+            return cls(own_path(), optional=True)
         except JudgeError as error:
-            told = f"{error}: nothing is remembered. --no-cache (cache=False) leaves it out, {PLACE} names another folder for it"
-            warnings.warn(told, stacklevel=2)
+            _warn(f"{error}: nothing is remembered")
             return None
 
     def scores(self, keys: Sequence[str]) -> dict[str, float]:
@@ -97,16 +101,40 @@ class Cache:
         self.close()
 
     def _read(self, table: str, keys: Sequence[str]) -> dict:
-        found = {}
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            marks = ",".join("?" * len(some))
-            found.update(self._base.execute(f"select key, value from {table} where key in ({marks})", list(some)))
+        found: dict = {}
+        if self._failed:
+            return found
+        with self._errors_told():
+            for start in range(0, len(keys), _AT_ONCE):
+                some = keys[start : start + _AT_ONCE]
+                marks = ",".join("?" * len(some))
+                found.update(self._base.execute(f"select key, value from {table} where key in ({marks})", list(some)))
         return found
 
     def _write(self, table: str, rows: Iterable[tuple]) -> None:
-        with self._base:
+        if self._failed:
+            return
+        with self._errors_told(), self._base:
             self._base.executemany(f"insert or replace into {table} values (?, ?)", rows)
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        """Errors of SQLite with the file's name: raised, or of an optional cache a warning, after which it is not used again."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if not self._optional:
+                raise self._unusable(error) from error
+            self._failed = True
+            _warn(f"{self._unusable(error)}: from here on nothing is remembered")
+
+    def _unusable(self, error: Exception) -> JudgeError:
+        advice = "; if it is damaged, delete it" if type(error) is sqlite3.DatabaseError else ""
+        return JudgeError(f"{self.path} cannot be used as a cache of scores: {error}{advice}")
+
+
+def _warn(told: str) -> None:
+    warnings.warn(f"{told}. --no-cache (cache=False) leaves it out, {PLACE} names another folder for it", stacklevel=2)
 
 
 def score_key(picture: str, prompt: str, judge: str) -> str:
