@@ -100,8 +100,7 @@ class Pictures:
         if item is None or isinstance(item, NoPicture):
             return None
         if isinstance(item, Image.Image):
-            shape = f"{item.mode} {item.size} {item.getpalette()} {item.info.get('transparency')} "
-            return hashlib.sha256(shape.encode() + item.tobytes()).hexdigest() + _way_of(item)
+            return _digest_of_pixels(item)
         try:
             content = item if isinstance(item, bytes) else item.read_bytes()
         except OSError:
@@ -167,10 +166,26 @@ def _is_transparent(image: Image.Image) -> bool:
 
 def _as_stored(image: Image.Image) -> bool:
     """Whether the stored pixels, converted to RGB, are what there is to see. Of a file this reads the head only."""
-    # not image.getexif(), by which a PNG would be decoded as a whole to look for EXIF data behind the pixels
-    turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) != 1
     deep = image.mode in _UNBOUNDED or image.mode.startswith("I;16")
-    return not (turned or deep or _is_transparent(image))
+    return not (_orientation(image) != 1 or deep or _is_transparent(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """How EXIF data turn the picture, 1 to 8; 1 is as it is stored."""
+    # not image.getexif(), by which a PNG would be decoded as a whole to look for EXIF data behind the pixels
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _digest_of_pixels(image: Image.Image) -> str | None:
+    """A hash of the pixels as they are stored and of how they are shown; None of an opened file that cannot be decoded."""
+    try:
+        pixels = image.tobytes()  # first: decoding a file changes what the image says of itself
+    except Exception:  # as in ``Pictures``, where it is told
+        return None
+    orientation = _orientation(image)
+    shown = "" if orientation == 1 else str(orientation)
+    shape = f"{image.mode} {image.size} {image.getpalette()} {image.info.get('transparency')} {shown}"
+    return hashlib.sha256(shape.encode() + pixels).hexdigest() + _way_of(image)
 
 
 def _way_of(picture: Image.Image | bytes) -> str:

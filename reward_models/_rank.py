@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ class Ranking:
 
     ``order`` are the numbers of the pictures in that order, ``ranks`` each picture's rank from 1 in the order they were given.
     A place's ``probability`` is the judge's own that the picture would be chosen among all (Luce's rule, softmax of
-    sharpness * score); None for judges not trained on preferences.
+    sharpness * score); None for judges whose preferences do not follow from scores alone.
     """
 
     judge: str
@@ -97,18 +98,18 @@ def ranking(judge: Scorer, pictures: Pictures, prompt: str | None, scores: Tenso
     """The ranking by ``scores`` [N]; equal scores keep the order they came in."""
     import torch
 
-    values = scores if judge.info.higher_is_better else -scores
-    judged = [i for i in range(len(values)) if not bool(values[i].isnan())]
-    order = sorted(judged, key=lambda i: (-float(values[i]), i))
+    given, sign = scores.tolist(), 1.0 if judge.info.higher_is_better else -1.0
+    judged = [i for i, score in enumerate(given) if not math.isnan(score)]
+    order = sorted(judged, key=lambda i: -sign * given[i])
+    rank: dict[float, int] = {}
+    for place, i in enumerate(order, 1):
+        rank.setdefault(given[i], place)  # that of the first with this score
     chance: dict[int, float] = {}
     if judge.sharpness is not None and judged:
-        chance = dict(zip(judged, torch.softmax(judge.sharpness * values[judged].double(), dim=0).tolist(), strict=True))
-    places = [
-        Place(i, pictures.name(i), float(scores[i]), 1 + sum(float(values[j]) > float(values[i]) for j in judged), chance.get(i))
-        for i in order
-    ]
-    unjudged = [i for i in range(len(values)) if i not in set(judged)]
-    places += [Place(i, pictures.name(i), float("nan"), None, None) for i in unjudged]
+        chances = torch.softmax(judge.sharpness * sign * scores[judged].double(), dim=0)
+        chance = dict(zip(judged, chances.tolist(), strict=True))
+    places = [Place(i, pictures.name(i), given[i], rank[given[i]], chance.get(i)) for i in order]
+    places += [Place(i, pictures.name(i), score, None, None) for i, score in enumerate(given) if math.isnan(score)]
     return Ranking(judge.info.name, prompt, tuple(places), pictures)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffalign.data.readers import _files
 from reward_models import PointwiseJudge, _clip, _heads, aesthetic
 from reward_models._cache import Cache
 from reward_models._pictures import ENDINGS, Pictures, UnreadablePictureWarning, list_folder
+from reward_models._rank import ranking
 from reward_models.base import JudgeError, RewardInfo
 
 
@@ -194,6 +196,14 @@ def test_unreadable_pictures_are_not_remembered(three, folder, tmp_path) -> None
     assert not three[0].score(folder, prompts(10), cache=tmp_path / "c.sqlite").isnan().any()
 
 
+def test_an_opened_file_that_ends_too_soon_is_unreadable_also_with_a_cache(folder: Path, tmp_path: Path) -> None:
+    (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:500])
+    opened = [Image.open(folder / "00.png"), Image.open(folder / "01.png")]
+    with pytest.warns(UnreadablePictureWarning, match="1 of 2 pictures cannot be read"):
+        scores = reward_models.load("jpeg").score(opened, cache=tmp_path / "c.sqlite")
+    assert scores.isnan().tolist() == [True, False]
+
+
 def test_one_cache_serves_several_writers(tmp_path: Path) -> None:
     keys = [f"key {i}" for i in range(1200)]
 
@@ -227,6 +237,41 @@ def test_a_home_that_cannot_be_written_costs_the_cache(folder: Path, tmp_path: P
     assert torch.equal(scores, judge.score(folder))
     with pytest.raises(JudgeError, match="cannot be used as a cache of scores"):
         judge.score(folder, cache=tmp_path / "file" / "cache" / "c.sqlite")
+
+
+def damaged_cache(path: Path) -> Path:
+    """A cache of 600 scores with rubbish after its first page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Cache(path) as cache:
+        cache.keep_scores({f"{i:064d}": float(i) for i in range(600)})
+    content = bytearray(path.read_bytes())
+    content[4096:] = np.random.default_rng(0).bytes(len(content) - 4096)
+    path.write_bytes(content)
+    return path
+
+
+def test_an_own_cache_that_breaks_costs_itself_and_not_the_scores(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for it; who names a file is told which one is damaged."""
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path))
+    path, judge = damaged_cache(tmp_path / "scores.sqlite"), reward_models.load("jpeg")
+    with pytest.warns(UserWarning) as told:
+        scores = judge.score(folder, cache=True, batch_size=2)
+    assert torch.equal(scores, judge.score(folder))
+    assert len(told) == 1 and str(path) in str(told[0].message) and "damaged, delete it" in str(told[0].message)
+    with pytest.raises(JudgeError, match=r"scores\.sqlite cannot be used as a cache of scores: .*malformed; .*delete it"):
+        judge.score(folder, cache=path)
+
+
+def test_a_full_disk_costs_the_own_cache_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path))
+    judge = reward_models.load("jpeg")
+    with Cache.of(True) as cache:
+        cache._base.execute("pragma max_page_count=3")
+        with pytest.warns(UserWarning, match="scores.sqlite cannot be used .*disk is full: from here on nothing is remembered"):
+            cache.keep_scores({f"{i:064d}": float(i) for i in range(600)})
+        assert torch.equal(judge.score(folder, cache=cache), judge.score(folder)) and cache.scores([f"{0:064d}"]) == {}
 
 
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -318,6 +363,30 @@ def test_a_cache_from_before_serves_no_score_of_a_picture_that_looked_otherwise(
     picture = many(1)[0]
     shape = f"RGB {picture.size} None None "
     assert Pictures(picture).digest(0) == hashlib.sha256(shape.encode() + picture.tobytes()).hexdigest()
+
+
+def test_pixels_that_are_turned_another_way_are_another_picture(tmp_path: Path) -> None:
+    """Also for a cache, where an opened file is known by its pixels as they are stored."""
+    turned = []
+    for orientation in (1, 6, 8, 3):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        many(1)[0].save(tmp_path / f"{orientation}.png", exif=exif)
+        turned.append(Image.open(tmp_path / f"{orientation}.png"))
+    judge = Corner()
+    scores = judge.score(turned)
+    assert len(set(scores.tolist())) == 4
+    kept = [judge.score(picture, cache=tmp_path / "c.sqlite").item() for picture in turned * 2]
+    assert kept == scores.tolist() * 2
+
+
+class Corner(PointwiseJudge):
+    """How red the first pixel is."""
+
+    info, made_of = RewardInfo("corner", needs_prompt=False), {"version": 1}
+
+    def score_prepared(self, prepared, prompts):
+        return torch.tensor([float(np.asarray(picture)[0, 0, 0]) for picture in prepared])
 
 
 def test_a_folder_has_no_hidden_files_and_counts_as_people_do(tmp_path: Path) -> None:
@@ -430,6 +499,16 @@ def test_rank_puts_the_best_first_and_ties_share_a_rank() -> None:
     assert sum(chances) == pytest.approx(1.0)
     assert chances[0] / chances[2] == pytest.approx(np.exp(0.1 * 10))
     assert Brightness(lower=True).rank(flat(10, 30, 20)).order == [0, 2, 1]
+
+
+def test_thousands_of_pictures_are_ranked_at_once() -> None:
+    """Each compared with each would take a minute."""
+    scores = torch.arange(3000).remainder(100).float()
+    pictures = Pictures([None] * len(scores))
+    started = time.process_time()
+    found = ranking(Brightness(lower=True), pictures, None, scores)
+    assert time.process_time() - started < 5
+    assert found.ranks == [30 * (i % 100) + 1 for i in range(3000)] and found.order[:3] == [0, 100, 200]
 
 
 def test_a_ranking_shows_thumbnails_in_a_notebook_and_lines_in_a_shell(folder: Path) -> None:
