@@ -62,7 +62,7 @@ class Sheet:
         return [row["prompt"] for row in self.rows]
 
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times of the files, and of the prompts."""
+        """A hash of names, sizes and times of the files, of the content of pictures that are no files, and of the prompts."""
         sha = hashlib.sha256()
         for row, picture in zip(self.rows, self.pictures, strict=True):
             sha.update(json.dumps([row["system"], row["prompt"], *_state(picture, row["picture"])]).encode())
@@ -71,7 +71,7 @@ class Sheet:
 
 def _state(picture: Any, name: Any) -> list[Any]:
     if not isinstance(picture, Path):
-        return [str(name)]
+        return [str(name), Pictures([picture]).digest(0)]
     try:
         state = picture.stat()
     except OSError:

@@ -394,6 +394,18 @@ def test_a_journal_of_something_else_is_not_gone_on_with(folder: Path, tmp_path:
     assert read_table(out)["jpeg"].max() < 0
 
 
+def test_work_cut_off_does_not_go_on_with_other_pictures_of_a_data_set(folder: Path, tmp_path: Path) -> None:
+    """Written anew to the same file, with the same prompts: a second checkpoint's samples."""
+    files = [path.read_bytes() for path in sorted(folder.glob("*.png"))[:2]]
+    data, judges, purposes = tmp_path / "samples.parquet", [reward_models.load("jpeg")], []
+    for pictures in (files, files, files[::-1]):
+        pd.DataFrame({"prompt": ["a", "b"], "image": pictures}).to_parquet(data)
+        purposes.append(scoring._purpose(scoring.sheet_of([data]), judges, 16))
+    opened = [scoring.sheet_of({"mine": [Image.open(io.BytesIO(file))]}, ["a"]) for file in files]
+    purposes += [scoring._purpose(sheet, judges, 16) for sheet in opened]
+    assert purposes[0] == purposes[1] and len(set(purposes)) == 4
+
+
 def test_work_cut_off_does_not_go_on_with_another_judge_of_that_name(folder: Path, tmp_path: Path) -> None:
     """Of one's own, which does not say what it is made of."""
     code = "import torch\nfrom reward_models import PointwiseJudge, RewardInfo\nclass Mine(PointwiseJudge):\n"
