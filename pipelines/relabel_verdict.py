@@ -7,7 +7,7 @@ Columns that are added for a judge J, where F and S stand for the data's first a
     J_margin        score of the human's winner minus the loser's, negative where J prefers the loser; empty for the human's ties
     J_conflict      whether J prefers the human's loser
     J_lower_is_better   true in every row, only for judges whose lower scores are better; readers of the scores negate them
-    J_probability   probability that the first picture is preferred, as ``label`` has it; for judges trained on preferences
+    J_probability   probability that the first picture is preferred, as ``label`` has it; for judges whose scores give one
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.data.table import LOWER, PairTable, StoredPair
 from diffalign.errors import UserError
 from pipelines.relabel_scores import known
+from reward_models.base import JudgeError
 
 if TYPE_CHECKING:
     from reward_models._judge import Scorer
@@ -73,6 +74,17 @@ def check_columns(table: PairTable, judges: Iterable[str], labels: str) -> None:
                 )
 
 
+def _check_probabilities(judge: Scorer) -> None:
+    """Raises ``UserError``, saying why, where scores of ``judge`` give no probability."""
+    try:
+        judge.check_preference()
+    except JudgeError as error:
+        raise UserError(
+            f"--labels soft: the labels are probabilities, and {error}. Use --labels flip, or name a judge such as pickscore or "
+            f"hps-v2.1 first."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The requested treatment of pairs, decided by the first judge.
@@ -89,7 +101,6 @@ class Verdict:
     def __post_init__(self) -> None:
         if not self.judges:
             raise UserError("To judge data again needs at least one judge; got none.")
-        first, judge = next(iter(self.judges.items()))
         if self.labels not in LABELS:
             raise UserError(f"labels is one of {', '.join(LABELS)}; got {self.labels!r}.")
         if self.labels == "flip" and self.drop_conflicts:
@@ -98,11 +109,8 @@ class Verdict:
             )
         if not (math.isfinite(self.min_margin) and self.min_margin >= 0):
             raise UserError(f"The smallest margin is a number, at least 0; got {self.min_margin}.")
-        if self.labels == "soft" and judge.sharpness is None:
-            raise UserError(
-                f"--labels soft: the labels are probabilities, and the judge {first!r} was not trained on preferences; its "
-                f"scores have an order only. Use --labels flip, or name a judge such as pickscore or hps-v2.1 first."
-            )
+        if self.labels == "soft":
+            _check_probabilities(self.judges[self.first])
 
     @property
     def first(self) -> str:

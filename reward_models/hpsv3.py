@@ -167,10 +167,13 @@ class HPSv3(PointwiseJudge):
             JudgeError: the deviations are missing.
         """
         if log_deviation_a is None or log_deviation_b is None:
-            raise JudgeError(
-                f"a preference of the judge {NAME!r} follows from scores and deviations; `prefer` has both from the pictures"
-            )
+            self.check_preference()  # which says so
         return preference(score_a - score_b, (log_deviation_a.exp() ** 2 + log_deviation_b.exp() ** 2).sqrt())
+
+    def check_preference(self) -> None:
+        raise JudgeError(
+            f"a preference of the judge {NAME!r} follows from scores and deviations; `prefer` has both from the pictures"
+        )
 
 
 class _LogDeviation(PointwiseJudge):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from family_runs import write_pairs
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.integrate import quad
@@ -23,6 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import reward_models
+from diffalign.data.open import open_pairs
+from diffalign.errors import UserError
+from pipelines.relabel_verdict import Verdict
 from reward_models import _qwen, hpsv3
 from reward_models._pictures import UnreadablePictureWarning
 from reward_models._preprocess import DEVIATION, MEAN
@@ -457,6 +461,12 @@ def test_marks_that_the_tokenizers_file_leaves_out_get_their_numbers(folder: Pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(told))
     whole, cut = (hpsv3._tokenizer(place / "tokenizer.json") for place in (vocabulary, tmp_path))
     assert whole.get_vocab() == cut.get_vocab() and cut.token_to_id("<|image_pad|>") == WORDS + 12
+
+
+def test_its_scores_alone_give_no_probabilities_and_the_reason_is_the_right_one(judge: hpsv3.HPSv3, tmp_path: Path) -> None:
+    assert judge.rank(pictures(), PROMPTS[0]).places[0].probability is None
+    with pytest.raises(UserError, match="--labels soft: .* 'hps-v3' follows from scores and deviations.*Use --labels flip"):
+        Verdict(open_pairs(write_pairs(tmp_path / "data", 1)), {"hps-v3": judge}, "soft", False, 0.0)
 
 
 def test_a_foreign_tokenizer_is_refused(folder: Path, vocabulary: Path, tmp_path: Path) -> None:
