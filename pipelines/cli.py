@@ -68,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("Interrupted before anything was begun.", file=sys.stderr)
         return INTERRUPTED_STATUS
+    except UserError as error:  # an objective of a user's own cannot have the options that it asks for
+        if "--debug" in argv:
+            raise
+        print(paragraph(f"diffalign {asked}: {error}"), file=sys.stderr)
+        return 2
     if args.version:
         from importlib.metadata import version
 

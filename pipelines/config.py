@@ -45,9 +45,28 @@ def schema_of(objective: type) -> Schema:
     return SCHEMA
 
 
+OF_A_CALL = frozenset(
+    ("name", "recipe", "resume", "overwrite", "progress", "judge", "config", "dry_run", "quiet", "debug", "prepare", "help")
+)
+"""Names that ``align`` and ``diffalign train`` have for themselves."""
+
+
 def sections(objective: type) -> dict[str, type]:
-    """The sections of a configuration for one objective, in the order they are shown."""
-    return schema_of(objective).sections(objective)
+    """The sections of a configuration for one objective, in the order they are shown.
+
+    Raises:
+        UserError: a setting of the objective, one of a user's own, has the name of another, which alone would be reached.
+    """
+    schema = schema_of(objective)
+    found = schema.sections(objective)
+    homes = {field.name: name for name, each in found.items() if each is not objective for field in dataclasses.fields(each)}
+    homes |= dict.fromkeys(schema.top_level, "every run") | dict.fromkeys(OF_A_CALL, "the call")
+    if taken := [f"{field.name} (of {homes[field.name]})" for field in dataclasses.fields(objective) if field.name in homes]:
+        raise UserError(
+            f"{objective.__name__} calls settings of its own as others are called already: {', '.join(taken)}. Options go by "
+            "these names, so each has to be the only one: give yours other names."
+        )
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- command line

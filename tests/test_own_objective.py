@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from diffalign.settings import check_options, option
 from diffalign.sources.dataset import noised
 from diffalign.types import Outcome, PairBatch
 from pipelines import cli
+from pipelines.run import settings_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,19 @@ def test_the_command_line_knows_it(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "anchored", "--help"])
     assert "--anchor" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("taken", "of"), [("alpha", "lora"), ("seed", "every run"), ("recipe", "the call")])
+def test_a_setting_that_is_called_like_another_is_refused(taken: str, of: str, capsys: pytest.CaptureFixture) -> None:
+    """Or it would never be reached: ``align("scaled", alpha=2)`` would scale the LoRA."""
+    scaled = make_dataclass("Scaled", [(taken, float, option(0.5, "scale"))], bases=(Anchored,), frozen=True)
+    register("scaled")(scaled)
+    words = rf"Scaled calls settings of its own as others are called already: {taken} \(of {of}\)\."
+    with pytest.raises(UserError, match=words):
+        settings_of("scaled", None, {"model": "m", "pairs": "p", "output": "o", taken: 2})
+    assert cli.main(["train", "diffusion-dpo", "--recipe", "list"]) == 2
+    assert f"diffalign train: Scaled calls settings of its own as others are called already: {taken}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("registered")

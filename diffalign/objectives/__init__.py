@@ -85,7 +85,8 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 def register(name: str) -> Callable[[_Class], _Class]:
     """Have an objective of your own, a frozen dataclass, stand beside the shipped ones for the rest of the process: for
     ``align("my-dpo", ...)``, and for the command line in a script that ends in ``pipelines.cli.main()``. Another class of the
-    same ``name`` takes the place of the first, as when a notebook's cell is run again.
+    same ``name`` takes the place of the first, as when a notebook's cell is run again. Its settings become options, so none may
+    have the name that another setting of a run has (``alpha`` and ``rank`` are a LoRA's): options are read with a look at that.
 
     Raises:
         UserError: the name is a shipped objective's, or no name for an option; the class lacks what every objective has.
