@@ -18,22 +18,25 @@ from diffalign.data.readers import hub
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.sources.rounds import refuse_broken_rounds
-from pipelines import families, ingredients, previews, training
+from pipelines import families, ingredients, previews, reference_errors, training
 from pipelines.families import _lora
 from pipelines.families._hub import HubUnreachable
 from pipelines.image_settings import TrainSettings
 from pipelines.judge_options import judges_called
 from pipelines.prompts import held_out_prompts
+from pipelines.run import Epochs
 from pipelines.run_folder import check_tracker
 from pipelines.tiny.shipped import pairs_called
 
 
 @dataclass
 class Findings:
-    """Mistakes that were found, and checks that could not be made; a sentence for each."""
+    """Mistakes that were found, checks that could not be made, and what the run would remark on; a sentence for each."""
 
     mistakes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    table: PairTable | None = field(default=None, compare=False)  # the data, where they could be opened
 
     def check(self, check: Callable[..., Any], *given: Any) -> Any:
         """The answer of a check; None if it refuses, which is noted."""
@@ -86,11 +89,15 @@ def _look_at_data(settings: TrainSettings, found: Findings) -> None:
     if settings.pairs is not None and hub.claims(pairs_called(settings.pairs)):
         found.unchecked.append(f"there are no data {settings.pairs} here; on the hub they were not looked for.")
         return
-    table = found.check(ingredients.open_data, settings)
+    found.table = table = found.check(ingredients.open_data, settings)
     if ingredients.samples_itself(settings) and settings.feedback is None and settings.train_prompts:
         found.check(ingredients.prompts_to_sample, settings, None)
     if table is not None and settings.data.curriculum != "none":
         found.check(_curriculum, settings, table)
+    if table is not None and settings.reference.reference_draws:
+        held_out = min(settings.data.validation_pairs, len(table) // 2)
+        epochs = Epochs(ingredients.pairs_per_step(settings, 1), len(table) - held_out)
+        found.remarks += filter(None, [found.check(reference_errors.told_spare, settings, epochs)])
 
 
 def _curriculum(settings: TrainSettings, table: PairTable) -> None:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.objectives._about import FROZEN_START, NOBODY
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
 from pipelines.ingredients import samples_itself
 from pipelines.prompts import held_out_prompts
-from pipelines.reference_errors import is_enough
+from pipelines.reference_errors import are_cached, is_enough
 from pipelines.run import PRECISIONS
 from pipelines.sizing import PICTURES, Comparing, Sized, Sizing, asked_once
 
@@ -55,6 +56,8 @@ class Estimate:
     bank: int = 0  # past checkpoints that a run comes to keep on the host, once for all processes, and in checkpoints on disk
     gathered: int = 0  # weights that lie whole on a device at one time where they are shared out; 0 where they cannot be
     read: int = 0  # of the network as it is read from its files
+    seconds_asking: float = 0.0  # of the reference at all fixed draws of a pair, before training
+    rows: int | None = None  # that it is asked about; None where the data are not here
     unknown: str | None = None
 
     @property
@@ -124,11 +127,19 @@ class Estimate:
         if self.cached:
             kinds = ", ".join(f"{size / 2**20:.2f} MiB a {name}" for name, size in self.cached.items())
             lines.append(f"The cache takes on disk: {kinds}.")
+        if self.seconds_asking:
+            lines.append(f"Time of the reference's errors at fixed draws, before training, roughly: {self._asking}.")
         minutes = self.seconds_per_step * self.steps / 60
         lines.append(f"Time of training, roughly: {self.seconds_per_step:.2f} s a step, {minutes:.1f} min in all.")
         if self.seconds_comparing:
             lines.append(f"Time of the comparison with the base, roughly: {self.seconds_comparing / 60:.1f} min more.")
         return "\n".join(lines)
+
+    @property
+    def _asking(self) -> str:
+        if self.rows is None:
+            return f"{self.seconds_asking:.2g} s a pair"
+        return f"{self.seconds_asking * self.rows / 60:.1f} min for {self.rows} of the data"
 
 
 def _line(name: str, size: int) -> str:
@@ -139,19 +150,19 @@ def _listed(sizes: Mapping[str, int]) -> list[str]:
     return [_line(name, size) for name, size in sizes.items() if size]
 
 
-def estimate(settings: TrainSettings, sizing: Sizing | None = None) -> Estimate:
+def estimate(settings: TrainSettings, sizing: Sizing | None = None, table: PairTable | None = None) -> Estimate:
     """The estimate for a run; ``unknown`` is set where the model's configuration cannot be read without loading it.
 
-    ``sizing`` is given where the model is counted for something else, too.
+    ``sizing`` is given where the model is counted for something else, too, and ``table`` where the data are open.
     """
     try:
         sized = (sizing or Sizing()).of(settings)
     except UserError as error:
         return Estimate({}, 0, 0.0, 0.0, settings.loop.steps, unknown=str(error))
-    return estimate_of(settings, sized)
+    return estimate_of(settings, sized, table)
 
 
-def estimate_of(settings: TrainSettings, sized: Sized) -> Estimate:
+def estimate_of(settings: TrainSettings, sized: Sized, table: PairTable | None = None) -> Estimate:
     """The estimate for a run whose model is counted."""
     steps = settings.loop.steps
     objective = asked_once(settings.objective) if sized.guidance_embedded else settings.objective
@@ -162,14 +173,21 @@ def estimate_of(settings: TrainSettings, sized: Sized) -> Estimate:
     pairs = accumulation * (1 if samples_itself(settings) else batch)
     forward_only = 0.0 if settings.reference.reference_draws else cost.forward_only  # asked beforehand
     passes = pairs * (cost.with_gradient * (1 + backward) + forward_only)
-    seconds = sized.one.flops / sized.one.rows * passes / _speed(settings.compute.mixed_precision)
+    seconds_of_a_pass = sized.one.flops / sized.one.rows / _speed(settings.compute.mixed_precision)
+    asking = {"seconds_asking": _passes_beforehand(settings, table) * seconds_of_a_pass, "rows": len(table) if table else None}
     parts = _parts(settings, sized, cost.at_once * batch / sized.one.rows)
     comparing = _seconds_comparing(settings, sized)
     still = sum(parts[name] for name in ("weights", "reference", "optimizer", "average of weights", PAST, DECODER))
     sampling = _LIBRARIES + still + sized.sampled if samples_itself(settings) and not settings.feedback else 0
     bank = 4 * sized.trainable * objective.bank_after(steps) if hasattr(objective, "bank_after") else 0
     shown = (sized.encoding, sized.cached, sampling, sized.comparing, bank, sized.gathered, sized.read)
-    return Estimate(parts, sized.trainable, seconds, comparing, steps, *shown)
+    return Estimate(parts, sized.trainable, passes * seconds_of_a_pass, comparing, steps, *shown, **asking)
+
+
+def _passes_beforehand(settings: TrainSettings, table: PairTable | None) -> int:
+    """Forward passes of the reference for the fixed draws of a row, whose two pictures may be one; none where they are cached."""
+    pictures = 1 if table is not None and table.kind == "pictures" else 2
+    return 0 if are_cached(settings) else pictures * settings.reference.reference_draws
 
 
 def keeps_a_past(settings: TrainSettings) -> bool:

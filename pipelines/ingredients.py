@@ -53,7 +53,7 @@ from pipelines.own_judges import OwnJudge
 from pipelines.progress import Bar
 from pipelines.prompts import read_prompts
 from pipelines.rewarding import Judges, PictureJudge, pair_scores, score_range
-from pipelines.run import PRECISIONS, Say
+from pipelines.run import PRECISIONS, Epochs, Say
 from pipelines.run_folder import CACHE_FOLDER, PROMPT_FOLDER
 from pipelines.tiny.shipped import pairs_called
 
@@ -104,6 +104,12 @@ class Prepared:
 def samples_itself(settings: TrainSettings) -> bool:
     """Whether the objective makes its pictures from prompts."""
     return PROMPTS in settings.objective.about.data
+
+
+def pairs_per_step(settings: TrainSettings, world: int) -> int:
+    """Over all processes. Of what an objective samples, accumulation counts the pairs, and the batch their transitions."""
+    at_once = 1 if samples_itself(settings) else settings.batch.batch_size
+    return at_once * settings.batch.accumulation * world
 
 
 def open_data(settings: TrainSettings) -> PairTable | None:
@@ -270,6 +276,8 @@ def prepare(
     family.release_encoders(keep_decoder=shown is not None or (samples_itself(settings) and stored is None))
     train_rows, validation_rows = _split(settings, cache, prompts, family, stored, say)
     if line := _late_baseline(settings, len(prompts or ()), accelerator.num_processes):
+        say(line)
+    if line := reference_errors.told_spare(settings, Epochs(pairs_per_step(settings, everyone.world), len(train_rows))):
         say(line)
     start = _attach(settings, family, accelerator, say, saved)
     cached_errors, validation = None, []

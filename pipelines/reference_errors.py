@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.data.cache import PairCache
-from diffalign.data.cache_files import Busy
+from diffalign.data.cache_files import ERRORS, Busy, CacheFolder
 from diffalign.data.cached_errors import CachedErrors, cache_errors, with_known
 from diffalign.data.draws import FixedDraws
 from diffalign.data.loader import LoaderSettings
@@ -26,11 +26,15 @@ from diffalign.types import PairBatch
 from diffalign.weights import without_dropout
 from pipelines.families._denoiser import working_dtype
 from pipelines.image_settings import TrainSettings
+from pipelines.run import Epochs
 
 FOLDER = "reference"
 PAIRS = 8
 """Pairs that are shown at a time, at least: they take less than one pair in training (of SDXL at 1024 pixels, counted in float32:
 4.9 GiB, and 13.6), as nothing is kept for gradients."""
+
+SPARE = 1.25
+"""Passes of the reference beforehand for each that training would ask for, above which a run says so."""
 
 
 def is_enough(settings: TrainSettings) -> bool:
@@ -43,6 +47,30 @@ def is_enough(settings: TrainSettings) -> bool:
 def folder_of(settings: TrainSettings) -> Path:
     """Folder of the cached errors."""
     return settings.reference.reference_cache or settings.cache_folder / FOLDER
+
+
+def are_cached(settings: TrainSettings) -> bool:
+    """Whether the errors at as many draws of this seed are there already; what else they depend on is not compared."""
+    folder, own = CacheFolder(folder_of(settings), ERRORS), settings.reference
+    if not folder.complete:
+        return False
+    draws = folder.read_json("fingerprint.json").get("draws", {})  # of encoded pairs, which the run refuses, there are none
+    return (draws.get("count"), draws.get("seed")) == (own.reference_draws, own.reference_seed)
+
+
+def told_spare(settings: TrainSettings, epochs: Epochs) -> str:
+    """A line on fixed draws that ask the reference for more than training would; empty where they do not, or are cached."""
+    draws = settings.reference.reference_draws
+    if not draws or are_cached(settings):
+        return ""
+    visits = epochs.after(settings.loop.steps)
+    if draws <= SPARE * visits:
+        return ""
+    return (
+        f"reference_draws {draws}, and each pair is visited {visits:.2g} times: beforehand the reference is asked "
+        f"{draws / visits:.3g} times as often as training would ask it, and draws beyond the visits are never used. That pays "
+        "where other runs share the errors (--reference-cache); else fewer --reference-draws, or 0, take less time."
+    )
 
 
 def pairs_at_once(settings: TrainSettings) -> int:

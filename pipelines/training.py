@@ -36,7 +36,7 @@ from pipelines.families import _quantised
 from pipelines.families._origin import BaseLora
 from pipelines.families._sources import find_loras
 from pipelines.image_settings import EvaluationSettings, TrainSettings, remarks
-from pipelines.ingredients import Prepared
+from pipelines.ingredients import Prepared, pairs_per_step
 from pipelines.judge_options import load_judges
 from pipelines.model_card import SAMPLES, write_model_card
 from pipelines.outputs import write_json
@@ -154,12 +154,6 @@ def settings_identity(name: str, settings: TrainSettings, world: int) -> dict[st
 def own_judge_identity(judge: OwnJudge | None) -> dict[str, Any]:
     """Identity of a judge of the user's own, which the settings cannot name."""
     return {} if judge is None else {"judge": f"{own_judges.name_of(judge)} {own_judges.judge_digest(judge)}"}
-
-
-def pairs_per_step(settings: TrainSettings, world: int) -> int:
-    """Over all processes. Of what an objective samples, accumulation counts the pairs, and the batch their transitions."""
-    at_once = 1 if ingredients.samples_itself(settings) else settings.batch.batch_size
-    return at_once * settings.batch.accumulation * world
 
 
 def base_loras(found: Sequence[BaseLora]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from pipelines.estimate import Estimate, estimate
 from pipelines.families import _convolutions, load_family
 from pipelines.families._encoder import VAE
 from pipelines.image_settings import TrainSettings
+from pipelines.ingredients import open_data
 from pipelines.sizing import PICTURES, Comparing, Sizing
 from pipelines.tiny.model import checkpoint_path
 
@@ -96,6 +97,21 @@ def test_the_comparison_is_announced_where_there_will_be_one() -> None:
     assert estimate(settings()).seconds_comparing == 0
     compared = estimate(settings(prompts="tiny", judges=["oracle"], prompt_count=10))
     assert compared.seconds_comparing > 0 and "comparison with the base" in compared.to_text()
+
+
+def test_passes_of_the_reference_before_training_are_announced(tmp_path: Path) -> None:
+    """Forty draws of a pair are eighty passes, of which training would make two a visit; those of other runs cost nothing."""
+    drawn = settings(reference_draws=40, reference_cache=tmp_path)
+    table = open_data(drawn)
+    found, of_one = estimate(drawn, table=table), estimate(settings())
+    passes = found.seconds_asking / (of_one.seconds_per_step / (2 * 2.1 + 2))  # the speed is measured anew each time
+    assert 80 / 3 < passes < 80 * 3 and of_one.seconds_asking == 0
+    minutes = found.seconds_asking * len(table) / 60
+    assert f"before training, roughly: {minutes:.1f} min for {len(table)} of the data" in found.to_text()
+    assert "s a pair" in estimate(drawn).to_text()
+    (tmp_path / "fingerprint.json").write_text('{"draws": {"count": 40, "seed": 0}}')
+    (tmp_path / "complete.json").write_text("{}")
+    assert estimate(drawn, table=table).seconds_asking == 0
 
 
 def test_a_model_that_is_not_here_has_no_estimate_and_says_so(tmp_path: Path) -> None:

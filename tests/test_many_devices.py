@@ -28,8 +28,9 @@ from spread import RUNS, environment
 
 from diffalign.errors import UserError
 from pipelines import cli, devices
+from pipelines.ingredients import pairs_per_step
 from pipelines.run import division, settings_of
-from pipelines.training import align, pairs_per_step
+from pipelines.training import align
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install 'diffalign[deepspeed]'")
 HERE = Path(spread.__file__).parent

@@ -12,7 +12,7 @@ import torch
 from family_runs import assert_equal, on_disk, weights, write_pairs
 
 from diffalign.errors import StaleCacheError, UserError
-from pipelines import reference_errors
+from pipelines import dry_run, reference_errors
 from pipelines.families._denoiser import NetworkDenoiser
 from pipelines.families._family import Family
 from pipelines.run import settings_of
@@ -123,6 +123,21 @@ def test_it_is_asked_many_at_a_time_and_how_many_makes_no_other_errors(
 def test_how_many_are_asked_at_a_time(options: dict, pairs_at_once: int, tmp_path: Path) -> None:
     given = {"model": "m", "pairs": "p", "output": tmp_path, "prompts": None, "reference_draws": 1, **options}
     assert reference_errors.pairs_at_once(settings_of("diffusion-dpo", None, given)) == pairs_at_once
+
+
+def test_draws_beyond_the_visits_are_remarked_on(
+    folders: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Three steps of two pairs visit four pairs 1.5 times. What is cached already costs nothing any more."""
+    told = "reference_draws 3, and each pair is visited 1.5 times: beforehand the reference is asked 2 times as often"
+    for draws, kept, said in ((1, "few", False), (3, "many", True), (3, "many", False)):
+        how = {"reference_draws": draws, "reference_cache": tmp_path / kept}
+        given = {"model": on_disk("stable_diffusion", folders).folder, "pairs": pairs, "output": "never", "prompts": None}
+        settings = settings_of("diffusion-dpo", None, {**given, "validation_pairs": 2, "steps": 3, "batch_size": 2, **how})
+        assert any(told in remark for remark in dry_run.look(settings).remarks) == said
+        capsys.readouterr()
+        run(folders, pairs, tmp_path / f"{kept}-{said}", **how)
+        assert (told in capsys.readouterr().out) == said
 
 
 def test_encoded_pairs_are_no_cached_errors(folders: Path, pairs: Path, tmp_path: Path) -> None:

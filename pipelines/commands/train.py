@@ -132,11 +132,11 @@ def _dry_run(name: str, settings: Any, check_output: Callable[[], None]) -> int:
     sizing = Sizing()
     settings, told = memory_presets.applied(settings, sizing)
     print(training.to_yaml(f"train {name}", settings))
-    found = estimate.estimate(settings, sizing)
-    print("\n".join([*remarks(settings), *([told] if told else []), found.to_text()]))
+    looked = dry_run.look(settings)
+    found = estimate.estimate(settings, sizing, looked.table)
+    print("\n".join([*remarks(settings), *looked.remarks, *([told] if told else []), found.to_text()]))
     if not found.unknown:
         print("\n".join(memory_presets.advice(settings, sizing)))
-    looked = dry_run.look(settings)
     looked.check(check_output)
     for line in looked.unchecked:
         print(f"Not checked: {line}")
