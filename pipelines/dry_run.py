@@ -92,6 +92,7 @@ def _look_at_data(settings: TrainSettings, found: Findings) -> None:
     found.table = table = found.check(ingredients.open_data, settings)
     if ingredients.samples_itself(settings) and settings.feedback is None and settings.train_prompts:
         found.check(ingredients.prompts_to_sample, settings, None)
+    found.check(ingredients.refuse_unscored, settings, table)
     if table is not None and settings.data.curriculum != "none":
         found.check(_curriculum, settings, table)
     if table is not None and settings.reference.reference_draws:

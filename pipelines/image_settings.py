@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.objectives._about import FROZEN_START, PROMPTS, About
+from diffalign.errors import UserError
+from diffalign.objectives._about import FROZEN_START, NOBODY, PROMPTS, About
 from diffalign.settings import check_options, option
 from pipelines.config import Schema, flag_of
 from pipelines.run_folder import CACHE_FOLDER
@@ -294,7 +295,8 @@ def _of_feedback(tree: Mapping[str, Any], objective: type) -> Mapping[str, Any]:
     from pipelines.feedback import sampling_settings
 
     idle = {f.name: f.default for f in dataclasses.fields(objective) if f.name in _OF_ROUNDS}
-    return {"objective": {**idle, **sampling_settings(tree["feedback"])}, "reward": {"reward": []}}
+    no_judge = {"reward": [], "reward_options": []}
+    return {"objective": {**idle, **sampling_settings(tree["feedback"])}, "reward": no_judge}
 
 
 def _missing(tree: Mapping[str, Any], about: About) -> list[str]:
@@ -354,7 +356,7 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
             "reward.reward: a judge scores the pairs, which neither this objective nor its loss looks at; leave it out, or let "
             "scores be used: smpo, --loss adpo, --curriculum margin"
         )
-    out += _idle(objective, data, samples)
+    out += _idle(objective, data, samples) + _idle_sources(whole, samples)
     if samples and data.curriculum != "none":
         out.append("data.curriculum: orders the pairs of a data set, and this objective samples its own")
     if samples:
@@ -365,6 +367,8 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     if loop.round_reference == "round" and objective.about.reference != FROZEN_START:
         found = objective.about.reference
         out.append(f"loop.round_reference: only a frozen start can be renewed; what this objective compares with is {found!r}")
+    elif loop.round_reference == "round" and _asks_nobody(objective):
+        out.append(f"loop.round_reference: the loss {objective.loss} asks no reference, which therefore need not be renewed")
     if whole["reference"].reference_draws:
         out += [f"reference.reference_draws: {reason}" for reason in _not_beforehand(objective, loop)]
     else:
@@ -372,22 +376,74 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
         out += [f"reference.{name}: is about cached errors of the reference, and reference_draws is 0" for name in idle]
     if samples and loop.extrapolation:
         out.append("loop.extrapolation: this objective learns from what its policy sampled; weights that jump are others")
+    out += lone_pairs(objective, whole["batch"]) + idle_rounds(loop) + without_held_out(loop, data, samples)
     if loop.extrapolation and loop.round_every % own:
         out.append(f"loop.round_every: should be a multiple of the objective's own round_steps, {own} (found {loop.round_every})")
     return out
 
 
-def _uses_scores(objective: Any, data: DataSettings) -> bool:
-    """Whether the run uses a judge's scores of the data's pairs."""
+def named_loss(objective: Any) -> Any:
+    """The loss of the family that an objective's setting names, with its usual constants; None where it has one of its own."""
     from diffalign import losses
 
     name = getattr(objective, "loss", None)
-    of_loss = name in losses.names() and "rewards" in losses.load(name).needs
+    return losses.load(name) if name in losses.names() else None
+
+
+def _uses_scores(objective: Any, data: DataSettings) -> bool:
+    """Whether the run uses a judge's scores of the data's pairs."""
+    loss = named_loss(objective)
+    of_loss = loss is not None and "rewards" in loss.needs
     return of_loss or bool(objective.about.judged) or data.curriculum != "none"
 
 
-_OF_PICTURES = ("crop", "flip", "latents", "prompt_dropout")
+def _asks_nobody(objective: Any) -> bool:
+    """Whether training never asks a reference."""
+    from diffalign.objectives._family import looks_back
+
+    loss = named_loss(objective)
+    return objective.about.reference == NOBODY or (loss is not None and not looks_back(loss))
+
+
+def lone_pairs(objective: Any, batch: BatchSettings) -> list[str]:
+    """Messages about micro-batches of one pair, where a loss or its baseline compares a pair with others."""
+    from diffalign.losses import MismatchedMean
+    from diffalign.objectives._family import refuse_lone_samples, refuse_small_batches
+
+    loss, baseline = named_loss(objective), None
+    if getattr(objective, "baseline", None) == "mismatched":
+        baseline = MismatchedMean()
+    elif loss is not None and loss.baseline:
+        baseline = loss.baseline()
+    try:
+        refuse_lone_samples(baseline, batch)
+        if loss is not None:
+            refuse_small_batches(loss, batch)
+    except UserError as error:
+        return [f"batch.batch_size: {error}"]
+    return []
+
+
+def idle_rounds(loop: Any) -> list[str]:
+    """Messages about rounds of the loop at whose ends nothing happens."""
+    if loop.round_every and not loop.rounds:
+        return ["loop.round_every: is the length of rounds at whose ends nothing happens; set --round-reference round as well"]
+    return []
+
+
+def without_held_out(loop: Any, data: Any, samples: bool = False) -> list[str]:
+    """Messages about a choice by the validation loss where nothing is held out."""
+    if loop.keep_best and samples:
+        return ["loop.keep_best: chooses by the validation loss, and an objective that samples its own pictures has none"]
+    if loop.keep_best and not data.validation_pairs:
+        return ["loop.keep_best: chooses by the validation loss, and validation_pairs is 0"]
+    return []
+
+
+_OF_PICTURES = ("crop", "flip", "latents", "prompt_dropout", "scores", "max_unreadable", "validation_pairs", "validation_draws")
 """Settings of the data about pictures and their visits, idle where an objective samples its own."""
+_OF_ROWS = ("split", "columns", "ties")
+"""Settings of the data about its rows, idle where there are prompts alone."""
 
 
 def _idle(objective: Any, data: DataSettings, samples: bool) -> list[str]:
@@ -406,11 +462,26 @@ def _idle(objective: Any, data: DataSettings, samples: bool) -> list[str]:
     return out
 
 
+def _idle_sources(whole: Mapping[str, Any], samples: bool) -> list[str]:
+    """Messages about settings of rows, judges and sampling where there are none."""
+    out, reward = [], whole["reward"]
+    if samples and not whole["pairs"]:
+        idle = [name for name in _changed(whole["data"]) if name in _OF_ROWS]
+        out += [f"data.{name}: is about the rows of a data set, and there are prompts alone" for name in idle]
+    if reward.reward_options and not reward.reward:
+        out.append("reward.reward_options: are about judges that reward, and none is named; name them (--reward)")
+    if "rollout_batch" in _changed(reward) and whole["objective"].about.draws_ahead:
+        out.append("reward.rollout_batch: is about pictures that are sampled in training, and this objective samples none")
+    return out
+
+
 def _not_beforehand(objective: Any, loop: Any) -> list[str]:
     """Reasons why the reference's errors cannot be computed before training."""
     out = []
     if not objective.about.draws_ahead:
         out.append(f"needs pairs that are only noised, and this objective learns from: {objective.about.source}")
+    elif _asks_nobody(objective):
+        out.append("training asks no reference here, with this loss")
     elif objective.cost.forward_only > 2:
         out.append("the loss also asks the reference about mismatched prompts, which nobody can know beforehand")
     if loop.round_reference == "round":
@@ -434,7 +505,24 @@ def remarks(settings: TrainSettings) -> list[str]:
         out.append(
             f"warmup_steps {warmup} of {steps} steps: the learning rate never gets to {settings.optimizer.learning_rate:g}."
         )
-    return [*of_objective(settings.objective), *out]
+    return [*of_objective(settings.objective), *out, *_idle_by_the_way(settings)]
+
+
+def _idle_by_the_way(settings: TrainSettings) -> list[str]:
+    """Warnings about settings of what is switched off. They are no mistakes, for a recipe may have brought them."""
+    loop, data, compared, out = settings.loop, settings.data, settings.evaluation, []
+    if compared.judges and not compared.prompts:
+        out.append(f"prompts is none, so nothing is compared with the base: {', '.join(_changed(compared))} do nothing.")
+    samples = PROMPTS in settings.objective.about.data
+    idle = [name for name in ("validate_every",) if loop.validate_every and name in _changed(loop)]
+    idle += [name for name in ("validation_draws",) if name in _changed(data)]
+    if idle and (samples or not data.validation_pairs):
+        out.append(f"nothing is held out for validation: {', '.join(idle)} do nothing.")
+    if settings.pairs and samples and (settings.feedback or settings.train_prompts):
+        out.append(f"pairs are not learnt from: prompts are those of {'feedback' if settings.feedback else 'train_prompts'}.")
+    if not loop.checkpoint_every and "keep_checkpoints" in _changed(loop):
+        out.append("checkpoint_every is 0: keep_checkpoints has one checkpoint to keep, that of the end.")
+    return out
 
 
 SCHEMA = Schema(TrainSettings, TOP_LEVEL, sections, _missing, _contradictions, _of_feedback)

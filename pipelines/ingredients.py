@@ -32,6 +32,7 @@ from diffalign.digests import digest_of
 from diffalign.errors import UserError
 from diffalign.learner import RunContext
 from diffalign.levels import LevelDistribution, Levels
+from diffalign.objectives import _denoising
 from diffalign.objectives._about import PROMPTS
 from diffalign.processes import ManyProcesses, Processes, failing_together, main_process_first
 from diffalign.protocols import Predictor
@@ -47,7 +48,7 @@ from pipelines.families._compiled import compile_blocks
 from pipelines.families._encoding import digest
 from pipelines.families._origin import recorded_loras
 from pipelines.families._sources import find_loras
-from pipelines.image_settings import DataSettings, TrainSettings
+from pipelines.image_settings import DataSettings, TrainSettings, named_loss
 from pipelines.judge_options import load_judges
 from pipelines.own_judges import OwnJudge
 from pipelines.progress import Bar
@@ -121,10 +122,25 @@ def open_data(settings: TrainSettings) -> PairTable | None:
     if settings.pairs is None or settings.feedback is not None:
         return None
     data, about = settings.data, settings.objective.about
+    if data.split != "train" and Path(pairs_called(settings.pairs)).expanduser().is_file():
+        raise UserError(
+            f"data.split: {settings.pairs} is one file, which has no splits; leave --split out, or name another file."
+        )
     table = open_pairs(pairs_called(settings.pairs), split=data.split, ties=data.ties, columns=data.columns, scores=data.scores)
     if PROMPTS not in about.data and table.kind not in about.data:
         raise UserError(f"{table.description}: this objective learns from {' or '.join(about.data)}, and these are {table.kind}.")
     return table
+
+
+def refuse_unscored(settings: TrainSettings, table: PairTable | None) -> None:
+    """Raises UserError where the objective or its loss learns from a judge's scores, and there will be none."""
+    if table is None or table.scored or settings.reward.reward:
+        return
+    objective = settings.objective
+    if hasattr(objective, "refuse_unscored"):
+        objective.refuse_unscored(objective.score_low, objective.score_high)
+    if (loss := named_loss(objective)) is not None:
+        _denoising.refuse_unscored(loss, scored=False)
 
 
 def prompts_to_sample(settings: TrainSettings, table: PairTable | None) -> list[str]:
@@ -263,6 +279,7 @@ def prepare(
         UserError: data, feedback or an adapter to go on from do not fit each other or the model.
     """
     everyone = ManyProcesses(accelerator)
+    refuse_unscored(settings, table)
     judges, saved, stored = training_judges(settings, judge), start_adapter(settings), open_feedback(settings)
     base_digest = _start_digest(settings, family, accelerator.device, saved, stored, say)
     with Bar(progress and accelerator.is_main_process) as bar, heap.kept():

@@ -68,7 +68,7 @@ def told_spare(settings: TrainSettings, epochs: Epochs) -> str:
         return ""
     return (
         f"reference_draws {draws}, and each pair is visited {visits:.2g} times: beforehand the reference is asked "
-        f"{draws / visits:.3g} times as often as training would ask it, and draws beyond the visits are never used. That pays "
+        f"{draws / visits:,.1f} times as often as training would ask it, and draws beyond the visits are never used. That pays "
         "where other runs share the errors (--reference-cache); else fewer --reference-draws, or 0, take less time."
     )
 

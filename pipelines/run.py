@@ -169,6 +169,7 @@ def identity(name: str, settings: Any) -> dict[str, Any]:
         "lora": tree["lora"] if settings.adapter == "lora" else None,
         "optimizer": {k: v for k, v in tree["optimizer"].items() if (k, v) != ("optimizer", "adamw")},  # once the only one
         **({"steps": settings.loop.steps} if its_length_is_learnt(settings) else {}),
+        "ema_decay": settings.loop.ema_decay,
         "seed": settings.seed,
     }
 

@@ -46,6 +46,7 @@ from pipelines.prompts import held_out_prompts
 from pipelines.run import Say
 from pipelines.run_folder import METRICS_FILE, SUMMARY_FILE, OutputFolder, check_output, start_accelerator, to_yaml
 from pipelines.sampling import SAMPLING_FILE
+from pipelines.tiny.shipped import CHECKPOINTS
 from reward_models._judge import Scorer
 
 # ------------------------------------------------------------------------------------------------------------- prepare
@@ -66,12 +67,18 @@ def preflight_checks(settings: TrainSettings) -> Iterator[Callable[[], Any]]:
     yield partial(ingredients.open_feedback, settings)
     if settings.base_lora:
         yield partial(find_loras, settings.base_lora)
+    yield partial(_refuse_idle_configuration, settings)
     yield partial(ingredients.start_adapter, settings)
     if settings.optimizer.eight_bit:
         yield require_bitsandbytes
     yield partial(_quantised.require, settings.compute.quantise)
     yield partial(_refuse_fp16_on_a_cpu, settings.compute.mixed_precision)
     yield partial(_refuse_tf32_elsewhere, settings.compute.tf32)
+
+
+def _refuse_idle_configuration(settings: TrainSettings) -> None:
+    if settings.single_file_config and (settings.model in CHECKPOINTS or Path(settings.model).expanduser().is_dir()):
+        raise UserError(f"single_file_config: is about a single file, and {settings.model} is a folder; leave it out.")
 
 
 def _refuse_fp16_on_a_cpu(precision: str) -> None:

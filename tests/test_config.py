@@ -174,6 +174,7 @@ def test_an_objective_by_its_short_name_is_suggested(capsys: pytest.CaptureFixtu
 
 
 SAMPLING = {"reward": {"reward": ["oracle"]}, "train_prompts": "tiny"}
+ALONE = {**SAMPLING, "pairs": None}
 ROUNDS = {"round_every": 20, "round_reference": "round"}
 
 
@@ -203,6 +204,43 @@ ROUNDS = {"round_every": 20, "round_reference": "round"}
         ("sft", {"data": {"bucket_step": 32}}, "data.bucket_step: is about the sides of buckets, and there are none"),
         ("sft", {"data": {"curriculum_stages": 3}}, "data.curriculum_stages: is about a curriculum, and there is none"),
         (
+            "diffusion-dpo",
+            {"loop": {"round_every": 50}},
+            "loop.round_every: is the length of rounds at whose ends",
+        ),
+        (
+            "diffusion-dpo",
+            {"objective": {"loss": "simpo", "beta": 1}, "loop": ROUNDS},
+            "loop.round_reference: the loss simpo asks no reference",
+        ),
+        ("mapo", {"reference": {"reference_draws": 4}}, "reference.reference_draws: training asks no reference here"),
+        (
+            "diffusion-dpo",
+            {"objective": {"loss": "sft"}, "reference": {"reference_draws": 4}},
+            "reference.reference_draws: training asks no reference here",
+        ),
+        ("diffusion-dpo", {"objective": {"loss": "aot"}}, "batch.batch_size: The loss aot compares the pairs of a batch"),
+        (
+            "seppo",
+            {"objective": {"loss": "aot-unpaired"}},
+            "batch.batch_size: The loss aot-unpaired compares the pairs",
+        ),
+        ("kto", {"objective": {"baseline": "mismatched"}}, "batch.batch_size: A baseline of mismatched prompts needs"),
+        ("sem-dpo", {"objective": {"loss": "aot"}}, "batch.batch_size: The loss aot compares the pairs of a batch"),
+        (
+            "diffusion-dpo",
+            {"loop": {"keep_best": True}, "data": {"validation_pairs": 0}},
+            "loop.keep_best: .* validation_pairs is 0",
+        ),
+        ("sem-dpo", {"loop": {"round_every": 50}}, "loop.round_every: is the length of rounds at whose ends"),
+        ("sem-dpo", {"loop": {"keep_best": True}, "data": {"validation_pairs": 0}}, "loop.keep_best: .* validation_pairs is 0"),
+        ("ddpo", {**ALONE, "loop": {"keep_best": True}}, "loop.keep_best: .* samples its own pictures has none"),
+        ("d3po", {**ALONE, "data": {"ties": "keep"}}, "data.ties: is about the rows of a data set, and there are prompts alone"),
+        ("ddpo", {**ALONE, "data": {"scores": "x"}}, "data.scores: is about pictures of a data set, and this objective samples"),
+        ("ddpo", {**ALONE, "data": {"validation_pairs": 3}}, "data.validation_pairs: is about pictures of a data set"),
+        ("smpo", {"reward": {"reward_options": ["x.y=z"]}}, "reward.reward_options: are about judges that reward, and none is"),
+        ("kto", {"reward": {"rollout_batch": 4}}, "reward.rollout_batch: is about pictures that are sampled in training"),
+        (
             "seppo",
             {"objective": {"round_steps": 30}, "loop": {"round_every": 40, "extrapolation": 0.3}},
             r"loop.round_every: should be a multiple of the objective's own round_steps, 30 \(found 40\)",
@@ -220,7 +258,6 @@ def test_settings_that_do_not_go_together_are_refused(name: str, tree: dict, mes
         ("seppo", {"objective": {"round_steps": 30}, "loop": {"round_every": 60, "extrapolation": 0.3}}),
         ("sft", {"loop": {"round_every": 7, "extrapolation": 0.3}}),
         ("diffusion-dro", {"loop": {**ROUNDS, "extrapolation": 0.3}, "data": {"curriculum": "margin"}}),
-        ("d3po", {**SAMPLING, "loop": {"round_every": 20}}),
     ],
 )
 def test_rounds_of_the_loop_where_they_mean_something(name: str, tree: dict) -> None:
@@ -275,6 +312,27 @@ def test_numbers_that_were_set_apart_are_remarked_on() -> None:
     for words in (["--rank", "32", "--alpha", "32"], ["--adapter", "full"]):
         assert remarks(from_command_line("--recipe", "sd15-lora", *words, "--output", "o")) == []
     assert len(remarks(resolved({"objective": {"loss": "orpo"}, "lora": {"rank": 2}}))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "remark"),
+    [
+        (
+            ["--judges", "oracle", "--sampling-steps", "10"],
+            "prompts is none, so nothing is compared with the base: judges",
+        ),
+        (
+            ["--validation-pairs", "0", "--validation-draws", "9"],
+            "nothing is held out for validation: validation_draws",
+        ),
+        (["--validation-pairs", "0", "--validate-every", "9"], "nothing is held out for validation: validate_every do nothing."),
+        (["--checkpoint-every", "0", "--keep-checkpoints", "5"], "checkpoint_every is 0: keep_checkpoints has one checkpoint to"),
+    ],
+)
+def test_settings_of_what_is_switched_off_are_remarked_on(words: list[str], remark: str) -> None:
+    """They are not refused: a recipe that has them may be told to do without validation or comparison."""
+    (said,) = remarks(from_command_line("--model", "m", "--pairs", "p", "--output", "o", *words))
+    assert said.startswith(remark)
 
 
 def test_unknown_settings_in_a_file_name_the_nearest() -> None:

@@ -53,6 +53,14 @@ SAMPLING = {"reward": ["jpeg"], "train_prompts": "tiny"}
         ("diffusion-dpo", {"scores": "x"}, "has no scores by 'x'"),
         ("diffusion-dpo", {"curriculum": "margin"}, "A curriculum orders pairs by a judge's scores, which these data do not"),
         (
+            "diffusion-dpo",
+            {"loss": "madpo"},
+            "The loss madpo needs a judge's scores of both pictures, which these",
+        ),
+        ("smpo", {}, "SmPO smooths labels by a judge's scores, which these data do not have. Name a judge (--reward)"),
+        ("diffusion-dpo", {"split": "validation"}, "is one file, which has no splits"),
+        ("diffusion-dpo", {"single_file_config": "/nowhere"}, "single_file_config: is about a single file, and "),
+        (
             "smpo",
             {"curriculum": "margin", "reward": ["jpeg"], "steps": 4},
             "5 stages need at least as many rows (6) and steps (4)",

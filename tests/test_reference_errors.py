@@ -129,7 +129,7 @@ def test_draws_beyond_the_visits_are_remarked_on(
     folders: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Three steps of two pairs visit four pairs 1.5 times. What is cached already costs nothing any more."""
-    told = "reference_draws 3, and each pair is visited 1.5 times: beforehand the reference is asked 2 times as often"
+    told = "reference_draws 3, and each pair is visited 1.5 times: beforehand the reference is asked 2.0 times as often"
     for draws, kept, said in ((1, "few", False), (3, "many", True), (3, "many", False)):
         how = {"reference_draws": draws, "reference_cache": tmp_path / kept}
         given = {"model": on_disk("stable_diffusion", folders).folder, "pairs": pairs, "output": "never", "prompts": None}
@@ -150,8 +150,8 @@ def test_encoded_pairs_are_no_cached_errors(folders: Path, pairs: Path, tmp_path
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_validation_is_that_of_a_run_with_its_reference(adapter: str, folders: Path, pairs: Path, tmp_path: Path) -> None:
     """The draws of held-out pairs are the same, and both runs begin at the same weights."""
-    run(folders, pairs, tmp_path / "known", "sft", adapter=adapter, reference_draws=2, reference_cache=tmp_path / "kept")
-    run(folders, pairs, tmp_path / "asked", "sft", adapter=adapter)
+    run(folders, pairs, tmp_path / "known", adapter=adapter, beta=10, reference_draws=2, reference_cache=tmp_path / "kept")
+    run(folders, pairs, tmp_path / "asked", adapter=adapter, beta=10)
     known, by_network = (metrics(tmp_path / name, "validation")[0] for name in ("known", "asked"))
     for name in ("loss", "margin", "winner_error", "loser_error"):
         assert known[name] == pytest.approx(by_network[name], abs=1e-6), name

@@ -425,6 +425,23 @@ def test_judges_of_the_comparison_are_loaded_where_they_will_work(monkeypatch: p
     assert one in other and "oracle" in one
 
 
+@pytest.mark.parametrize("decay", ["0", "0.5"])
+def test_another_average_is_another_run(decay: str, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(inputs, tmp_path / "run", "--ema-decay", "0.9") == 0
+    capsys.readouterr()
+    assert run(inputs, tmp_path / "run", "--ema-decay", decay, "--resume", "--cache", str(tmp_path / "new")) == 2
+    refused(capsys, "belongs to another run", f"ema_decay was 0.9 and is now {float(decay)}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_without_the_scores_that_its_loss_needs_encodes_nothing(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(inputs, tmp_path / "run", "--loss", "adpo", "--cache", str(tmp_path / "cache")) == 2
+    refused(capsys, "The loss adpo needs a judge's scores of both pictures")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_another_run_is_refused_before_anything_is_encoded(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """And what differs is named by itself, not with all that stands beside it."""
     out = tmp_path / "run"

@@ -59,6 +59,15 @@ def cost_of(loss: losses.Loss) -> Cost:
     return Cost(with_gradient=2, forward_only=(2 if needs_reference(loss) else 0) + (4 if mismatched else 0))
 
 
+def refuse_unscored(loss: losses.Loss, scored: bool) -> None:
+    """Raises UserError for a loss on a judge's scores where the data have none."""
+    if "rewards" in loss.needs and not scored:
+        raise UserError(
+            f"The loss {loss.name} needs a judge's scores of both pictures, which these data do not have. Name a judge "
+            "(--reward), or use data that `diffalign relabel` wrote (--scores)."
+        )
+
+
 def denoising_learner(
     run: RunContext,
     noising: Noising,
@@ -76,8 +85,7 @@ def denoising_learner(
         UserError: the loss needs larger batches, or scores that the data do not have.
     """
     refuse_small_batches(loss, run)
-    if "rewards" in loss.needs and run.score_range is None:
-        raise UserError(f"The loss {loss.name} needs a judge's scores of both pictures, which these data do not have.")
+    refuse_unscored(loss, run.score_range is not None)
     if "rewards" in loss.needs and run.unscored:
         raise UserError(
             f"The loss {loss.name} needs a judge's scores of both pictures, and {run.unscored} of the pairs have none: leave "

@@ -101,14 +101,18 @@ class SmPO(LossChoice):
         run.require(pairs="preference pairs")
         low, high = run.score_range or (None, None)
         low, high = (low if self.score_low is None else self.score_low), (high if self.score_high is None else self.score_high)
+        self.refuse_unscored(low, high)
+        return denoising_learner(
+            run, self.noised, self._loss(), self.beta / 2, label=lambda batch: self.smoothed(batch, low, high)
+        )
+
+    def refuse_unscored(self, low: float | None, high: float | None) -> None:
+        """Raises UserError where P is to come from scores, whose least and greatest nobody knows."""
         if self.smoothing == "scores" and (low is None or high is None):
             raise UserError(
                 "SmPO smooths labels by a judge's scores, which these data do not have. Name a judge (--reward), use data that "
                 "`diffalign relabel` wrote (--scores), or take people's labels as they are (--smoothing label --gamma 1)."
             )
-        return denoising_learner(
-            run, self.noised, self._loss(), self.beta / 2, label=lambda batch: self.smoothed(batch, low, high)
-        )
 
     def smoothed(self, batch: PairBatch, low: float | None, high: float | None) -> Tensor:
         """P [B]; of a pair without scores among others, its own label, which weighs what it weighs in DPO.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffalign.objectives._about import FROZEN_START, About
 from diffalign.settings import check_options, option
 from pipelines.config import Schema, flag_of
-from pipelines.image_settings import BatchSettings
+from pipelines.image_settings import BatchSettings, idle_rounds, lone_pairs, without_held_out
 
 COMMANDS = {"prompt-sft": "prompts sft", "sem-dpo": "prompts train"}
 """The command that runs each objective: ``diffalign ...``."""
@@ -150,7 +150,8 @@ def _contradictions(whole: Mapping[str, Any]) -> list[str]:
     guided = getattr(objective, "token_guidance", 0.0)
     if bool(guided) != (data.token_rewards is not None):
         out.append("data.token_rewards and objective.token_guidance: one is set and the other is not; they go together")
-    return out
+    loop = whole["loop"]
+    return out + lone_pairs(objective, whole["batch"]) + idle_rounds(loop) + without_held_out(loop, data)
 
 
 SCHEMA = Schema(PromptTrainSettings, TOP_LEVEL, sections, _missing, _contradictions)
