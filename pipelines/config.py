@@ -273,10 +273,14 @@ def _fields(settings: type) -> dict[str, Any]:
 
 
 def _reader(hint: Any) -> Any:
-    """A validator that reads command line text as the hint's type: lists by commas, mappings by ``a=b``, ``none`` for None."""
+    """A validator that reads command line text as the hint's type: lists by commas, mappings by ``a=b``, ``none`` for None or an
+    empty list. YAML reads a plain ``no`` as False; where it is a choice it is taken as written."""
     kind, optional = _kind(hint)
+    choices = typing.get_args(hint) if kind is typing.Literal else ()
 
     def read(value: Any) -> Any:
+        if isinstance(value, bool) and "no" in choices:
+            return "yes" if value else "no"
         if not isinstance(value, str):
             return value
         if value.startswith("~"):
@@ -285,7 +289,7 @@ def _reader(hint: Any) -> Any:
             return None
         parts = [p.strip() for p in value.split(",") if p.strip()]
         if kind is tuple:
-            return parts
+            return [] if value.lower() == "none" else parts
         if kind is dict and all("=" in p for p in parts):
             return dict(p.split("=", 1) for p in parts)
         return value

@@ -330,6 +330,7 @@ def _write_record(name: str, settings: TrainSettings, trained: Trained, seconds:
         "objective": name,
         "model": settings.model,
         "base_lora": str(settings.base_lora) if settings.base_lora else None,
+        "start_lora": str(settings.start_lora) if settings.start_lora else None,
         "pairs": settings.pairs,
         "train_prompts": settings.train_prompts,
         "feedback": str(settings.feedback) if settings.feedback else None,

@@ -109,6 +109,9 @@ def test_recipe_then_file_then_options(tmp_path: Path) -> None:
         (["--mixed-precision", "no"], "compute.mixed_precision", "no"),
         (["--seed", "7"], "seed", 7),
         (["--without", "t5"], "without", ("t5",)),
+        (["--targets", "none"], "lora.targets", ()),
+        (["--recipe", "tiny", "--judges", "none", "--prompts", "none"], "evaluation.judges", ()),
+        (["--without", "none"], "without", ()),
         (["--without", "t5", "vae"], "without", ("t5", "vae")),
     ],
 )
@@ -340,6 +343,16 @@ def test_unknown_settings_in_a_file_name_the_nearest() -> None:
         resolved({"objective": {"betta": 3}})
     with pytest.raises(UserError, match=r"optimiser: unknown setting; did you mean optimizer\?"):
         resolved({"optimiser": {"learning_rate": 3}})
+
+
+def test_a_plain_no_in_a_file_is_a_choice(tmp_path: Path) -> None:
+    """YAML reads it as False."""
+    file = tmp_path / "run.yaml"
+    file.write_text("{model: m, pairs: p, output: o, compute: {mixed_precision: no, tf32: no}}")
+    compute = config.resolve(config.read_yaml(file), DiffusionDPO).compute
+    assert (compute.mixed_precision, compute.tf32) == ("no", False)
+    with pytest.raises(UserError, match=r"compute.mixed_precision: .* \(found 'yes'\)"):
+        resolved({"compute": {"mixed_precision": True}})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1, 2", ""])

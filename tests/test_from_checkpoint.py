@@ -71,6 +71,7 @@ def test_what_comes_out_is_sampled_with_exported_and_gone_on_from(saved: Saved, 
     lora = written(folder, tmp_path / "lora", "2")
     generate(str(lora), "a red star", tmp_path / "pictures", load=families.load_pipeline, steps=1)
     run(saved, pairs, "diffusion-dpo", tmp_path / "more", steps=1, learning_rate=1e-4, start_lora=str(lora))
+    assert json.loads((tmp_path / "more" / "summary.json").read_text())["start_lora"] == str(lora)
     assert written(folder, tmp_path / "one.safetensors", "2", "--to", "kohya").is_file()
     merged = families.load_pipeline(str(written(folder, tmp_path / "merged", "2", "--merge")))
     assert merged.unet is not None and not (tmp_path / "merged" / LORA_FILE).exists()
