@@ -399,10 +399,10 @@ def _uses_scores(objective: Any, data: DataSettings) -> bool:
 
 def _asks_nobody(objective: Any) -> bool:
     """Whether training never asks a reference."""
-    from diffalign.objectives._family import looks_back
+    from diffalign.objectives._family import needs_reference
 
     loss = named_loss(objective)
-    return objective.about.reference == NOBODY or (loss is not None and not looks_back(loss))
+    return objective.about.reference == NOBODY or (loss is not None and not needs_reference(loss))
 
 
 def lone_pairs(objective: Any, batch: BatchSettings) -> list[str]:

@@ -335,7 +335,7 @@ CASES = {
 
 @pytest.mark.parametrize("make", [small_denoiser, flow_denoiser], ids=["epsilon", "flow"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_with_kept_errors_is_the_step_with_the_network(name: str, make: Any, tmp_path: Path) -> None:
+def test_a_step_with_cached_errors_is_the_step_with_the_network(name: str, make: Any, tmp_path: Path) -> None:
     case, policy, start = CASES[name], make(), make()
     moved(policy.network)
     loader = loaded(tmp_path, case, make=make)
