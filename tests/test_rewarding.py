@@ -172,7 +172,7 @@ def test_a_weighted_sum_of_judges_rewards_what_is_sampled_and_scores_pairs(tmp_p
     jpeg, common = reward_models.load("jpeg"), {"progress": False, "prompts": "none", "rank": 2, "steps": 1}
     common["model"] = str(save_untrained(tmp_path / "model"))
     own, other = 0.5 * jpeg + reward_models.load("oracle"), 0.4 * jpeg + reward_models.load("oracle")
-    assert own_judges.digest_of(own) != own_judges.digest_of(other)
+    assert own_judges.judge_digest(own) != own_judges.judge_digest(other)
     online = {**common, **ONLINE, "train_prompts": str(write_captions(tmp_path))}
     align("d3po", judge=own, output=str(tmp_path / "sampled"), **online)
     assert math.isfinite(reward_of(tmp_path / "sampled"))
@@ -180,7 +180,7 @@ def test_a_weighted_sum_of_judges_rewards_what_is_sampled_and_scores_pairs(tmp_p
         align("d3po", judge=other, output=str(tmp_path / "sampled"), resume=True, **online)
     pairs = write_pairs(tmp_path / "data", 6)
     align("smpo", judge=own, pairs=str(pairs), inversion_steps=2, output=str(tmp_path / "pairs"), **common)
-    assert [*(tmp_path / "pairs" / "cache").glob(f"scores-{own_judges.digest_of(own)}*")]
+    assert [*(tmp_path / "pairs" / "cache").glob(f"scores-{own_judges.judge_digest(own)}*")]
 
 
 def write_captions(folder: Path) -> Path:

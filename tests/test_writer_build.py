@@ -173,7 +173,7 @@ def build_in_two(scorer: RewriteScorer, embedding: Any, out: Path, **options: An
     def work(process: Process) -> Any:
         def wait() -> None:
             turn.release()
-            process.all(None)
+            process.all_gather_object(None)
             turn.acquire()
 
         with turn:
