@@ -29,6 +29,7 @@ from diffalign.data.layouts import pick_a_pic as pick_a_pic_layout
 from diffalign.data.open import open_pairs
 from diffalign.data.pairs import ImageSource, RowProblem, UnreadableImage
 from diffalign.data.readers import _files, listing
+from diffalign.data.readers._dataset import DatasetRows
 from diffalign.data.readers.parquet import ROWS_AT_ONCE
 from diffalign.data.validate import check, contact_sheet
 from diffalign.errors import UserError
@@ -174,6 +175,30 @@ def test_the_fingerprint_is_stable_and_changes_with_the_data(write, tmp_path):
     else:
         next(p for p in sorted(tmp_path.rglob("*.png"))).write_bytes(png(99))
     assert open_pairs(place).fingerprint != before
+
+
+def dataset_identity(data: datasets.Dataset) -> str:
+    found = DatasetRows(data, "data", None).identity(["chosen", "rejected"], ["prompt"])
+    return json.dumps(found, default=list)
+
+
+@pytest.mark.parametrize("hashed", [1000, 2**20], ids=["large", "small"])
+@pytest.mark.parametrize("prompts", ["others", "equal"])
+def test_slices_of_a_split_are_different_data(hashed, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "HASHED_BYTES", hashed)
+    table = [row | ({"prompt": "p"} if prompts == "equal" else {}) for row in rows()]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "p.parquet")
+    how = {"data_files": str(tmp_path / "p.parquet"), "cache_dir": str(tmp_path / "cache")}
+    slices = [datasets.load_dataset("parquet", split=split, **how) for split in ("train[:3]", "train[3:]", "train[:3]")]
+    first, second, again = (dataset_identity(data) for data in slices)
+    assert first == again != second
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_data_in_memory_are_known_by_their_content(column):
+    changed = [row | {column: other[column]} for row, other in zip(rows(), reversed(rows()), strict=True)]
+    first, second, again = (dataset_identity(datasets.Dataset.from_list(table)) for table in (rows(), changed, rows()))
+    assert first == again != second
 
 
 def test_a_split_is_chosen_by_file_name_and_an_unknown_one_is_refused(tmp_path):

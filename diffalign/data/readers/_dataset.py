@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.readers._files import identity_of_data, with_pictures
-from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of, paths_in
+from diffalign.data.readers._files import identity_of_data, sha256_of, with_pictures
+from diffalign.data.readers._values import CELLS_AT_ONCE, cells_of, contents_of, paths_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +42,11 @@ class DatasetRows:
         return f"{self.description}:row {index}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> list[Any]:
+        """The files say nothing about which of their rows are meant (``train[:10]``), and data in memory have none: the split
+        and the values of the columns say it, without files those of the pictures, too."""
         files = [Path(part["filename"]) for part in self._dataset.cache_files]
-        data = identity_of_data(files, None, buffers_of(self._dataset.data.column(name) for name in others))
+        read = others if files else [*others, *sorted(set(images))]
+        values = sha256_of(contents_of(self._dataset.data.column(name) for name in read))
         pictures = (chunk for name in set(images) for chunk in self._dataset.data.column(name).chunks)
-        return [len(self), with_pictures(data, paths_in(pictures), self.base or Path())]
+        data = with_pictures(identity_of_data(files, None, ()), paths_in(pictures), self.base or Path())
+        return [len(self), str(self._dataset.split), values, data]

@@ -99,12 +99,12 @@ def identity_of_data(files: Sequence[Path], root: Path | None, used: Iterable[by
     count = min(max(HASHED_BYTES // BLOCK // max(len(files), 1), FEWEST_BLOCKS), BLOCKS)
     found: list[object] = []
     for file in files:
-        digest = file_digest(file) if whole else _sha256(_blocks(file, count))
+        digest = file_digest(file) if whole else sha256_of(_blocks(file, count))
         found.append([file.name if root is None else _name(file, root), file.stat().st_size, digest])
-    return found if whole else [*found, [_sha256(used)]]
+    return found if whole else [*found, [sha256_of(used)]]
 
 
-def _sha256(pieces: Iterable[bytes | pa.Buffer]) -> str:
+def sha256_of(pieces: Iterable[bytes | pa.Buffer]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
@@ -136,7 +136,7 @@ def _size(path: str | Path) -> int | None:
 
 def _read(path: Path, name: str, size: int, whole: bool) -> list[object]:
     try:
-        return [name, size, file_digest(path) if whole else _sha256(_blocks(path, FEWEST_BLOCKS))]
+        return [name, size, file_digest(path) if whole else sha256_of(_blocks(path, FEWEST_BLOCKS))]
     except OSError:
         return [name]
 

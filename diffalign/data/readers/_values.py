@@ -22,6 +22,15 @@ def buffers_of(columns: Iterable[pa.ChunkedArray]) -> Iterator[pa.Buffer]:
     return (buffer for column in columns for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None)
 
 
+def contents_of(columns: Iterable[pa.ChunkedArray]) -> Iterator[pa.Buffer]:
+    """The cells of the columns as bytes, and of a slice no others, whatever memory it shares."""
+    import pyarrow as pa
+
+    for chunk in (chunk for column in columns for chunk in column.chunks):
+        plain = chunk.dictionary_decode() if pa.types.is_dictionary(chunk.type) else chunk
+        yield pa.record_batch([plain], names=["cells"]).serialize()
+
+
 def paths_in(columns: Iterable[pa.Array]) -> Iterator[str]:
     """The paths in columns of pictures: text, or the ``path`` of an Image feature whose bytes are not in the table."""
     for column in columns:
