@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from diffalign.data.pairs import ImageSource
 from diffalign.data.table import PairTable
 from diffalign.errors import UserError
 from diffalign.written_aside import PARTIAL, disk_error
+from pipelines.outputs import quoting
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -163,16 +164,22 @@ class _Listing:
     def open(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", newline="")
         if self._ending in (".csv", ".tsv"):
-            self._table = csv.writer(self._file, delimiter={".csv": ",", ".tsv": "\t"}[self._ending], lineterminator="\n")
-            self._table.writerow(self._columns)
+            self._write_fields(self._columns)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             cells = {name: self._cell(row.get(name)) for name in self._columns}
             if self._ending in (".csv", ".tsv"):
-                self._table.writerow([_field(cell) for cell in cells.values()])
+                self._write_fields([_field(cell) for cell in cells.values()])
             else:
                 self._file.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
+
+    def _write_fields(self, fields: Sequence[Any]) -> None:
+        """Raises ``UserError`` for a cell of a TSV that no reader would take for one: with a tab and a line break."""
+        if self._ending == ".tsv" and (bad := next((f for f in fields if isinstance(f, str) and {"\t", "\n"} <= set(f)), None)):
+            raise UserError(f"A cell holds a tab and a line break, which a .tsv cannot keep: {bad[:80]!r}; write .csv or .jsonl.")
+        delimiter = {".csv": ",", ".tsv": "\t"}[self._ending]
+        csv.writer(self._file, delimiter=delimiter, lineterminator="\n", quoting=quoting(fields)).writerow(fields)
 
     def _cell(self, cell: Any) -> Any:
         if not isinstance(cell, PictureCell):

@@ -597,6 +597,16 @@ def test_a_picture_of_the_same_size_is_noticed_where_all_are_few(write, tmp_path
     assert open_pairs(place).fingerprint != before
 
 
+@pytest.mark.parametrize("write", [as_pair_folders, as_two_folders, as_pictures], ids=lambda f: f.__name__)
+def test_what_no_row_is_read_from_makes_no_other_data(write, tmp_path):
+    place = write(tmp_path)
+    before = open_pairs(place).fingerprint
+    for folder in (place, *(p for p in place.iterdir() if p.is_dir())):
+        for name in ("Thumbs.db", ".DS_Store", "notes.md"):
+            (folder / name).write_text("not data")
+    assert open_pairs(place).fingerprint == before
+
+
 def as_parquet_of_paths(table: pa.Table, root: Path) -> Path:
     pq.write_table(table, root / "pairs.parquet", row_group_size=4)
     return root / "pairs.parquet"

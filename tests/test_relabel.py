@@ -343,6 +343,31 @@ def test_lists_of_paths_are_read_again_from_wherever_they_are_written(source: st
         assert_same_pairs(open_pairs(data), open_pairs(place))
 
 
+def with_prompt(root: Path, prompt: str) -> Path:
+    """The six pairs of ``listing``; the prompt of the second is another."""
+    path = listing(root)
+    first, second, *others = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, second | {"prompt": prompt}, *others)))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+@pytest.mark.parametrize("prompt", ["a\rb", "a\r\nb", "a\tb", "a\tb\rc"])
+def test_prompts_with_bare_carriage_returns_and_tabs_are_read_again(prompt: str, ending: str, tmp_path: Path) -> None:
+    data = with_prompt(tmp_path, prompt)
+    rejudged(data, tmp_path / f"out{ending}", "jpeg")
+    assert_same_pairs(open_pairs(data), open_pairs(tmp_path / f"out{ending}"))
+
+
+def test_a_prompt_that_no_tsv_can_hold_is_told(tmp_path: Path) -> None:
+    data = with_prompt(tmp_path, "a\tb\nc")
+    with pytest.raises(UserError, match=r"a tab and a line break.*'a\\tb\\nc'; write .csv or .jsonl"):
+        rejudged(data, tmp_path / "out.tsv", "jpeg")
+    assert not (tmp_path / "out.tsv").exists()
+    rejudged(data, tmp_path / "out.csv", "jpeg")
+    assert_same_pairs(open_pairs(data), open_pairs(tmp_path / "out.csv"))
+
+
 def test_scores_follow_the_columns_and_conflicts_the_preference(tmp_path: Path) -> None:
     data = listing(tmp_path)
     rejudged(data, tmp_path / "out.jsonl", "jpeg")

@@ -67,5 +67,7 @@ class PairFolderRows:
         return f"{self._root.name}/{self._names[index]}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> Iterator[Any]:
-        files = sorted((f for name in self._names for f in (self._root / name).iterdir() if f.is_file()), key=in_order)
-        return identity_of(files, self._root)
+        """Of what rows are read from: what else lies there (``Thumbs.db``) is no part of the data."""
+        folders = [self._root / name for name in self._names]
+        files = (file for folder in folders for file in (*pictures(folder, (*WINNER, *LOSER)), folder / "prompt.txt"))
+        return identity_of(sorted((file for file in files if file.is_file()), key=in_order), self._root)

@@ -61,9 +61,8 @@ class TwoFolderRows:
                 raise RowProblem(self.origin(index), side, f"{folder} has no picture called {name}.*")
             if problem := only_one(pictures[name]):
                 raise RowProblem(self.origin(index), side, problem)
-        captions = [place / f"{name}.txt" for place in (self._folders[0], self._root, self._folders[1])]
         try:
-            caption = next((c for c in captions if c.exists()), None)
+            caption = next((c for c in self._captions(name) if c.exists()), None)
             if caption is None:
                 raise ValueError(f"no caption {name}.txt in {self._folders[0]} or {self._root}")
             prompt = read_text(caption)
@@ -82,5 +81,11 @@ class TwoFolderRows:
         return f"{self._root.name}/{self._names[index]}"
 
     def identity(self, images: Sequence[str], others: Sequence[str]) -> Iterator[Any]:
-        files = [f for place in (*self._folders, self._root) for f in place.iterdir() if f.is_file()]
-        return identity_of(sorted(files), self._root)
+        """Of what rows are read from: what else lies there (``Thumbs.db``) is no part of the data."""
+        pictures = {file for side in self._pictures for found in side.values() for file in found}
+        captions = {file for name in self._names for file in self._captions(name) if file.is_file()}
+        return identity_of(sorted(pictures | captions), self._root)
+
+    def _captions(self, name: str) -> list[Path]:
+        """Where the caption of a row may be; the first that is there is read."""
+        return [place / f"{name}.txt" for place in (self._folders[0], self._root, self._folders[1])]
