@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from diffalign.data import layouts, readers
 from diffalign.data.layouts import pick_a_pic as pick_a_pic_layout
 from diffalign.data.open import open_pairs
-from diffalign.data.pairs import ImageSource, RowProblem, UnreadableImage
+from diffalign.data.pairs import SIDEWAYS, ImageSource, RowProblem, UnreadableImage
 from diffalign.data.readers import _files, listing
 from diffalign.data.readers._dataset import DatasetRows
 from diffalign.data.readers.parquet import ROWS_AT_ONCE
@@ -454,6 +454,40 @@ def test_places_that_are_no_data_are_answered_with_the_accepted_forms(tmp_path, 
         open_pairs("nobody/nothing")
 
 
+def as_parquet_file(table: pa.Table, place: Path) -> None:
+    pq.write_table(table, f"{place}.parquet")
+
+
+def as_arrow_file(table: pa.Table, place: Path) -> None:
+    as_arrow(table, Path(f"{place}.arrow"))
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("write", [as_parquet_file, as_arrow_file], ids=["parquet", "arrow"])
+def test_shards_that_do_not_have_the_same_columns_are_refused(write, odd, tmp_path):
+    tables = [pick_a_pic([1.0]), pick_a_pic([1.0], weight=[5.0])]
+    for number in (0, 1):
+        write(tables[number ^ odd], tmp_path / f"train-{number}")
+    with pytest.raises(UserError, match=rf"train-{odd}\..* lacks the columns weight, which train-{1 - odd}\..* has"):
+        open_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("write", [as_parquet_file, as_arrow_file], ids=["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(write, tmp_path):
+    table = pick_a_pic([1.0])
+    write(table.append_column("caption", [["another"]]), tmp_path / "p")
+    with pytest.raises(UserError, match="two columns called 'caption'; rename or remove"):
+        open_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("write", [as_parquet_shards, as_arrow_shards, as_two_folders], ids=lambda f: f.__name__)
+def test_what_macos_puts_beside_copies_is_no_row(write, tmp_path):
+    place = write(tmp_path)
+    for file in list(tmp_path.rglob("*.*")):
+        (file.parent / f"._{file.name}").write_bytes(b"\0\5\x16\7")
+    assert len(list(open_pairs(place))) == N
+
+
 def test_folders_that_lack_a_picture_or_caption_say_which(tmp_path):
     place = as_pair_folders(tmp_path / "a")
     (place / "p1/lose.png").unlink()
@@ -783,6 +817,19 @@ def test_exif_orientation_transparency_and_sixteen_bits_are_dealt_with():
     stream = io.BytesIO()
     Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16)).save(stream, "PNG")
     assert ImageSource(data=stream.getvalue()).open().getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_that_of_the_picture_as_it_is_shown(form, orientation):
+    if form in ("WEBP", "AVIF") and not features.check(form.lower()):
+        pytest.skip(f"this Pillow has no {form}")
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    how = {"tiffinfo": {274: orientation}} if form == "TIFF" else {"exif": exif}
+    Image.new("RGB", (32, 16), "red").save(stream, form, **how)
+    source = ImageSource(data=stream.getvalue())
+    assert source.size() == source.open().size == ((16, 32) if orientation in SIDEWAYS else (32, 16))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a picture", lambda b: b[:16]])

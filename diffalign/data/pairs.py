@@ -99,8 +99,8 @@ class ImageSource:
         """(width, height) in pixels as shown, from the header alone. Raises ``UnreadableImage``."""
         try:
             with Image.open(io.BytesIO(self.read_bytes())) as image:
-                sideways = image.getexif().get(0x0112) in SIDEWAYS
-                return (image.height, image.width) if sideways else image.size
+                width, height = _stored_size(image)
+                return (height, width) if image.getexif().get(0x0112) in SIDEWAYS else (width, height)
         except UnreadableImage:
             raise
         except Exception as error:
@@ -198,6 +198,11 @@ def score_from(value: Any, name: str) -> float | None:
     except (TypeError, ValueError):
         pass  # the words for what is no number are those of every other cell
     return number_from(value, name, -math.inf, math.inf)
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) before a picture is turned upright; Pillow's ``size`` of a TIFF may be that of the turned one already."""
+    return (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
 
 
 def _plain(error: Exception) -> str:

@@ -172,7 +172,7 @@ def shards(where: str, suffix: str, split: str) -> tuple[list[Path], str]:
     if root.is_file():
         return [root], str(root)
     by_split: dict[str, list[Path]] = {}
-    for file in sorted(root.rglob(f"*{suffix}"), key=in_order):
+    for file in sorted(shard_files(root, suffix), key=in_order):
         by_split.setdefault(_split_of(file, root), []).append(file)
     if split not in by_split:
         there = ", ".join(sorted(by_split))
@@ -213,11 +213,29 @@ def _split_in(name: str) -> str | None:
 
 
 def same_columns(files: Sequence[Path], columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The columns of the first shard. Raises ``UserError`` for a shard that lacks one of them."""
+    """The columns of all shards, in the order of the first. Raises ``UserError`` for a shard that lacks one that another has,
+    whose labels or weights would be left out silently, and for two columns of one name."""
     for file, names in zip(files, columns, strict=True):
-        if missing := [name for name in columns[0] if name not in names]:
-            raise UserError(f"{file} lacks the columns {', '.join(missing)}, which {files[0].name} has; shards must agree.")
+        refuse_twice(file, names)
+        _refuse_missing(file, names, files[0], columns[0])
+        _refuse_missing(files[0], columns[0], file, names)
     return tuple(columns[0])
+
+
+def refuse_twice(file: Path, columns: Sequence[str]) -> None:
+    """Raises ``UserError`` for two columns of one name, of which either could be meant."""
+    if twice := [name for k, name in enumerate(columns) if name and name in columns[:k]]:
+        raise UserError(f"{file} has two columns called {twice[0]!r}; rename or remove one of them.")
+
+
+def _refuse_missing(file: Path, columns: Sequence[str], other: Path, wanted: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in columns]:
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}, which {other.name} has; shards must agree.")
+
+
+def shard_files(root: Path, suffix: str) -> Iterator[Path]:
+    """All files of a form below a folder but the hidden ones, such as the ``._NAME`` that macOS puts beside copies."""
+    return (file for file in root.rglob(f"*{suffix}") if not file.name.startswith("."))
 
 
 def pictures(folder: Path, stems: Sequence[str]) -> list[Path]:

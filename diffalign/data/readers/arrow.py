@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.readers import parquet, saved
-from diffalign.data.readers._files import identity_of_data, same_columns, shards, with_pictures
+from diffalign.data.readers._files import identity_of_data, same_columns, shard_files, shards, with_pictures
 from diffalign.data.readers._values import CELLS_AT_ONCE, buffers_of, cells_of, paths_in
 from diffalign.errors import UserError
 
@@ -23,7 +23,7 @@ def claims(where: str) -> bool:
     path = Path(where)
     if path.is_file():
         return path.suffix == ".arrow"
-    return path.is_dir() and not saved.claims(where) and not parquet.claims(where) and any(path.rglob("*.arrow"))
+    return path.is_dir() and not saved.claims(where) and not parquet.claims(where) and any(shard_files(path, ".arrow"))
 
 
 def open_rows(where: str, split: str) -> ArrowRows:

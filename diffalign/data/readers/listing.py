@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.data.pairs import RowProblem
-from diffalign.data.readers._files import identity_of_paths
+from diffalign.data.readers._files import identity_of_paths, refuse_twice
 from diffalign.data.tabs import tab_separated
 from diffalign.digests import file_digest
 from diffalign.errors import UserError
@@ -94,8 +94,8 @@ class ListingRows:
         return [[listed], identity_of_paths(sorted(paths), self.base)]
 
     def _checked(self, header: list[str]) -> list[str]:
-        """Raises ``UserError`` for two columns of one name, of which either could be meant, and for a header that is parted by
-        something else, as spreadsheets do where the comma is a decimal point."""
+        """Raises ``UserError`` for two columns of one name, and for a header that is parted by something else, as spreadsheets do
+        where the comma is a decimal point."""
         if len(header) == 1 and (
             other := next((mark for mark in _SEPARATORS if mark != self._delimiter and mark in header[0]), None)
         ):
@@ -103,8 +103,7 @@ class ListingRows:
                 f"{self._path} seems to be parted by {_SEPARATORS[other]}, and a {self._path.suffix} file is read as parted by "
                 f"{_SEPARATORS[self._delimiter]}: {header[0]!r} is one column so. Save it in that form."
             )
-        if twice := [name for k, name in enumerate(header) if name and name in header[:k]]:
-            raise UserError(f"{self._path} has two columns called {twice[0]!r}; rename or remove one of them.")
+        refuse_twice(self._path, header)
         return header
 
     def _problem(self, record: Any) -> str | None:

@@ -9,7 +9,7 @@ from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.data.readers._files import identity_of_data, same_columns, shards, with_pictures
+from diffalign.data.readers._files import identity_of_data, same_columns, shard_files, shards, with_pictures
 from diffalign.data.readers._values import CELLS_AT_ONCE, cells_of, paths_in
 from diffalign.errors import UserError
 
@@ -23,7 +23,7 @@ FOOTER_END = 8  # its length and four letters
 
 def claims(where: str) -> bool:
     path = Path(where)
-    return path.suffix == ".parquet" if path.is_file() else path.is_dir() and any(path.rglob("*.parquet"))
+    return path.suffix == ".parquet" if path.is_file() else path.is_dir() and any(shard_files(path, ".parquet"))
 
 
 def open_rows(where: str, split: str) -> ParquetRows:

@@ -30,10 +30,10 @@ def _folders(root: Path) -> tuple[Path, Path] | None:
 
 
 def _stems(folder: Path) -> dict[str, list[Path]]:
-    """Pictures by name without suffix, which several may share."""
+    """Pictures by name without suffix, which several may share; not hidden ones (``._NAME.png`` of macOS)."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir(), key=in_order):
-        if file.suffix.lower() in PICTURES:
+        if file.suffix.lower() in PICTURES and not file.name.startswith("."):
             found.setdefault(file.stem, []).append(file)
     return found
 
