@@ -278,6 +278,26 @@ def test_a_pair_without_a_label_is_left_out_however_the_table_says_so(said, tmp_
     assert len(table) == 1 and table.left_out["unlabelled"] == 1
 
 
+@pytest.mark.parametrize(("said", "n"), [("0.0", 1), ("FALSE", 1), ("", 2), ("no", 2)])
+def test_labels_of_csv_are_understood_or_refused_but_not_guessed_at(said, n, tmp_path):
+    write_pictures(tmp_path, [(f"{i}a.png", f"{i}b.png") for i in range(N)])
+    lines = ["0a.png,0b.png,TRUE,,p,1", f"1a.png,1b.png,False,,p,{said}"]
+    (tmp_path / "p.csv").write_text("\n".join(["jpg_0,jpg_1,label_0,label_1,caption,has_label", *lines]))
+    table = open_pairs(tmp_path / "p.csv")
+    assert len(table) == n and table[0].winner.read_bytes() == png(0)
+    if said == "no":
+        with pytest.raises(RowProblem, match="has_label is 'no', not a number"):
+            table[1]
+
+
+@pytest.mark.parametrize("label", ["1" + "0" * 400, "1" * 5000, "[" * 100_000])
+def test_an_absurd_cell_is_a_problem_of_its_row(label, tmp_path):
+    place = as_jsonl(tmp_path)
+    line = '{"prompt": "p", "chosen": "img/0a.png", "rejected": "img/0b.png", "label": ' + label + "}"
+    place.write_text(place.read_text() + "\n" + line)
+    assert check(open_pairs(place)).usable == N
+
+
 def test_each_kind_of_label_is_looked_at_once_not_each_row(tmp_path, monkeypatch):
     rows, asked = 3000, []
     pictures = {"jpg_0": [png(0)] * rows, "jpg_1": [png(1)] * rows, "caption": ["p"] * rows}

@@ -175,11 +175,22 @@ def is_broken(text: str) -> bool:
     return False
 
 
+_TRUTHS = {"true": 1.0, "false": 0.0}
+"""Truth values as text, which is how CSV has them; those of JSON and parquet are numbers to Python."""
+
+
+def flag_from(value: Any, name: str) -> bool | None:
+    """A cell as a truth value, whether it is one, a number or text; None for an empty cell. Raises ``ValueError`` for others."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return number_from(value, name, 0.0, 1.0) != 0.0
+
+
 def number_from(value: Any, name: str, low: float, high: float) -> float:
     """A cell as a finite number in [low, high]. Raises ``ValueError`` that names the column and the value."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(_TRUTHS.get(value.strip().lower(), value) if isinstance(value, str) else value)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r}, not a number") from None
     if not (math.isfinite(number) and low <= number <= high):
         least = f" and at least {low:g}" if math.isfinite(low) else ""
@@ -195,7 +206,7 @@ def score_from(value: Any, name: str) -> float | None:
     try:
         if math.isnan(float(value)):
             return None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass  # the words for what is no number are those of every other cell
     return number_from(value, name, -math.inf, math.inf)
 

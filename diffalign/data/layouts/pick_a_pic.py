@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffalign.data.pairs import number_from
+from diffalign.data.pairs import flag_from, number_from
 
 FORM = "Pick-a-Pic columns"
 KIND = "pairs"
@@ -19,11 +19,10 @@ SCORES = ("score_0", "score_1")
 
 def probability(row: Mapping[str, Any]) -> float | None:
     """``label_0``; None where ``has_label`` is false. ``label_1``, where there is one, must be its complement."""
-    known = row.get("has_label")
-    if known == 0 or str(known).lower() in ("false", "0"):  # false in parquet; a number or text in lists
+    if flag_from(row.get("has_label"), "has_label") is False:
         return None
     first = number_from(row["label_0"], "label_0", 0.0, 1.0)
-    if row.get("label_1") is not None:
+    if row.get("label_1") not in (None, ""):
         second = number_from(row["label_1"], "label_1", 0.0, 1.0)
         if abs(first + second - 1.0) > 1e-4:
             raise ValueError(f"label_0 is {first:g} and label_1 is {second:g}; they must add up to 1")

@@ -179,7 +179,7 @@ def _json(line: str) -> Any:
         value, end = _DECODER.raw_decode(line)  # half of what ``loads`` takes
         if line[end:] in ("", "\n", "\r\n"):
             return value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass
     if not line.strip():
         return None
@@ -187,3 +187,5 @@ def _json(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return f"{error.msg} at character {error.pos}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in thousands of brackets
+        return str(error)
