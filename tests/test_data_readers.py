@@ -298,6 +298,14 @@ def test_an_absurd_cell_is_a_problem_of_its_row(label, tmp_path):
     assert check(open_pairs(place)).usable == N
 
 
+@pytest.mark.parametrize("start", ["", "data:image/png;base64,", "https://"])
+def test_a_picture_as_text_is_not_repeated_in_messages(start, tmp_path):
+    place = as_jsonl(tmp_path)
+    place.write_text(json.dumps({"prompt": "p", "chosen": start + "iVBORw0KGgo" * 10_000, "rejected": "img/0b.png"}))
+    (problem,) = check(open_pairs(place)).unreadable
+    assert problem.side == "winner" and len(str(problem)) < 400
+
+
 def test_each_kind_of_label_is_looked_at_once_not_each_row(tmp_path, monkeypatch):
     rows, asked = 3000, []
     pictures = {"jpg_0": [png(0)] * rows, "jpg_1": [png(1)] * rows, "caption": ["p"] * rows}

@@ -64,9 +64,9 @@ class ImageSource:
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise UnreadableImage(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise UnreadableImage(f"cannot read {_short(str(self.path))}: {error.strerror or error}") from error
         except ValueError as error:  # a name that no file can have
-            raise UnreadableImage(f"cannot read {str(self.path)!r}: {error}") from error
+            raise UnreadableImage(f"cannot read {_short(str(self.path))!r}: {error}") from error
 
     def held(self) -> ImageSource:
         """The same picture with its bytes in memory, so that reading it several times costs one access."""
@@ -150,8 +150,10 @@ def image_from(value: Any, base: Path | None) -> ImageSource:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return ImageSource(data=bytes(value))
     if isinstance(value, str) and value.strip():
+        if value.startswith("data:"):
+            raise ValueError("the picture itself stands here as text (base64); write it to a file and give its path")
         if "://" in value:
-            raise ValueError(f"{value} is an address; download the picture and give its path")
+            raise ValueError(f"{_short(value)} is an address; download the picture and give its path")
         path = Path(os.path.expanduser(value))  # what begins with ~ and names nobody's home may be a file
         return ImageSource(path=path if base is None else base / path)
     raise ValueError("there is no picture" if value in (None, "") else f"expected a path or bytes, found {type(value).__name__}")
@@ -214,6 +216,11 @@ def score_from(value: Any, name: str) -> float | None:
 def _stored_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) before a picture is turned upright; Pillow's ``size`` of a TIFF may be that of the turned one already."""
     return (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+
+
+def _short(path: str) -> str:
+    """A path as messages show it: what is longer than most paths are is no path, but a picture as text (base64)."""
+    return path if len(path) <= 300 else f"{path[:80]}... ({len(path)} characters)"
 
 
 def _plain(error: Exception) -> str:
