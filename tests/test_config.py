@@ -204,6 +204,12 @@ ROUNDS = {"round_every": 20, "round_reference": "round"}
         ("sft", {"reward": {"reward": ["jpeg"]}}, "reward.reward: a judge scores the pairs, which neither this"),
         ("diffusion-dpo", {"train_prompts": "tiny"}, "train_prompts: are what on-line objectives sample for"),
         ("diffusion-dpo", {"objective": {"divergence_alpha": 0.9}}, "objective.divergence_alpha: is about the alpha divergence"),
+        (
+            "diffusion-dpo",
+            {"objective": {"loss": "simpo", "divergence": "js"}},
+            "objective: the loss 'simpo' does not see log-ratios",
+        ),
+        ("sem-dpo", {"objective": {"loss": "kto", "divergence": "js"}}, "objective: the loss 'kto' has a baseline in log-ratios"),
         ("sft", {"data": {"bucket_step": 32}}, "data.bucket_step: is about the sides of buckets, and there are none"),
         ("sft", {"data": {"curriculum_stages": 3}}, "data.curriculum_stages: is about a curriculum, and there is none"),
         (

@@ -710,11 +710,11 @@ def test_missing_evidence_is_named() -> None:
 
 
 def test_a_divergence_goes_only_where_there_are_ratios_to_transform() -> None:
-    e = some_evidence()
+    """Told where the loss is chosen, before anything is loaded, not where it first meets a batch."""
     with pytest.raises(ValueError, match="'simpo' does not see log-ratios: a divergence cannot change it"):
-        losses.load("simpo", Extras(divergence="js"))(e, BETA)
+        losses.load("simpo", Extras(divergence="js"))
     with pytest.raises(ValueError, match="'bco' has a baseline in log-ratios: it goes with reverse-kl only"):
-        losses.load("bco", Extras(divergence="js"))(e, BETA)
+        losses.load("bco", Extras(divergence="js"))
     with pytest.raises(ValueError, match="divergence is one of reverse-kl, forward-kl, js, alpha; got 'chi'"):
         Extras(divergence="chi")
 

@@ -71,6 +71,15 @@ class Loss:
     baseline: type[Baseline] | None = None  # what keeps ``Evidence.baseline``: update it with what it ``watches``
     extras: Extras = field(default_factory=Extras)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a divergence that the loss cannot have: known here, before any data are encoded."""
+        if self.extras.divergence == "reverse-kl":
+            return
+        if "ratio" not in self.needs:
+            raise ValueError(f"the loss {self.name!r} does not see log-ratios: a divergence cannot change it")
+        if self.baseline:
+            raise ValueError(f"the loss {self.name!r} has a baseline in log-ratios: it goes with reverse-kl only")
+
     def __call__(self, evidence: Evidence, beta: float) -> Tensor:
         """Losses [B] of the pairs. Raises ValueError if the evidence lacks something that the loss needs."""
         self._check(evidence)
@@ -90,10 +99,6 @@ class Loss:
         missing = sorted(name for name in needed if getattr(evidence, name) is None)
         if missing:
             raise ValueError(f"the loss {self.name!r} needs {' and '.join(missing)}, which this objective does not give")
-        if self.extras.divergence != "reverse-kl" and "ratio" not in self.needs:
-            raise ValueError(f"the loss {self.name!r} does not see log-ratios: a divergence cannot change it")
-        if self.extras.divergence != "reverse-kl" and self.baseline:
-            raise ValueError(f"the loss {self.name!r} has a baseline in log-ratios: it goes with reverse-kl only")
 
 
 # ---------------------------------------------------------------------------------------------------------- registering
@@ -145,7 +150,8 @@ def names() -> list[str]:
 
 
 def load(name: str, extras: Extras | None = None, **settings: Any) -> Loss:
-    """A loss with its settings. ValueError for an unknown name or a setting out of bounds, TypeError for an unknown setting."""
+    """A loss with its settings. ValueError for an unknown name, a setting out of bounds or a divergence that the loss cannot
+    have, TypeError for an unknown setting."""
     if name not in _LOSSES:
         raise ValueError(f"no loss is called {name!r}; there are: {', '.join(names())}")
     found = _LOSSES[name]
