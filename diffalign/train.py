@@ -42,6 +42,8 @@ from diffalign.weights import TrainedWeights, without_dropout
 from diffalign.written_aside import disk_error
 
 LoopReference = Literal["start", "round"]
+ROW = "row"
+"""The column of a held-out pair's row of the data set, while a validation is put together."""
 WEIGHTED = "weighted_loss"
 """The metric of the loss with the pairs' weights (a data set's own, Sem-DPO's W): what is trained."""
 
@@ -375,27 +377,33 @@ class Trainer:
         if not self._validation:
             return {}
         with self._ema.applied() if self._ema else nullcontext(), without_dropout(self._policy.network):
-            t, columns = self._validation_columns()
+            rows, t, columns = self._validation_columns()
         means = {name: float(values.double().mean()) for name, values in columns.items()}
         bins = health.by_timestep(t, columns, len(self._policy.schedule)) if t is not None else []
-        self._advice = health.advice(means) if self.step else None
+        error = health.error_over_pairs(columns["margin"], rows) if "margin" in columns else math.nan
+        self._advice = health.advice(means, error) if self.step else None
         self._validated = self.step, means["loss"]
         self._log("validation", means, bins=bins, advice=self._advice)
         return means
 
-    def _validation_columns(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _validation_columns(self) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Rows of the data set [N], timesteps [N] and every metric [N], of all processes."""
         accelerator = self._accelerator
         taken = turns(len(self._validation), accelerator.process_index, accelerator.num_processes)
         asked = [(self._validated_batch(self._validation[place]), mine) for place, mine in taken]
-        outcomes = [outcome for outcome, mine in asked if mine]
-        gathered = _joined(ManyProcesses(accelerator).all_gather_object(_rows(outcomes)))
+        outcomes = [outcome for (outcome, _), mine in asked if mine]
+        rows = [row for (_, rows), mine in asked if mine for row in rows]
+        numbers = _rows(outcomes) | ({ROW: rows} if outcomes else {})
+        gathered = _joined(ManyProcesses(accelerator).all_gather_object(numbers))
+        rows = torch.tensor(gathered.pop(ROW))
         t = torch.tensor(gathered.pop("t")) if "t" in gathered else None
-        return t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
+        return rows, t, {name: torch.tensor(values, dtype=torch.float64) for name, values in gathered.items()}
 
-    def _validated_batch(self, batch: Batch) -> Outcome:
-        """The outcome of one batch; the batch leaves the device before the next one comes."""
+    def _validated_batch(self, batch: Batch) -> tuple[Outcome, list[int]]:
+        """The outcome of one batch and its rows of the data set; the batch leaves the device before the next one comes."""
+        rows = batch.index.tolist()  # of the host's copy
         batch = batch.to(self._accelerator.device)
-        return checked(self._learner.validate(batch), batch.weight)
+        return checked(self._learner.validate(batch), batch.weight), rows
 
     def _log(self, kind: str, numbers: Mapping[str, float], **more: Any) -> None:
         if self._accelerator.is_main_process:

@@ -138,7 +138,7 @@ class DenoisingLosses:
         if with_gradient and ratio:
             self._loss.update_baseline(batch.label, ratio, lambda: self._mismatched(pair, reference))
         loss, scale = self._loss(batch.label, policy, past, ratio, batch.scores), self._loss.scale
-        health = denoising_health(ratio, now, before, scale) if ratio else policy_health(now, scale)
+        health = denoising_health(ratio, now, before, scale, batch.label) if ratio else policy_health(now, scale, batch.label)
         return Outcome(loss=loss, t=pair.t, metrics=health)
 
     def _mismatched(self, pair: NoisyPair, reference: Predictor) -> LogRatio:

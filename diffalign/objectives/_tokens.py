@@ -100,7 +100,7 @@ class TokenLosses:
         loss = self._loss(batch.label, policy, past, ratio, batch.scores)
         if gold is not None:
             loss = loss - self._gold_weight * gold
-        health = token_health(policy, past, self._loss.scale, self._counting.totals(batch))
+        health = token_health(policy, past, self._loss.scale, self._counting.totals(batch), batch.label)
         return Outcome(loss=loss, t=None, metrics={**health, **_of_the_pair(batch)})
 
     def _policy_likelihoods(self, batch: TextBatch, factors: tuple[Tensor, Tensor]) -> tuple[LogLikelihood, Tensor | None]:

@@ -108,12 +108,12 @@ class DiffusionDRO(LossChoice):
         pair = side_by_side(batch, policy.schedule)
         before, now = pair_errors(reference, pair), pair_errors(policy, pair)
         ratio = log_ratio(denoising(*now), denoising(*before))
+        one = ratio.winner.new_ones(len(batch))
         if self.loss == "margin":
             loss = _pieces.dro(ratio, self.margin)
         else:
-            one = ratio.winner.new_ones(len(batch))
             loss = self.chosen()(losses.Evidence(one, ratio, denoising(*now), denoising(*before)), self.beta / 2)
-        metrics = denoising_health(ratio, now, before, scale=1.0)
+        metrics = denoising_health(ratio, now, before, 1.0, one)
         active = (ratio.margin.detach() < self.margin).to(loss.dtype)
         return Outcome(loss, pair.t, {**metrics, "policy_gap": now[1].detach(), "active": active})
 

@@ -115,7 +115,7 @@ class SePPO(LossChoice):
         ratio = log_ratio(denoising(*now), denoising(*before))
         sign = flipped_side(ratio.winner, self.flipper)
         evidence = losses.Evidence(batch.label, LogRatio(ratio.winner, sign * ratio.loser), denoising(*now), denoising(*before))
-        health = denoising_health(ratio, now, before, self.beta / 2)
+        health = denoising_health(ratio, now, before, self.beta / 2, batch.label)
         return Outcome(self.chosen()(evidence, self.beta / 2), pair.t, {**health, "flipped": 0.5 * (1.0 - sign)})
 
 

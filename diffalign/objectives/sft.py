@@ -49,7 +49,7 @@ class SFT:
         pair = noised(batch, policy.schedule)
         before, now = pair_errors(start, pair), pair_errors(policy, pair)
         ratio = log_ratio(denoising(*now), denoising(*before))
-        return Outcome(loss=now[0], t=pair.t, metrics=denoising_health(ratio, now, before, scale=1.0))
+        return Outcome(loss=now[0], t=pair.t, metrics=denoising_health(ratio, now, before, 1.0, batch.label))
 
 
 Objective = SFT
