@@ -17,12 +17,14 @@ from worlds import PairsInMemory, small_denoiser
 from diffalign import losses
 from diffalign.data.draws import draw
 from diffalign.data.loader import collate
+from diffalign.errors import UserError
 from diffalign.levels import Levels
 from diffalign.likelihood import denoising, log_ratio, pair_errors
-from diffalign.losses import Evidence, Extras, absolute, batchwise, pairwise, rewarded, sides, unpaired
+from diffalign.losses import Evidence, Extras, absolute, batchwise, pairwise, registry, rewarded, sides, unpaired
 from diffalign.losses.absolute import log_odds
 from diffalign.losses.rewarded import adpo_group
 from diffalign.objectives._family import ScaledLoss
+from diffalign.settings import option
 from diffalign.sources.dataset import noised
 from diffalign.types import LogLikelihood, LogRatio
 
@@ -697,6 +699,25 @@ def test_settings_are_checked_and_known() -> None:
 def test_an_unknown_loss_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="no loss is called 'dpoo'; there are: adpo, aot, .*, sppo"):
         losses.load("dpoo")
+
+
+def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+
+    def mine(ratio: LogRatio, beta: float, power: float) -> Tensor:
+        return (1.0 - beta * ratio.margin).abs() ** power
+
+    losses.loss("own", settings={"power": option(2.0, "exponent", gt=0)})(mine)
+    found = losses.load("mine", power=3.0)(some_evidence(), BETA)
+    assert found.shape == (6,) and losses.load("mine").summary == ""
+    losses.loss("own", settings={"power": option(2.0, "exponent", gt=0)})(mine)  # a cell that is run again
+    with pytest.raises(UserError, match=r'above mine: @diffalign\.losses\.loss\("own"\)'):
+        losses.loss(mine)
+    with pytest.raises(UserError, match="no counterpart: other, power"):
+        losses.loss("own", settings={"other": option(2.0, "exponent")})(mine)
+    mine.__name__ = "dpo"
+    with pytest.raises(UserError, match="There is a loss 'dpo' already"):
+        losses.loss("own", settings={"power": option(2.0, "exponent")})(mine)
 
 
 def test_missing_evidence_is_named() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.losses.baselines import Baseline
 from diffalign.losses.divergences import Divergence, transformed
 from diffalign.settings import check_options, option
@@ -114,12 +115,24 @@ def loss(
     baseline: type[Baseline] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register the function below under its own name (``apo_zero`` as ``apo-zero``); ``settings`` are ``option`` fields."""
+    """Register the function below under its own name (``apo_zero`` as ``apo-zero``); ``settings`` are ``option`` fields.
+
+    Raises:
+        UserError: there are no brackets with a paper; the name is a shipped loss's; parameters and ``settings`` differ.
+    """
+    if callable(paper):
+        raise UserError(f'Name a paper, or "own", above {paper.__name__}: @diffalign.losses.loss("own").')
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name, options = function.__name__.replace("_", "-"), dict(settings or {})
         parameters, hints = set(inspect.signature(function).parameters), typing.get_type_hints(function)
-        assert parameters - _EVIDENCE - {"beta"} == options.keys(), f"{name}: parameters and settings differ"
+        if name in _LOSSES and _is_shipped(_LOSSES[name].function) and not _is_shipped(function):
+            raise UserError(f"There is a loss {name!r} already: give yours another name.")
+        if unlike := sorted((parameters - _EVIDENCE - {"beta"}) ^ options.keys()):
+            raise UserError(
+                f"The loss {name!r}: a parameter that is no evidence ({', '.join(sorted(_EVIDENCE))}, beta) needs a setting of "
+                f"its name in `settings`, and each setting a parameter; these have no counterpart: {', '.join(unlike)}."
+            )
         kind = dataclasses.make_dataclass(
             f"{function.__name__.title().replace('_', '')}Settings",
             [(key, hints[key], value) for key, value in options.items()],
@@ -130,7 +143,7 @@ def loss(
         _LOSSES[name] = Loss(
             name=name,
             paper=paper,
-            summary=(function.__doc__ or "").splitlines()[0],
+            summary=next(iter((function.__doc__ or "").splitlines()), ""),
             function=function,
             needs=frozenset(parameters & _EVIDENCE),
             Settings=kind,
@@ -142,6 +155,10 @@ def loss(
         return function
 
     return register
+
+
+def _is_shipped(function: Callable[..., Tensor]) -> bool:
+    return function.__module__.startswith("diffalign.losses.")
 
 
 def names() -> list[str]:
