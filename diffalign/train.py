@@ -48,6 +48,13 @@ WEIGHTED = "weighted_loss"
 """The metric of the loss with the pairs' weights (a data set's own, Sem-DPO's W): what is trained."""
 
 
+OF_THE_LOG = frozenset(
+    {"kind", "step", "loss", WEIGHTED, "t", ROW, "bins", "advice"}
+    | {"gradient_norm", "learning_rate", "seconds", "waiting", "interrupted"}
+)
+"""Columns that the loop itself writes, which no objective's metric may be called like."""
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """The length of training, and how often it is logged, validated and saved."""
@@ -425,7 +432,10 @@ def checked(outcome: Outcome, weight: Tensor) -> Outcome:
 
     Raises:
         UserError: it has not. A loss of [B, 1] would meet the weights as [B, B], and every gradient would be B times too large.
+            Or a metric is called as a column of the log is, which it would overwrite.
     """
+    if taken := sorted(OF_THE_LOG & outcome.metrics.keys()):
+        raise UserError(f"The objective calls metrics as the log calls columns of its own: {', '.join(taken)}. Rename them.")
     for name, numbers in {"loss": outcome.loss, **outcome.metrics}.items():
         if numbers.shape != weight.shape:
             raise UserError(

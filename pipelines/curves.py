@@ -69,7 +69,8 @@ def _others(rows: dict[str, list[dict[str, Any]]]) -> list[Callable[[Any, dict],
 
 def _training(panel: Any, rows: dict[str, list[dict[str, Any]]], column: str, title: str) -> None:
     steps, values = [r["step"] for r in rows["train"]], [r[column] for r in rows["train"]]
-    panel.plot(steps, values, color="0.8", linewidth=0.8)
+    drawn = [math.nan if value is None else value for value in values]
+    panel.plot(steps, drawn, color="0.8", linewidth=0.8)
     panel.plot(steps, _smooth(values))
     panel.set(title=title, xlabel="optimizer step")
     if not any(values):
@@ -89,10 +90,12 @@ def _loss(panel: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
     panel.legend(frameon=False)
 
 
-def _smooth(values: list[float]) -> list[float]:
-    out, average = [], values[0]
+def _smooth(values: list[float | None]) -> list[float]:
+    """A running mean that passes over what was not finite (None in the file); NaN before the first number."""
+    out, average = [], math.nan
     for value in values:
-        average = 0.9 * average + 0.1 * value
+        if value is not None:
+            average = value if math.isnan(average) else 0.9 * average + 0.1 * value
         out.append(average)
     return out
 

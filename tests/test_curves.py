@@ -33,10 +33,20 @@ def drawn(tmp_path: Path, *rows: dict[str, Any]) -> Path | None:
         ([HELD_OUT | {"winner_ratio": 0.1, "loser_ratio": -0.1}, TRAIN], 3),
         ([{"kind": "validation", "loss": 0.69, "winner_log_p": -1.2}, TRAIN], 2),
         ([TRAIN | {"reward": 0.3, "clipped": 0.0}, TRAIN | {"reward": 0.4, "clipped": 0.0}], 3),
+        ([TRAIN | {"reward": None}, TRAIN | {"reward": 0.4}, TRAIN | {"reward": None}], 2),
         ([TRAIN | {"reward": 0.3}, TRAIN], 1),
         ([{"kind": "validation", "loss": 0.69, "of_my_own": 1.0, "bins": [{"t_from": 0, "t_to": 100}]}, TRAIN], 1),
     ],
-    ids=["loss alone", "pairs", "ratios", "tokens", "on-line", "a reward now and then", "an objective of somebody's own"],
+    ids=[
+        "loss alone",
+        "pairs",
+        "ratios",
+        "tokens",
+        "on-line",
+        "a reward that was infinite",
+        "a reward now and then",
+        "an objective of somebody's own",
+    ],
 )
 def test_there_is_a_panel_for_what_was_measured(rows: list[dict], panels: int, tmp_path: Path) -> None:
     picture = Image.open(drawn(tmp_path, *rows))

@@ -248,6 +248,18 @@ def test_a_loss_that_is_not_one_number_for_each_is_refused(change: Callable, whe
         trainer.run()
 
 
+@pytest.mark.parametrize("where", ["losses", "validate"])
+def test_a_metric_called_like_a_column_of_the_log_is_refused(where: str, tmp_path: Path) -> None:
+    def odd(learner: Learner) -> Learner:
+        own = getattr(learner, where)
+        return replace(
+            learner, **{where: lambda batch: replace(outcome := own(batch), metrics={"step": outcome.loss, "t": outcome.loss})}
+        )
+
+    with pytest.raises(UserError, match=r"as the log calls columns of its own: step, t\."):
+        make_trainer(tmp_path, wrap=odd, validation=True).run()
+
+
 def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     calls = []
 
