@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from worlds import PairsInMemory, small_denoiser
 
+import diffalign
 from diffalign import losses
 from diffalign.data.draws import draw
 from diffalign.data.loader import collate
@@ -718,6 +720,16 @@ def test_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     mine.__name__ = "dpo"
     with pytest.raises(UserError, match="There is a loss 'dpo' already"):
         losses.loss("own", settings={"power": option(2.0, "exponent")})(mine)
+
+
+def test_the_documented_loss_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    page = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (code,) = [block.split("```")[0] for block in page.split("```python\n")[1:] if "@diffalign.losses.loss" in block]
+    exec(code, {"diffalign": diffalign, "option": option})
+    evidence = some_evidence()
+    found = losses.load("shortfall", power=3.0)(evidence, BETA)
+    torch.testing.assert_close(found, (1 - (2 * evidence.label - 1) * BETA * evidence.ratio.margin).clamp(min=0) ** 3)
 
 
 def test_missing_evidence_is_named() -> None:
