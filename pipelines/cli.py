@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import io
+import os
 import pkgutil
 import re
 import sys
@@ -20,6 +21,8 @@ from diffalign.errors import INTERRUPTED_STATUS, UserError
 from pipelines import commands
 from pipelines.several import told_unknown
 
+BROKEN_PIPE_STATUS = 141
+"""What a shell reports of a program that SIGPIPE ended: 128 and the signal's number."""
 REFUSED_BY_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
@@ -120,8 +123,17 @@ def paragraph(text: str) -> str:
 
 
 def script() -> None:
+    """The program ``diffalign``: ends without a word where the reader of its output, such as ``head``, has seen enough."""
     _print_whatever_it_is()
-    sys.exit(main())
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
+        status = BROKEN_PIPE_STATUS
+    sys.exit(status)
 
 
 def _print_whatever_it_is() -> None:

@@ -21,7 +21,7 @@ class LoraSettings:
     rank: int = option(16, "rank of the adapter", ge=1)
     alpha: float = option(16.0, "scale of the adapter, which acts alpha / rank times", gt=0)
     targets: tuple[str, ...] = option(
-        (), "layers that get an adapter, by the ends of their names (default: those of the model's family)"
+        (), "layers that get an adapter, by the ends of their names; by default those of the model's family"
     )
     dropout: float = option(0.0, "dropout probability in the adapter", ge=0, lt=1)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -406,3 +408,11 @@ def test_every_recipe_is_valid_and_says_where_it_comes_from(objective: str) -> N
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'tiny'"):
         recipes.load("diffusion-dpo", "tinny")
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_without_a_word() -> None:
+    command = [sys.executable, "-c", "from pipelines.cli import script; script()", "objectives"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        program.stdout.close()  # as `head` does
+        said = program.stderr.read()
+    assert (program.returncode, said) == (141, "")
