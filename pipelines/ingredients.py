@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from diffalign.data.buckets import told_rare
 from diffalign.data.cache import PairCache, build_cache
 from diffalign.data.cache_files import CacheFolder
 from diffalign.data.cache_values import FillOptions
@@ -295,6 +296,9 @@ def prepare(
     if line := _late_baseline(settings, len(prompts or ()), accelerator.num_processes):
         say(line)
     if line := reference_errors.told_spare(settings, Epochs(pairs_per_step(settings, everyone.world), len(train_rows))):
+        say(line)
+    in_buckets = cache is not None and cache.buckets
+    if in_buckets and (line := told_rare(cache.bucket_numbers[list(train_rows)], settings.batch.batch_size)):
         say(line)
     start = _attach(settings, family, accelerator, say, saved)
     cached_errors, validation = None, []

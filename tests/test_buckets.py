@@ -183,6 +183,16 @@ def test_an_order_by_hand() -> None:
     assert [order.row(p) for p in range(6)] == [BucketOrder([3, 5, 3, 3], 2, 0).row(p) for p in range(6)]
 
 
+def test_pairs_of_rare_shapes_are_told() -> None:
+    """Four of bucket 1, three of 2 and one of 7: how often the last comes in an epoch of blocks of four is counted."""
+    numbers = [1, 1, 1, 1, 2, 2, 2, 7]
+    line = buckets.told_rare(numbers, 4)
+    assert line.startswith("4 of 8 pairs have one of 2 shapes that do not fill a batch of 4: they come up to 4 times an epoch")
+    order = BucketOrder(numbers, 4, 0)
+    assert Counter(order.row(position) for position in range(12))[7] == 4
+    assert buckets.told_rare(numbers, 1) == "" and buckets.told_rare([0] * 5, 4) == ""
+
+
 def test_validation_batches_hold_one_shape_and_all_draws(tmp_path: Path) -> None:
     made = validation_batches(built(tmp_path), range(10), LoaderSettings(3), draws_per_pair=2)
     assert all(len({tuple(x.shape) for x in (batch.winner, batch.loser, batch.noise)}) == 1 for batch in made)
@@ -198,11 +208,12 @@ def test_a_curriculum_and_buckets_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sdxl", "pixart"])
-def test_a_run_on_pairs_of_several_shapes(family: str, tmp_path: Path) -> None:
+def test_a_run_on_pairs_of_several_shapes(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The same weights whether the cache is new or not, and SDXL is told each bucket's size."""
     saved, pairs, calls = on_disk(family, tmp_path), write_pairs(tmp_path / "data", 8), []
     with listening(calls):
         run(saved, pairs, "diffusion-dpo", tmp_path / "run", adapter="lora", steps=4, **HOW)
+    assert "1 of 7 pairs have one of 1 shapes that do not fill a batch of 2" in " ".join(capsys.readouterr().out.split())
     run(saved, pairs, "diffusion-dpo", tmp_path / "again", adapter="lora", steps=4, **HOW)
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "again"))
     if family == "sdxl":

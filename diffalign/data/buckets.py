@@ -86,6 +86,21 @@ class BucketOrder:
         return int(self._ends[g - 1]) if g else 0
 
 
+def told_rare(of_row: Sequence[int] | np.ndarray, batch_size: int) -> str:
+    """A line on rows whose bucket does not fill a batch, and which therefore come again within it; empty if there are none.
+
+    ``of_row`` [N] is the number of each row's bucket.
+    """
+    _, sizes = np.unique(of_row, return_counts=True)
+    if not (rare := sizes[sizes < batch_size]).size:
+        return ""
+    return (
+        f"{rare.sum()} of {sizes.sum()} pairs have one of {rare.size} shapes that do not fill a batch of {batch_size}: they come "
+        f"up to {math.ceil(batch_size / rare.min())} times an epoch, where others come once. A smaller --batch-size with more "
+        "--accumulation, or a larger --bucket-step, which makes fewer shapes, evens that out."
+    )
+
+
 @lru_cache(maxsize=256)
 def _shuffled(n: int, seed: int, epoch: int, group: int) -> Tensor:
     """A permutation of the ``n`` members of a group in an epoch, int64 [n]; group -1 is the blocks."""
