@@ -25,7 +25,8 @@ def test_smpo_learns_nothing_from_pictures_that_score_alike() -> None:
     learner, given = at_work(SmPO(beta=500, inversion_steps=3), by=OFF)
     outcome = learner.losses(scored(first_batch(learner), [[0.4, 0.4]] * 4))
     assert outcome.loss.tolist() == pytest.approx([LN2] * 4, abs=1e-15)
-    assert outcome.metrics["margin"].abs().min() > 1e-4
+    assert not outcome.metrics["margin"].any() and (outcome.metrics["accuracy"] == 0.5).all()  # of ties, as health has it
+    assert outcome.metrics["winner_drift"].abs().min() > 0  # though the policy is elsewhere than the reference
     assert not gradients(outcome.loss.sum(), given.policy.network).any()
 
 
